@@ -1,0 +1,37 @@
+"""The settings of a run: what they are (`schema`) and how people write them (`spelling`)."""
+
+from privkd.config.schema import (
+    ChannelConfig,
+    DataConfig,
+    DpSgdConfig,
+    FitConfig,
+    ModelConfig,
+    Positive,
+    PositiveFloat,
+    PrivacyConfig,
+    ReverseConfig,
+    RunConfig,
+    Settings,
+    StudentConfig,
+    TeacherConfig,
+)
+from privkd.config.spelling import config_tree, load_config, parse_config
+
+__all__ = [
+    "ChannelConfig",
+    "DataConfig",
+    "DpSgdConfig",
+    "FitConfig",
+    "ModelConfig",
+    "Positive",
+    "PositiveFloat",
+    "PrivacyConfig",
+    "ReverseConfig",
+    "RunConfig",
+    "Settings",
+    "StudentConfig",
+    "TeacherConfig",
+    "config_tree",
+    "load_config",
+    "parse_config",
+]
