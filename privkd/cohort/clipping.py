@@ -55,22 +55,28 @@ class Factors:
     bias: bool
 
     def squared_norms(self) -> Tensor:
-        """See `Book.squared_norms`; the weight's is ``<A A^T, G G^T>`` (ghost norm)."""
+        """See `Book.squared_norms`."""
         a, g = self.inputs, self.outputs
         students, records, positions, _ = a.shape
         if positions == 1:
             squared = torch.linalg.vector_norm(a, dim=3).square_() + (1.0 if self.bias else 0.0)
             return (squared * torch.linalg.vector_norm(g, dim=3).square_()).squeeze(2)
-        a, g = a.flatten(0, 1), g.flatten(0, 1)
-        gram = torch.bmm(a, a.transpose(1, 2))
-        if self.bias:
-            gram += 1.0
-        squared = (gram.mul_(torch.bmm(g, g.transpose(1, 2)))).sum((1, 2))
-        return squared.clamp_(min=0.0).view(students, records)
+        return ghost_norms(a.flatten(0, 1), g.flatten(0, 1), bias=self.bias).view(students, records)
 
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
         """See `Book.weighted_sums`."""
         return dense_sums(self.inputs, self.outputs * factors[..., None, None], bias=self.bias)
+
+
+def ghost_norms(inputs: Tensor, outputs: Tensor, *, bias: bool) -> Tensor:
+    """Squared norms ``[example]`` of a dense layer's gradients as ``<A A^T, G G^T>`` (ghost norm).
+
+    Takes inputs ``[example, position, input]`` and output gradients ``[example, position, output]``.
+    """
+    gram = torch.bmm(inputs, inputs.transpose(1, 2))
+    if bias:
+        gram += 1.0
+    return gram.mul_(torch.bmm(outputs, outputs.transpose(1, 2))).sum((1, 2)).clamp_(min=0.0)
 
 
 def dense_sums(inputs: Tensor, outputs: Tensor, *, bias: bool) -> list[Tensor]:

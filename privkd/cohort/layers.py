@@ -14,10 +14,20 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from privkd.cohort.activations import Activations
-from privkd.cohort.clipping import Book, PerExample, dense_book, dense_sums
+from privkd.cohort.clipping import (
+    Book,
+    PerExample,
+    dense_book,
+    dense_sums,
+    ghost_is_cheaper,
+    ghost_norms,
+)
 
 Parameters = Mapping[str, Tensor]
 """Every student's parameters by name, ``[student, *shape]``."""
+
+_PATCH_BYTES = 4 << 20
+"""Memory for a convolution's patches at a time: they are many times their images, and best kept in cache."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,25 @@ class Conv2d(Layer):
 
     def book(self, x: Activations, g: Activations) -> Book:
         """See `Layer.book`."""
-        patches, outputs = self._patches(x.images()), g.images().transpose(2, 3).flatten(2, 3)
-        return _ConvBook(self, x, g, dense_book(patches, outputs, bias=self.bias is not None))
+        images = x.images().flatten(0, 1).contiguous()
+        outputs = g.images().transpose(2, 3).flatten(2, 3).flatten(0, 1)
+        count, positions, channels = outputs.shape
+        width, size = self.kernel[0] * self.kernel[1] * images.shape[3], (x.students, x.records)
+        ghost = ghost_is_cheaper(positions=positions, inputs=width, outputs=channels)
+        at_once = min(count, max(1, _PATCH_BYTES // (positions * width * images.element_size())))
+        buffer = images.new_empty(at_once, positions, width)
+        found = images.new_empty((count,) if ghost else (count, channels, width))
+        for start in range(0, count, at_once):
+            part = slice(start, start + at_once)
+            patches = self._patches(images[part], buffer)
+            if ghost:
+                found[part] = ghost_norms(patches, outputs[part], bias=self.bias is not None)
+            else:
+                bmm(outputs[part].transpose(1, 2), patches, out=found[part])
+        if ghost:
+            return _GhostConv(self, x, g, found.view(size))
+        bias = [] if self.bias is None else [outputs.sum(1).view(*size, -1)]
+        return _ProductConv(self, PerExample((found.view(*size, channels, width), *bias)))
 
     def sums(self, x: Activations, g: Activations) -> list[Tensor]:
         """See `Layer.sums`."""
@@ -119,41 +146,59 @@ class Conv2d(Layer):
         """A gradient ``[student, output, kernel * channel]`` in the shape of the module's weight."""
         return weight.unflatten(2, (*self.kernel, -1)).permute(0, 1, 4, 2, 3)
 
-    def _patches(self, images: Tensor) -> Tensor:
-        """The receptive field of every output ``[student, record, column * row, kernel * channel]``."""
+    def _patches(self, images: Tensor, buffer: Tensor) -> Tensor:
+        """The receptive field of every output, ``[image, column * row, kernel * channel]``, in ``buffer``.
+
+        Takes contiguous images ``[image, height, width, channel]``.
+        """
         (kernel_y, kernel_x), (stride_y, stride_x), (pad_y, pad_x) = self.kernel, self.stride, self.padding
-        margins = (0, 0, pad_x, pad_x, pad_y, pad_y)
-        padded = F.pad(images, margins).contiguous() if any(margins) else images.contiguous()
-        students, records, height, width, channels = padded.shape
+        padded = F.pad(images, (0, 0, pad_x, pad_x, pad_y, pad_y)) if pad_x or pad_y else images
+        count, height, width, channels = padded.shape
         rows, columns = (height - kernel_y) // stride_y + 1, (width - kernel_x) // stride_x + 1
         line, strip = width * channels, kernel_x * channels
-        # First along x, into strips in which a receptive field is one run of memory: then along y.
+        # First along x, into strips in which a receptive field is one run of memory; then along y.
         strips = padded.as_strided(
-            (students * records, columns, height, strip), (height * line, stride_x * channels, line, 1)
+            (count, columns, height, strip),
+            (height * line, stride_x * channels, line, 1),
+            padded.storage_offset(),
         ).contiguous()
         fields = strips.as_strided(
-            (students * records, columns, rows, kernel_y * strip),
+            (count, columns, rows, kernel_y * strip),
             (columns * height * strip, height * strip, stride_y * strip, 1),
         )
-        return fields.reshape(students, records, columns * rows, -1)
+        patches = buffer[:count]
+        patches.view(fields.shape).copy_(fields)
+        return patches
 
 
 @dataclass(frozen=True)
-class _ConvBook:
-    """The book of a convolution's patches, given back in the shape of its weight."""
+class _ProductConv:
+    """The book of a convolution whose per-example gradients were formed."""
+
+    layer: Conv2d
+    products: PerExample
+
+    def squared_norms(self) -> Tensor:
+        return self.products.squared_norms()
+
+    def weighted_sums(self, factors: Tensor) -> list[Tensor]:
+        weight, *bias = self.products.weighted_sums(factors)
+        return [self.layer.restore(weight), *bias]
+
+
+@dataclass(frozen=True)
+class _GhostConv:
+    """The book of a convolution of which only the norms were."""
 
     layer: Conv2d
     inputs: Activations
     outputs: Activations
-    patches: Book
+    squared: Tensor
 
     def squared_norms(self) -> Tensor:
-        return self.patches.squared_norms()
+        return self.squared
 
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
-        if isinstance(self.patches, PerExample):
-            weight, *bias = self.patches.weighted_sums(factors)
-            return [self.layer.restore(weight), *bias]
         students = self.outputs.students
         scaled = self.outputs.tensor.unflatten(1, (students, -1)) * factors.t()[:, :, None, None, None]
         return self.layer.sums(self.inputs, Activations(scaled.flatten(1, 2), students, folded=True))
