@@ -4,10 +4,10 @@ The cloud holds these blocks already, so aggregating them is post-processing and
 follows the protocol sends rows of probabilities, of L2 norm at most 1, and perhaps noise on them; a hostile
 one sends anything. A block with an entry that is not finite counts for nothing, under every rule.
 
-Of ``n`` devices, a hostile one moves an entry of the ``mean`` at will, of the ``clipped_mean`` (each row clipped
-to the longest honest norm) by at most ``2 / n`` where there is no noise, and a share of the ``votes`` by at most
-``1 / n``. The coordinate-wise ``median`` (Yin et al. 2018) stays between honest answers as long as fewer than
-half of the devices are hostile.
+Of ``n`` devices, a hostile one moves an entry of the ``mean`` at will, of the ``clipped_mean`` (each row
+clipped to the longest honest norm) by at most ``2 / n`` where there is no noise, and a share of the ``votes``
+by at most ``1 / n``. The coordinate-wise ``median`` (Yin et al. 2018) stays between honest answers as long as
+fewer than half of the devices are hostile.
 """
 
 import math
