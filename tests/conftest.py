@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import fuzzing
 import pytest
 import tally
 from hypothesis import settings
@@ -25,8 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fault-rounds", type=int, default=25, help="rounds of the secure channel's randomised fault test"
     )
     parser.addoption(
-        "--fuzz-examples", type=int, default=50, help="hostile inputs that each fuzzing test tries"
+        "--fuzz-examples",
+        type=int,
+        default=fuzzing.EXAMPLES,
+        help="hostile inputs that each fuzzing test tries",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fuzzing.EXAMPLES = config.getoption("--fuzz-examples")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
