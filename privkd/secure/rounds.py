@@ -57,6 +57,7 @@ class _Round:
     left_out: dict[PartyId, str] = field(default_factory=dict)
     failure: str | None = None
     posted: bool = False
+    pruned: bool = False
     refused: dict[PartyId, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -164,7 +165,10 @@ class Rounds:
     def _prune(self) -> None:
         done = [state for state in self._rounds.values() if state.posted or state.failure]
         for state in done[: -self.party.limits.keep_rounds]:
-            state.spool.drop_uploads()
+            # Once each: a party that has seen thousands of rounds would else spend its time on them.
+            if not state.pruned:
+                state.spool.drop_uploads()
+                state.pruned = True
 
     def status(self, round: int) -> dict[str, Any]:
         """What is public of a round: its terms, how far it is, and over which devices it is released."""
