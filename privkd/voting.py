@@ -203,6 +203,6 @@ def _theorem_6(log_q: NDArray[np.float64], rho: float) -> NDArray[np.float64]:
 
 
 def rdp_epsilon(rdp: Sequence[float] | NDArray[np.float64], delta: float) -> float:
-    """Epsilon at ``delta`` of divergences at ``ORDERS`` (Canonne, Kamath and Steinke 2020, Proposition 12)."""
+    """Epsilon at ``delta`` of divergences at ``ORDERS`` (Canonne, Kamath, Steinke 2020, Proposition 12)."""
     bounds = np.asarray(rdp) + np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
     return max(0.0, float(np.min(bounds)))
