@@ -106,6 +106,8 @@ def views_of(game: Game, view: str) -> tuple[str, ...]:
     """
     channel = game.config.channel.kind
     wires = ("secure_sum", "secure_sum_colluding") if channel == "secure" else ("per_client_logits",)
+    if game.plan.votes is not None:
+        return _views_of_votes(game, view)
     steps = () if game.mechanism is None else ("gradient",)
     if view == "all":
         return (*wires, "student", *steps)
@@ -117,6 +119,16 @@ def views_of(game: Game, view: str) -> tuple[str, ...]:
         else f"over the {channel} channel the cloud sees {' and '.join(wires)}"
     )
     raise ConfigError(f"view={view!r}: {reason}")
+
+
+def _views_of_votes(game: Game, view: str) -> tuple[str, ...]:
+    """What a vote shows is not replayed, nor what the teacher learned from it."""
+    views = ("student",) if game.mechanism is None else ("student", "gradient")
+    if view == "all":
+        return views
+    if view in views:
+        return (view,)
+    raise ConfigError(f"view={view!r}: under channel.aggregation 'votes' the views are {' and '.join(views)}")
 
 
 class _Audit:

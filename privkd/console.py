@@ -113,12 +113,25 @@ def print_forecast(forecast: Forecast) -> None:
         ("student parameters", f"{forecast.parameters:,}"),
         ("private training, one device after the other", f"about {forecast.seconds:.1f} s"),
     ]
-    for row in rows:
+    for row in rows + _vote_rows(forecast):
         table.add_row(*row)
     console = Console()
     console.print(table)
     if math.isinf(plan.record.high):
         console.print(_NO_RECORD_DP)
+
+
+def _vote_rows(forecast: Forecast) -> list[tuple[str, str]]:
+    votes = forecast.plan.votes
+    if votes is None:
+        return []
+    noise = "none"
+    if votes.sigma2 is not None and votes.threshold_sigma2 is not None:
+        noise = f"{math.sqrt(votes.threshold_sigma2):.3g} / {math.sqrt(votes.sigma2):.3g}"
+    return [
+        ("votes for one class that make a consensus", f"{votes.threshold} of {forecast.plan.devices}"),
+        ("each aggregator's noise, threshold / count (std, in votes)", noise),
+    ]
 
 
 _NO_RECORD_DP = Text("No differential privacy: epsilon is inf, records are not protected.", style="bold red")
@@ -178,7 +191,13 @@ def _remarks(result: Result) -> list[Text]:
 
 
 def _figures(figures: dict[str, float]) -> str:
-    names = {"epsilon_record": "epsilon/record", "epsilon_device": "epsilon/device", "accepted": "gate"}
+    names = {
+        "epsilon_record": "epsilon/record",
+        "epsilon_device": "epsilon/device",
+        "accepted": "gate",
+        "answered": "queries with a consensus",
+        "epsilon_votes": "(private, not to be released) data-dependent epsilon/device of the round",
+    }
     return "  ".join(
         f"{names.get(name, name)} {_short(name, value)}"
         for name, value in figures.items()

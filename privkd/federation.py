@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.channel import Channel, PlainChannel, open_channel
+from privkd.channel import Channel, PlainChannel, Release, open_channel
 from privkd.config import ModelConfig, RunConfig
 from privkd.controls import Controls, mean_accuracy, measure_controls
 from privkd.data import build_scenario
@@ -39,7 +39,7 @@ from privkd.randomness import (
     seeded_layers,
 )
 from privkd.reverse import bounded_answers, choose_queries, targets_of
-from privkd.secure.remote import ServiceOptions
+from privkd.secure.remote import service_options
 from privkd.state import (
     RoundFigures,
     State,
@@ -53,6 +53,7 @@ from privkd.state import (
 from privkd.store import RunFolder
 from privkd.student import Mechanism, check_trainable, quieted
 from privkd.teacher import PublicData, absorb, distil_public, own_targets, train_teacher
+from privkd.voting import VoteRule, data_dependent_rdp, rdp_epsilon
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
         rho=plan.rho,
         aggregators=config.channel.aggregators,
         deadline=config.channel.deadline,
-        services=_services(config, folder),
+        # Services outlive runs: their rounds need names that no other run has.
+        services=service_options(config.channel, folder.secret("run.name", os.urandom(16)), plan.votes),
     ) as channel:
         channel.start()
         game = replace(game, channel=channel, root=root)
@@ -229,8 +231,20 @@ class Game:
             Unit.RECORD, *self.fleet.names, round=state.round, of="a DP-SGD student's answers"
         )
         release = self.channel.release(answers, devices=self.fleet.names, round=state.round)
+        if self.plan.votes is not None:
+            self._report_votes(answers, release, self.plan.votes)
         baseline = prior.cpu() if kind == "residuals" else torch.zeros(prior.shape)
         return Wire(queries, release.answers, baseline, release.noise_std, release.devices)
+
+    def _report_votes(self, votes: Tensor, release: Release, rule: VoteRule) -> None:
+        """Say how many queries were answered, and in a simulation what that cost given the votes: private."""
+        answered = {"answered": float(release.answers.any(-1).sum())}
+        voted = torch.tensor([name in release.devices for name in self.fleet.names])
+        counts = votes.cpu()[voted].sum(0).to(torch.int64).numpy()
+        rdp = data_dependent_rdp(counts, rule, self.config.channel.aggregators)
+        if rdp is not None and self.config.privacy.noise == "seeded":
+            answered["epsilon_votes"] = rdp_epsilon(rdp, self.plan.delta)
+        self.progress.figures(**answered)
 
     def _absorb(self, state: State, wires: Sequence[Wire]) -> tuple[nn.Module, nn.Module, float]:
         self._stage(state.round, "teacher: learning from the release")
@@ -401,24 +415,6 @@ def torch_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': this machine has no CUDA device; take cpu or auto")
     return torch.device(name)
-
-
-def _services(config: RunConfig, folder: RunFolder) -> ServiceOptions | None:
-    channel = config.channel
-    if not channel.through_services:
-        return None
-    return ServiceOptions(
-        urls=channel.aggregator_urls,
-        ca=channel.ca,
-        certificate=channel.certificate,
-        key=channel.key,
-        pins=channel.aggregator_keys,
-        # Services outlive runs: their rounds need names that no other run has.
-        run=folder.secret("run.name", os.urandom(16)),
-        minimum=channel.minimum_devices,
-        noise=channel.noise_from,
-        projections=channel.norm_projections,
-    )
 
 
 def _noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:

@@ -8,6 +8,7 @@ from privkd.config import RunConfig
 from privkd.errors import ConfigError
 from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
 from privkd.ledger import Budget
+from privkd.voting import VoteRule, affordable_queries, vote_rule
 
 _QUERIES_UNDER_NOISE = 100
 _BYTES_PER_ENTRY = 4
@@ -43,6 +44,7 @@ class Plan:
         device: epsilon per device of the whole run, at ``delta``.
         delta: of both units.
         upload_bytes: a device's upload a round, before sealing.
+        votes: the rule of each release's vote, ``None`` where means are released.
     """
 
     rounds: int
@@ -60,6 +62,7 @@ class Plan:
     device: Bound
     delta: float
     upload_bytes: int
+    votes: VoteRule | None = None
 
 
 def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
@@ -87,7 +90,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
         else NoPrivacy("students were trained without DP: epsilon was set to inf")
     )
     device_event: PrivacyEvent = ZCdp(rho) if rho is not None else NoPrivacy(_NO_NOISE[config.channel.kind])
-    queries = min(facts.proxy, _queries(config, rho, facts.proxy))
+    queries = min(facts.proxy, _queries(config, rho, facts))
     return Plan(
         rounds=config.rounds,
         devices=facts.devices,
@@ -104,6 +107,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
         device=price([device_event] * config.rounds, privacy.delta),
         delta=privacy.delta,
         upload_bytes=queries * facts.classes * _BYTES_PER_ENTRY,
+        votes=_votes(config, rho, facts.devices, queries),
     )
 
 
@@ -128,7 +132,30 @@ def _rho(config: RunConfig) -> float | None:
     return calibrate_rho(epsilon=epsilon, delta=config.privacy.delta, releases=config.rounds)
 
 
-def _queries(config: RunConfig, rho: float | None, proxy: int) -> int:
+def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:
     if config.reverse.queries is not None:
         return config.reverse.queries
-    return proxy if rho is None else _QUERIES_UNDER_NOISE
+    if rho is None:
+        return facts.proxy
+    channel = config.channel
+    if channel.aggregation == "votes":
+        return affordable_queries(
+            devices=facts.devices,
+            parties=channel.aggregators,
+            rho=rho,
+            threshold_share=channel.threshold_share,
+        )
+    return _QUERIES_UNDER_NOISE
+
+
+def _votes(config: RunConfig, rho: float | None, devices: int, queries: int) -> VoteRule | None:
+    channel = config.channel
+    if channel.aggregation != "votes":
+        return None
+    return vote_rule(
+        devices=devices,
+        queries=queries,
+        rho=rho,
+        threshold=channel.vote_threshold,
+        threshold_share=channel.threshold_share,
+    )

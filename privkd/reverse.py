@@ -72,6 +72,8 @@ def shrink(noisy: Tensor, prior: Tensor, noise_variance: Tensor) -> Tensor:
         noise_variance: ``[query]``, public.
     """
     difference = noisy - prior
+    if not len(noisy):
+        return prior
     variance = (difference.square().mean() - noise_variance.mean()).clamp(min=0)
     kept = variance / (variance + noise_variance).clamp(min=1e-12)
     return prior + kept[:, None] * difference
@@ -83,7 +85,8 @@ class Knowledge:
 
     Attributes:
         queries: proxy indices, int64 ``[query]``.
-        answers: noisy mean probabilities, unbounded under noise, ``[query, class]``.
+        answers: noisy mean probabilities, unbounded under noise, or labels, ``[query, class]``. A row of
+            zeros is a query that was not answered: a vote without consensus.
         noise_std: known standard deviation of the noise on each entry.
     """
 
@@ -113,15 +116,21 @@ def targets_of(buffer: Sequence[Knowledge], prior: Tensor, config: ReverseConfig
         buffer: at least one release.
         prior: the teacher's probabilities on the whole proxy set ``[proxy, class]``.
         config: memory, sharpening and trust.
+
+    Returns:
+        Targets on the queries that were answered; none where nothing was.
     """
     total = torch.zeros(len(prior), dtype=torch.float64)
     sums = torch.zeros(prior.shape, dtype=torch.float64)
     variances = torch.zeros(len(prior), dtype=torch.float64)
     for age, knowledge in zip(range(len(buffer) - 1, -1, -1), buffer, strict=True):
         weight = config.memory**age
-        total[knowledge.queries] += weight
-        sums[knowledge.queries] += weight * knowledge.answers.to("cpu", torch.float64)
-        variances[knowledge.queries] += (weight * knowledge.noise_std) ** 2
+        answers = knowledge.answers.to("cpu", torch.float64)
+        answered = (answers != 0).any(-1)
+        queries = knowledge.queries[answered]
+        total[queries] += weight
+        sums[queries] += weight * answers[answered]
+        variances[queries] += (weight * knowledge.noise_std) ** 2
     queries = torch.nonzero(total > 0).flatten()
     noise_variance = variances[queries] / total[queries].square()
     prior_there = prior.to("cpu", torch.float64)[queries]

@@ -78,8 +78,11 @@ def absorb(
 ) -> Absorbed:
     """The teacher after learning ``targets``, unless its public validation accuracy would fall.
 
-    With the teacher's own answers as targets this is the control with zero devices.
+    With the teacher's own answers as targets this is the control with zero devices. Without any targets the
+    teacher stays as it is.
     """
+    if not len(targets.queries):
+        return Absorbed(teacher, 0.0)
     old = F.softmax(logits_of(teacher, data.proxy[targets.queries]), dim=-1)
     weights = ReverseWeights(config.trust, config.anchor)
     device = data.train.labels.device

@@ -408,7 +408,10 @@ def test_the_group_must_be_whole_and_as_pinned(rig: Rig) -> None:
 
 
 def test_random_faults_against_numpy(rig: Rig, request: pytest.FixtureRequest) -> None:
-    """Each round, each device draws a fault; ``--fault-rounds`` says how many rounds."""
+    """Each round, each device draws a fault, and now and then a service is killed before the round is closed.
+
+    ``--fault-rounds`` says how many rounds.
+    """
     rng = np.random.default_rng(17)
     rounds = request.config.getoption("--fault-rounds")
     released = 0
@@ -419,6 +422,8 @@ def test_random_faults_against_numpy(rig: Rig, request: pytest.FixtureRequest) -
         terms = rig.open(devices, minimum=minimum, sigma2=str(sigma2) or None)
         uploads = uploads_of(terms)
         whole = [device for device in terms.roster if _played(rig, rng, terms, uploads[device])]
+        if rng.random() < 1 / 200:
+            os.kill(local(rig).pids[int(rng.integers(2))], signal.SIGKILL)
         if len(whole) < minimum:
             with pytest.raises(RefusedError, match=f"{len(whole)} uploads agreed, fewer than {minimum}"):
                 rig.close(terms)

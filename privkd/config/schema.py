@@ -206,6 +206,11 @@ class ChannelConfig(Settings):
     Attributes:
         kind: ``plain``, ``noised`` or ``secure``.
         aggregators: parties among which ``secure`` shares the answers.
+        aggregation: what ``secure`` lets the cloud see of a query: the ``mean`` answer, or by ``votes`` the
+            class that won, where there is a consensus, and nothing else (Confident-GNMax). Votes are sent as
+            ``votes`` and need a third party.
+        vote_threshold: share of the devices that must vote for one class to make a consensus.
+        threshold_share: part of a vote's privacy that goes to finding out whether there is a consensus.
         answers: what a device sends for each query: ``probabilities``, ``votes`` (one-hot), or
             ``residuals`` against the teacher's own probabilities.
         row_clip: the clip norm of a device's whole block is ``row_clip * sqrt(queries)``.
@@ -227,6 +232,9 @@ class ChannelConfig(Settings):
 
     kind: Literal["plain", "noised", "secure"] = "secure"
     aggregators: Annotated[int, Field(ge=2, le=16)] = 2
+    aggregation: Literal["mean", "votes"] = "mean"
+    vote_threshold: Rate = 0.6
+    threshold_share: Annotated[float, Field(ge=0.01, le=0.99)] = 0.5
     answers: Literal["probabilities", "votes", "residuals"] = "probabilities"
     row_clip: Annotated[float, Field(gt=0, le=2)] = 1.0
     deadline: Annotated[float, Field(gt=0, le=_LONGEST_WAIT, allow_inf_nan=False)] = 120.0
@@ -248,14 +256,28 @@ class ChannelConfig(Settings):
     @property
     def _asks_for_services(self) -> bool:
         noise_or_check = self.noise_from == "devices" or self.norm_projections > 0
-        return bool(self.aggregator_urls) or self.minimum_devices is not None or noise_or_check
+        voting = self.aggregation == "votes"
+        return bool(self.aggregator_urls) or self.minimum_devices is not None or noise_or_check or voting
+
+    @model_validator(mode="before")
+    @classmethod
+    def _votes_are_sent(cls, value: Any) -> Any:
+        default = cls.model_fields["answers"].default
+        if isinstance(value, dict) and value.get("aggregation") == "votes":
+            return value | {"answers": "votes"} if value.get("answers", default) == default else value
+        return value
 
     @model_validator(mode="after")
     def _of_services(self) -> Self:
         if self._asks_for_services and self.kind != "secure":
             raise ValueError(
-                "aggregator_urls, minimum_devices, noise_from and norm_projections are for kind 'secure'"
+                "aggregation, aggregator_urls, minimum_devices, noise_from and norm_projections are for kind "
+                "'secure'"
             )
+        if self.aggregation == "votes" and self.answers != "votes":
+            raise ValueError(f"answers={self.answers!r}: under aggregation 'votes' devices send 'votes'")
+        if self.aggregation == "votes" and self.noise_from == "devices":
+            raise ValueError("noise_from='devices': the noise of votes is the aggregators'")
         return self
 
 

@@ -11,7 +11,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from privkd.secure.shares import to_ring
+from privkd.secure.normcheck import NormTest
+from privkd.secure.shares import reconstruct, to_ring
+from privkd.voting import tally
 
 
 class Backend(Protocol):
@@ -41,6 +43,29 @@ class Backend(Protocol):
         Args:
             shares: one array ``[entry]`` a device, as this party holds them.
             noise: integers ``[entry]`` that this party adds, or none.
+        """
+        ...
+
+    def within(self, projected: NDArray[np.uint32], test: NormTest) -> NDArray[np.bool_]:
+        """Which devices pass ``test``: ``[device]``, known to all parties, which learn nothing else.
+
+        Args:
+            projected: this party's shares of the devices' projections, ``[device, projection]``.
+            test: what to hold them to.
+        """
+        ...
+
+    def winners(
+        self, votes: NDArray[np.uint32], scores: NDArray[np.uint32], threshold: int
+    ) -> NDArray[np.bool_]:
+        """This party's share ``[query, class]`` of ``voting.tally``: all parties' shares xor to it.
+
+        Nothing is revealed to the parties. Inputs stand for integers in ``[-2^30, 2^30)``.
+
+        Args:
+            votes: this party's shares of the noisy counts for the argmax, ``[query, class]``.
+            scores: its shares of the counts with the threshold's noise, ``[query, class]``.
+            threshold: fewest votes that make a consensus.
         """
         ...
 
@@ -93,6 +118,21 @@ class RingBackend:
         """This party's share ``[entry]`` of the sum, plus its ``noise``, modulo 2^32."""
         total: NDArray[np.uint32] = np.sum(shares, axis=0, dtype=np.uint32)
         return total if noise is None else total + to_ring(noise)
+
+    def within(self, projected: NDArray[np.uint32], test: NormTest) -> NDArray[np.bool_]:
+        """Which devices pass ``test``, worked out in the open."""
+        return test.passes(self._opened(projected))
+
+    def winners(
+        self, votes: NDArray[np.uint32], scores: NDArray[np.uint32], threshold: int
+    ) -> NDArray[np.bool_]:
+        """This party's share ``[query, class]`` of the vote, worked out in the open: rank 0 holds it all."""
+        won = tally(self._opened(votes), self._opened(scores), threshold)
+        return won if self._rank == 0 else np.zeros_like(won)
+
+    def _opened(self, share: NDArray[np.uint32]) -> NDArray[np.int64]:
+        shares = [np.frombuffer(message, np.uint32) for message in self.gather(share.tobytes())]
+        return reconstruct(shares).reshape(share.shape)
 
     def close(self) -> None:
         """Nothing stands behind it."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import PartyId
 from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError, persistently
-from privkd.secure.shares import reconstruct
-from privkd.secure.terms import RoundTerms
+from privkd.secure.posts import combine
+from privkd.secure.terms import MAX_ATTEMPTS, RoundTerms
 
 _ATTEMPT_SECONDS = 15.0
 _PAUSE = 0.2
@@ -26,7 +27,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Total:
-    """A released sum: over which devices, why others were left out, and the noisy integers ``[entry]``."""
+    """A release: over which devices, why others were left out, and the noisy sum, or the vote's one-hot rows,
+    as integers ``[entry]``."""
 
     devices: tuple[PartyId, ...]
     left_out: Mapping[PartyId, str]
@@ -116,10 +118,10 @@ class PartyGroup:
         )
 
     def close(self, terms: RoundTerms, deadline: float) -> Total:
-        """Close a round and add the parties' noisy shares.
+        """Close a round and put the parties' shares together.
 
-        Where a worker dies or hangs, all parties start new ones and go on from their spools; the shares are
-        the same bytes as they would have been.
+        Where a worker dies or hangs, all parties start new ones and go on from their spools; the outcome is
+        the same as it would have been.
 
         Raises:
             ChannelError: refused for good, or still failing at ``deadline``; nothing was released.
@@ -128,7 +130,7 @@ class PartyGroup:
         failure: ChannelError | None = None
         while time.monotonic() < deadline:
             try:
-                integers = _added(terms, self._shares(terms, deadline))
+                integers = combine(terms, self._shares(terms, deadline))
                 return self._attributed(terms, integers, deadline)
             except UnreachableError as error:
                 failure = error
@@ -140,7 +142,12 @@ class PartyGroup:
         path = f"/v1/rounds/{terms.folder}"
         found = self._each(self.aggregators, lambda e: _status(e, path, deadline))
         # Those who agreed before a failure have to help those who did not get so far.
-        closing = {"session": session, "agree": any(status["set"] is None for status in found)}
+        made_in = {status["made_in"] for status in found}
+        closing = {
+            "session": session,
+            "agree": any(status["set"] is None for status in found),
+            "kept": len(made_in) == 1 and made_in != {None},
+        }
         return self._each(
             self.aggregators,
             lambda e: _post(e, f"{path}/share", closing, deadline),
@@ -168,16 +175,31 @@ class PartyGroup:
             }
         return Total(tuple(found[0]["devices"]), left_out, integers)
 
-    def find(self, round: int, deadline: float) -> RoundTerms | None:
-        """The terms of a round that every aggregator has open, or had."""
+    def standing(self, terms: RoundTerms, deadline: float) -> RoundTerms:
+        """The terms under which a round goes on: those of the attempt that is on, or else of a new one.
+
+        Attempts that came to nothing are abandoned first, by every aggregator. Nothing is opened yet.
+
+        Args:
+            terms: as they would be for a first attempt.
+            deadline: on ``time.monotonic``.
+
+        Raises:
+            ChannelError: an aggregator cannot be reached, or one has made its share of an attempt that
+                another has given up.
+        """
         self.keys(deadline)
-        path = f"/v1/rounds/{round:016x}"
-        try:
-            found = self._each(self.aggregators, lambda e: _status(e, path, deadline))
-        except RefusedError:
-            return None
-        terms = {status["terms"] for status in found}
-        return RoundTerms.unpack(terms.pop().encode()) if len(terms) == 1 else None
+        for attempt in range(MAX_ATTEMPTS):
+            fresh = terms.model_copy(update={"attempt": attempt})
+            path = f"/v1/rounds/{fresh.folder}"
+            found = self._each(self.aggregators, partial(_known, path=path, deadline=deadline))
+            known = [status for status in found if status is not None]
+            if any(status["shared"] for status in known) or not any(status["over"] for status in known):
+                opened = {status["terms"] for status in known}
+                under = RoundTerms.unpack(opened.pop().encode()) if len(opened) == 1 else fresh
+                return under if under.substance() == fresh.substance() else fresh
+            self._each(self.aggregators, partial(_post, path=f"{path}/abandon", fields={}, deadline=deadline))
+        raise ChannelError(f"round {terms.folder} came to nothing {MAX_ATTEMPTS} times; nothing was released")
 
     def _each(
         self,
@@ -224,16 +246,16 @@ def _status(endpoint: Endpoint, path: str, deadline: float) -> dict[str, Any]:
     return status
 
 
+def _known(endpoint: Endpoint, path: str, deadline: float) -> dict[str, Any] | None:
+    """``_status``; none of a round that the party does not have open."""
+    try:
+        return _status(endpoint, path, deadline)
+    except RefusedError:
+        return None
+
+
 def _post(endpoint: Endpoint, path: str, fields: dict[str, Any], deadline: float) -> bytes:
     return endpoint.request("POST", path, json.dumps(fields).encode(), deadline=deadline)
-
-
-def _added(terms: RoundTerms, posts: Sequence[bytes]) -> NDArray[np.int64]:
-    """The sum of the parties' shares, which must be over one set."""
-    if len({post[:32] for post in posts}) != 1 or any(len(post) != 32 + 4 * terms.entries for post in posts):
-        raise ChannelError("the aggregators' shares are not of one set; nothing was released")
-    shares = [np.frombuffer(post[32:], "<u4").astype(np.uint32, copy=False) for post in posts]
-    return reconstruct(shares)
 
 
 def _soon(deadline: float) -> float:

@@ -4,8 +4,8 @@ What is used of CrypTen: its communicator over gloo, and ``MPCTensor.from_shares
 deliberately not: ``reveal(dst)`` and ``get_plain_text(dst)``, which on gloo show parts of the plaintext
 to every party; its fixed-point ``decode``, which is wrong for large negatives; its generators, of which
 32 bits of seed are effective; the provider that shows every triple to the first party. Integers enter with
-``precision=0`` and leave as raw shares. The sum needs no randomness of CrypTen's at all. The norm check
-does, and has a third party deal it from cryptographic generators.
+``precision=0`` and leave as raw shares. The sum needs no randomness of CrypTen's at all. The norm check and
+the vote do, and have a third party deal it from cryptographic generators.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ MOVED = "torch.onnx._internal.registration"
 MOVED_TO = "torch.onnx._internal.torchscript_exporter.registration"
 _STORE_TIMEOUT = timedelta(minutes=10)
 _CHUNK = 64
+_QUERIES = 1024
 
 
 @contextlib.contextmanager
@@ -177,6 +178,60 @@ class CryptenBackend:
         negative = (convert(_tensor_of(room), Ptype.binary) >> 63) & 1
         failed: NDArray[np.int64] = negative.reveal().numpy()
         return failed == 0
+
+    def winners(
+        self, votes: NDArray[np.uint32], scores: NDArray[np.uint32], threshold: int
+    ) -> NDArray[np.bool_]:
+        """This party's share ``[query, class]`` of the vote; see ``Backend.winners``.
+
+        A class wins that is behind no other when all pairs are compared, where some class reaches the
+        threshold. The maximum itself is never needed, so all comparisons are one batch. Their signs are then
+        packed, 64 queries to a word, for the few ANDs that are left.
+        """
+        parts = [
+            self._winners(votes[i : i + _QUERIES], scores[i : i + _QUERIES], threshold)
+            for i in range(0, len(votes), _QUERIES)
+        ]
+        return np.concatenate(parts)
+
+    def _winners(
+        self, votes: NDArray[np.uint32], scores: NDArray[np.uint32], threshold: int
+    ) -> NDArray[np.bool_]:
+        queries, classes = votes.shape
+        first, second = np.triu_indices(classes, 1)
+        reach = scores - np.uint32(threshold) if self._rank == 0 else scores
+        below = self._negative(np.concatenate([(votes[:, first] - votes[:, second]).T, reach.T]))
+        behind, short = below[: len(first)], below[len(first) :]
+        # Of two classes that draw, the lower one counts as ahead.
+        ahead = np.empty((classes, classes, below.shape[1]), np.int64)
+        ahead[first, second], ahead[second, first] = self._not(behind), behind
+        rivals = ahead[~np.eye(classes, dtype=bool)].reshape(classes, classes - 1, -1)
+        unbeaten = self._all(rivals.transpose(1, 0, 2))
+        consensus = self._not(self._all(short[:, None])).repeat(classes, axis=0)
+        won = self._all(np.stack([unbeaten, consensus]))
+        return np.unpackbits(won.view(np.uint8), axis=1)[:, :queries].T.astype(np.bool_)
+
+    def _negative(self, share: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Which entries of ``[row, query]`` are negative: shared bits, packed to words ``[row, word]``."""
+        raised = torch.from_numpy(share.astype(np.int64) << _RING_BITS)
+        bits = convert(_tensor_of(raised), Ptype.binary).share.numpy() < 0
+        packed = np.packbits(bits, axis=1)
+        return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.int64)
+
+    def _not(self, words: NDArray[np.int64]) -> NDArray[np.int64]:
+        return ~words if self._rank == 0 else words
+
+    @staticmethod
+    def _all(words: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The AND of shared words ``[operand, ...]`` over the operands, in a tree."""
+        left = words
+        while len(left) > 1:
+            half = len(left) // 2
+            pair = [BinarySharedTensor.from_shares(torch.from_numpy(part.copy())) for part in
+                    (left[:half], left[half : 2 * half])]  # fmt: skip
+            left = np.concatenate([beaver.AND(*pair).share.numpy(), left[2 * half :]])
+        joined: NDArray[np.int64] = left[0]
+        return joined
 
     def close(self) -> None:
         """Leave the group. Idempotent."""

@@ -29,6 +29,7 @@ class Upload:
 
     A retry sends these same bytes. Keep them (``pack``) until every aggregator has them: sharing the answers
     anew would leave the aggregators with shares that do not belong together, and the device left out.
+    ``round`` is the label of the attempt.
     """
 
     round: int
@@ -105,14 +106,14 @@ def seal_integers(
     shares = split(integers, len(terms.keys), own.stream("shares"))
     envelopes = tuple(
         seal(
-            Header(terms.round, device, upload_id, party, len(shares), terms.entries, share.form),
+            Header(terms.label, device, upload_id, party, len(shares), terms.entries, share.form),
             share,
             bytes.fromhex(key),
             own.subkey("envelope", party),
         )
         for party, (share, key) in enumerate(zip(shares, terms.keys, strict=True))
     )
-    return Upload(terms.round, device, upload_id, envelopes)
+    return Upload(terms.label, device, upload_id, envelopes)
 
 
 def send(upload: Upload, endpoints: Sequence[Endpoint], *, deadline: float) -> None:

@@ -112,7 +112,7 @@ class Endpoint:
         kept = self._connection is not None
         try:
             return self._try(method, path, body, deadline)
-        except (ConnectionError, http.client.BadStatusLine):
+        except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError, ssl.SSLZeroReturnError):
             # A party closes idle connections; requests may be repeated, so once more on a fresh one.
             if not kept:
                 raise

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privkd.channel import ChannelBase, Release, contributions, noise_variance
+from privkd.config import ChannelConfig
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.noise import NoiseRoot
@@ -26,9 +27,10 @@ from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.local import LocalParties
 from privkd.secure.shares import fitting_encoding
 from privkd.secure.splits import distributed_variance
-from privkd.secure.terms import RoundTerms
+from privkd.secure.terms import RoundTerms, VoteTerms
+from privkd.voting import VoteRule
 
-_EXPIRY_SECONDS = 86_400
+_LIFETIME = 86_400
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class ServiceOptions:
         minimum: fewest devices over which a sum is released; ``None`` for all of them.
         noise: who adds the noise; see ``privkd.secure.splits``.
         projections: of the norm check (``privkd.secure.normcheck``), which needs a third party; 0 for none.
+        votes: hold a vote by this rule (``privkd.voting``) in place of a mean; it needs a third party too.
+        lifetime: seconds that a round waits for its devices; one interrupted for longer is attempted again.
     """
 
     urls: tuple[str, ...] = ()
@@ -56,6 +60,8 @@ class ServiceOptions:
     minimum: int | None = None
     noise: Literal["aggregators", "devices"] = "aggregators"
     projections: int = 0
+    votes: VoteRule | None = None
+    lifetime: int = _LIFETIME
 
     @property
     def tls(self) -> ClientTls | None:
@@ -63,8 +69,40 @@ class ServiceOptions:
         return None if self.ca is None else ClientTls(self.ca, self.certificate, self.key)
 
 
+def service_options(
+    channel: ChannelConfig, run: bytes, votes: VoteRule | None = None
+) -> ServiceOptions | None:
+    """How a run's settings ask for services, if they do. ``run`` names the run among all others."""
+    if not channel.through_services:
+        return None
+    return ServiceOptions(
+        urls=channel.aggregator_urls,
+        ca=channel.ca,
+        certificate=channel.certificate,
+        key=channel.key,
+        pins=channel.aggregator_keys,
+        run=run,
+        minimum=channel.minimum_devices,
+        noise=channel.noise_from,
+        projections=channel.norm_projections,
+        votes=votes,
+    )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of the parties in a round, beside its name and its devices."""
+
+    encoding: FixedPoint
+    sigma2: Fraction | None
+    minimum: int
+    votes: VoteTerms | None = None
+
+
 class ServiceChannel(ChannelBase):
     """Secret sharing among parties that run as services; the cloud sees the noisy sum alone.
+
+    With ``votes`` in its options it sees less: which class won on each query, where there is a consensus.
 
     This process plays the cloud and all devices, so it opens the rounds, uploads for every device, and adds
     what the parties post. The release is over the devices that all parties hold, and never over fewer than
@@ -100,8 +138,13 @@ class ServiceChannel(ChannelBase):
         """
         super().__init__(clip_norm, rho)
         checked_parties(clip_norm, rho, aggregators, deadline=deadline, local=not options.urls)
-        if options.projections and options.noise == "devices":
-            raise ConfigError("norm_projections: the devices' noise would fail it; take the aggregators'")
+        if options.noise == "devices" and (options.projections or options.votes):
+            what = "norm_projections" if options.projections else "aggregation: votes"
+            raise ConfigError(f"{what}: the devices' noise would spoil it; take the aggregators'")
+        if options.votes is not None and (options.votes.rho is None) != (rho is None):
+            raise ConfigError(f"rho={rho}: not that of the votes' rule, {options.votes.rho}")
+        if options.votes is not None and rho is not None and (options.votes.rho or 0) > rho:
+            raise ConfigError(f"rho={rho}: less than the votes' rule costs")
         if options.minimum is not None and options.minimum < 1:
             raise ConfigError(f"minimum_devices={options.minimum}: expected at least 1")
         self.aggregators = aggregators
@@ -117,7 +160,8 @@ class ServiceChannel(ChannelBase):
     def event(self) -> PrivacyEvent:
         """``rho``-zCDP, or no guarantee without noise."""
         if self.rho is None:
-            return NoPrivacy("secure aggregation without noise: the exact sum of all devices is revealed")
+            what = "sum of all devices" if self._options.votes is None else "consensus of all devices"
+            return NoPrivacy(f"secure aggregation without noise: the exact {what} is revealed")
         return ZCdp(self.rho)
 
     def start(self) -> None:
@@ -126,7 +170,7 @@ class ServiceChannel(ChannelBase):
             return
         urls, tls = self._options.urls, self._options.tls
         if not urls:
-            third_party = self._options.projections > 0
+            third_party = self._options.projections > 0 or self._options.votes is not None
             members = range(self.aggregators + third_party)
             keys = tuple(self._root.subkey("aggregator", rank) for rank in members)
             limits = {"step_seconds": self._deadline, "minimum_devices": 1}
@@ -151,28 +195,44 @@ class ServiceChannel(ChannelBase):
             self._local = None
 
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send the mean of the devices' blocks of ``answers`` to the cloud; see ``Channel.release``.
+        """Send what the devices' blocks of ``answers`` come to to the cloud; see ``Channel.release``.
 
-        ``Release.devices`` are those over which the parties agreed.
+        ``Release.devices`` are those over which the parties agreed. The answers of a vote are one-hot rows
+        without noise; a row of zeros is a query without consensus.
         """
         blocks = contributions(answers, devices, round)
-        minimum = self._minimum(len(devices))
-        draws = self.aggregators if self._options.noise == "aggregators" else -(-len(devices) // minimum)
-        encoding = fitting_encoding(self.clip_norm, devices=len(devices), parties=draws, rho=self.rho)
-        sigma2 = self._sigma2(encoding, minimum)
+        request = self._request(answers, self._minimum(len(devices)))
         try:
             self.start()
-            total = self._aggregate(blocks, devices, round, encoding, sigma2, minimum)
+            total = self._aggregate(blocks, devices, round, request)
         except BaseException:
             self.close()
             raise
-        mean = encoding.decode(total.integers) / len(total.devices)
+        if request.votes is not None:
+            outcome, noise_std = total.integers.astype(np.float64), 0.0
+        else:
+            outcome = request.encoding.decode(total.integers) / len(total.devices)
+            noise_std = self._noise_std(request, len(total.devices))
         return Release(
-            torch.from_numpy(mean.astype(np.float32)).reshape(answers.shape[1:]),
+            torch.from_numpy(outcome.astype(np.float32)).reshape(answers.shape[1:]),
             total.devices,
-            self._noise_std(encoding, sigma2, len(total.devices), minimum),
+            noise_std,
             self.event,
         )
+
+    def _request(self, answers: Tensor, minimum: int) -> _Request:
+        devices, queries, classes = answers.shape
+        rule = self._options.votes
+        if rule is not None:
+            _check_votes(answers, rule)
+            bound = math.isqrt(queries - 1) + 1
+            votes = VoteTerms(
+                classes=classes, threshold=rule.threshold, threshold_sigma2=_spelt(rule.threshold_sigma2)
+            )
+            return _Request(FixedPoint(0, bound), rule.sigma2, minimum, votes)
+        draws = self.aggregators if self._options.noise == "aggregators" else -(-devices // minimum)
+        encoding = fitting_encoding(self.clip_norm, devices=devices, parties=draws, rho=self.rho)
+        return _Request(encoding, self._sigma2(encoding, minimum), minimum)
 
     def _minimum(self, devices: int) -> int:
         minimum = self._options.minimum or devices
@@ -188,20 +248,16 @@ class ServiceChannel(ChannelBase):
             return distributed_variance(encoding.bound, self.rho, minimum)
         return noise_variance(encoding.bound, self.rho)
 
-    def _noise_std(self, encoding: FixedPoint, sigma2: Fraction | None, devices: int, minimum: int) -> float:
-        if sigma2 is None:
+    def _noise_std(self, request: _Request, devices: int) -> float:
+        if request.sigma2 is None:
             return 0.0
-        draws = self.aggregators if self._options.noise == "aggregators" else Fraction(devices, minimum)
-        return math.ldexp(math.sqrt(sigma2 * draws), -encoding.fraction_bits) / devices
+        by_aggregators = self._options.noise == "aggregators"
+        draws = self.aggregators if by_aggregators else Fraction(devices, request.minimum)
+        std = math.sqrt(request.sigma2 * draws)
+        return math.ldexp(std, -request.encoding.fraction_bits) / devices
 
     def _aggregate(
-        self,
-        blocks: NDArray[np.float64],
-        devices: Sequence[PartyId],
-        round: int,
-        encoding: FixedPoint,
-        sigma2: Fraction | None,
-        minimum: int,
+        self, blocks: NDArray[np.float64], devices: Sequence[PartyId], round: int, request: _Request
     ) -> Total:
         group = self._group
         assert group is not None
@@ -210,18 +266,17 @@ class ServiceChannel(ChannelBase):
             round=self._name(round),
             keys=group.keys(deadline),
             entries=blocks.shape[1],
-            minimum=minimum,
-            fraction_bits=encoding.fraction_bits,
-            bound=encoding.bound,
-            sigma2=None if sigma2 is None else str(sigma2),
+            minimum=request.minimum,
+            fraction_bits=request.encoding.fraction_bits,
+            bound=request.encoding.bound,
+            sigma2=_spelt(request.sigma2),
             noise=self._options.noise,
             projections=self._options.projections,
+            votes=request.votes,
             roster=tuple(devices),
-            expires=int(time.time() + self._deadline) + _EXPIRY_SECONDS,
+            expires=int(time.time() + self._deadline) + self._options.lifetime,
         )
-        found = group.find(terms.round, deadline)
-        if found is not None and found.substance() == terms.substance():
-            terms = found
+        terms = group.standing(terms, deadline)
         group.open(terms, deadline)
         refused = self._upload(group, blocks, terms, deadline)
         try:
@@ -247,3 +302,14 @@ class ServiceChannel(ChannelBase):
         """Names the round among all that these services will ever see."""
         digest = hashlib.sha256(b"privkd round" + self._options.run + round.to_bytes(8, "big")).digest()
         return int.from_bytes(digest[:8], "big")
+
+
+def _spelt(variance: Fraction | None) -> str | None:
+    return None if variance is None else str(variance)
+
+
+def _check_votes(answers: Tensor, rule: VoteRule) -> None:
+    if answers.shape[1] != rule.queries:
+        raise ChannelError(f"{answers.shape[1]} queries, but the vote was priced for {rule.queries}")
+    if not (((answers == 0) | (answers == 1)).all() and (answers.sum(-1) == 1).all()):
+        raise ChannelError("votes that are not one-hot; nothing was released")

@@ -2,63 +2,38 @@
 
 What a party decides is in its journal before it acts on it:
 
-    opened -> closed (which uploads it holds) -> agreed (over which set it releases) -> posted, or failed
+    opened -> closed (which uploads it holds) -> agreed (over which set it releases) -> posted
+           -> failed, or abandoned
 
 A closed round takes no more uploads, so a repeated closing agrees on the same set, draws the same noise and
-makes the same bytes. A set that differs from the one in the journal is refused.
+makes the same sum or vote. A set that differs from the one in the journal is refused.
+
+A round that came to nothing may be attempted again, under fresh shares and fresh noise, once every attempt
+before is in the journal as abandoned. A party abandons nothing of which it has made its share, and makes no
+share of what it abandoned. So as long as one aggregator is honest, one attempt at most is ever released.
 """
 
-import socket
 import threading
 import time
-from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import PartyId
 from privkd.journal import Journal
+from privkd.secure.admission import RefusalError, admit_header, admit_terms
 from privkd.secure.envelope import Header, header_of, unseal
 from privkd.secure.keys import load_noise_key, load_sealing_key, public_hex
 from privkd.secure.party import PartyConfig
+from privkd.secure.posts import agreed_in, made_in, session_mark
+from privkd.secure.seating import Seating
 from privkd.secure.shares import Share
 from privkd.secure.spool import RoundSpool, stored_rounds
-from privkd.secure.terms import RoundTerms, set_digest
-from privkd.secure.wire import Frame, Kind
-from privkd.secure.worker import (
-    Task,
-    Worker,
-    WorkerError,
-    WorkerSetup,
-    pack_identifiers,
-    unpack_identifiers,
-)
+from privkd.secure.standing import Standing
+from privkd.secure.terms import RoundTerms, attempt_label, set_digest
+from privkd.secure.wire import Kind
+from privkd.secure.worker import Task, WorkerError, pack_identifiers, unpack_identifiers
 
 _MAX_STRANGERS = 100
-
-
-class RefusalError(ChannelError):
-    """This party will not do what was asked, now or later. ``status`` is HTTP's."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-@dataclass
-class _Round:
-    """One round's state; the journal's, but for who was refused."""
-
-    spool: RoundSpool
-    opened: bool = False
-    closed: str | None = None
-    agreed: str | None = None
-    devices: list[PartyId] = field(default_factory=list)
-    left_out: dict[PartyId, str] = field(default_factory=dict)
-    failure: str | None = None
-    posted: bool = False
-    refused: dict[PartyId, str] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class Rounds:
@@ -73,120 +48,136 @@ class Rounds:
         """
         self.party = party
         self._sealing_key = load_sealing_key(party.sealing_key)
-        self._noise_key = load_noise_key(party.noise_key)
         if public_hex(self._sealing_key) != party.members[party.rank]:
             raise ConfigError(
                 f"{party.sealing_key}: its public key is {public_hex(self._sealing_key)}, "
                 f"but members[{party.rank}] says {party.members[party.rank]}"
             )
+        self.seating = Seating(party, self._sealing_key, load_noise_key(party.noise_key))
         self._spools = party.directory / "rounds"
         self._spools.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(party.directory / "journal.jsonl")
         self._journalling = threading.Lock()
-        self._rounds = {spool.terms.round: _Round(spool) for spool in stored_rounds(self._spools)}
+        self._rounds = {spool.terms.label: Standing(spool) for spool in stored_rounds(self._spools)}
+        # Known by the journal alone: without a spool nothing can be said of them but that they were.
         self._gone: set[int] = set()
+        self._abandoned: set[int] = set()
         for record in self._journal:
             self._recall(record)
         self._opening = threading.Lock()
-        self._seating = threading.Lock()
-        self._worker: Worker | None = None
-        self._port = 0
 
     def _recall(self, record: dict[str, Any]) -> None:
-        state = self._rounds.get(int(record["round"], 16))
-        if state is None:
-            self._gone.add(int(record["round"], 16))
-            return
-        match record["event"]:
-            case "opened":
-                state.opened = True
-            case "closed":
-                state.closed = record["held"]
-            case "agreed":
-                state.agreed = record["set"]
-                state.devices, state.left_out = record["devices"], record["left_out"]
-            case "failed":
-                state.failure = record["reason"]
-            case "posted":
-                state.posted = True
+        label = int(record["round"], 16)
+        if record["event"] == "abandoned":
+            self._abandoned.add(label)
+        if label in self._rounds:
+            self._rounds[label].recall(record)
+        else:
+            self._gone.add(label)
 
-    def _record(self, state: _Round, event: str, **facts: Any) -> None:
+    def _record(self, label: int, event: str, **facts: Any) -> None:
         with self._journalling:
-            self._journal.append({"event": event, "round": state.spool.terms.folder} | facts)
+            self._journal.append({"event": event, "round": f"{label:016x}"} | facts)
 
-    # ---- opening ------------------------------------------------------------------------------------
+    # ---- opening and abandoning ---------------------------------------------------------------------
 
     def open(self, terms: RoundTerms) -> None:
         """Begin a round. The same terms again change nothing.
 
         Raises:
-            RefusalError: other terms were opened under this name, or this party does not accept these.
+            RefusalError: other terms were opened under this name, this party does not accept these, or an
+                earlier attempt at the round was not abandoned here.
         """
         with self._opening:
-            state = self._rounds.get(terms.round)
+            state = self._rounds.get(terms.label)
             if state is not None and state.spool.terms != terms:
                 raise RefusalError(409, f"round {terms.folder} was opened with other terms")
+            if terms.label in self._abandoned:
+                raise RefusalError(409, f"round {terms.folder} was abandoned")
             if state is None:
                 self._check(terms)
-                state = _Round(RoundSpool.create(self._spools / terms.folder, terms))
-                self._rounds[terms.round] = state
+                state = Standing(RoundSpool.create(self._spools / terms.folder, terms))
+                self._rounds[terms.label] = state
             if not state.opened:
-                self._record(state, "opened", terms=terms.model_dump())
+                self._record(terms.label, "opened", terms=terms.model_dump())
                 state.opened = True
                 self._prune()
 
     def _check(self, terms: RoundTerms) -> None:
-        limits, name = self.party.limits, f"round {terms.folder}"
-        if terms.round in self._gone:
+        name = f"round {terms.folder}"
+        if terms.label in self._gone:
             raise RefusalError(409, f"{name} is in the journal, but its spool was removed; take a new name")
+        for earlier in range(terms.attempt):
+            if attempt_label(terms.round, earlier) not in self._abandoned:
+                raise RefusalError(409, f"{name}: attempt {earlier} at it was not abandoned here")
+        admit_terms(self.party, terms)
+
+    def abandon(self, label: int) -> None:
+        """Never release anything of an attempt, known or not. Durable on return; again changes nothing.
+
+        Raises:
+            RefusalError: this party has made its share of it, so it can only be completed.
+        """
         if self.party.deals:
             raise RefusalError(404, f"{self.party.name} holds no shares, so it takes part in no round")
-        if terms.keys != self.party.members[: self.party.parties]:
-            raise RefusalError(409, f"{name}: its keys are not those of this party's members")
-        if terms.expires <= time.time():
-            raise RefusalError(410, f"{name} has expired")
-        if terms.minimum < limits.minimum_devices:
-            raise RefusalError(
-                403, f"{name}: minimum={terms.minimum}, this party asks for {limits.minimum_devices}"
-            )
-        if terms.entries * 4 > limits.max_upload_bytes:
-            raise RefusalError(413, f"{name}: {terms.entries} entries, more than this party takes")
-        if terms.projections and not self.party.third_party:
-            raise RefusalError(409, f"{name}: the norm check needs a third party, and this group has none")
-        if limits.max_rho is not None and (
-            not terms.total
-            or Fraction(terms.bound**2) / (2 * terms.total) > Fraction(limits.max_rho) * Fraction(1 + 2**-40)
-        ):
-            raise RefusalError(
-                403, f"{name}: less noise than this party's max_rho={limits.max_rho:g} asks for"
-            )
+        with self._opening:
+            state = self._rounds.get(label)
+            if state is None:
+                if label not in self._abandoned:
+                    if label in self._gone:
+                        raise RefusalError(409, f"round {label:016x}: its spool was removed, so that nobody "
+                                                "knows whether it was released")  # fmt: skip
+                    self._record(label, "abandoned")
+                    self._gone.add(label)
+                    self._abandoned.add(label)
+                return
+        with state.lock:
+            if state.abandoned:
+                return
+            if state.shared:
+                name = f"round {state.spool.terms.folder}"
+                raise RefusalError(
+                    409, f"{name}: this party's share of it was made, so it can only be completed"
+                )
+            self._record(label, "abandoned")
+            state.abandon()
+            self._abandoned.add(label)
 
     def _prune(self) -> None:
-        done = [state for state in self._rounds.values() if state.posted or state.failure]
+        done = [state for state in self._rounds.values() if state.finished]
         for state in done[: -self.party.limits.keep_rounds]:
-            state.spool.drop_uploads()
+            # Once each: a party that has seen thousands of rounds would else spend its time on them.
+            if not state.pruned:
+                state.spool.drop_uploads()
+                state.pruned = True
 
-    def status(self, round: int) -> dict[str, Any]:
+    def status(self, label: int) -> dict[str, Any]:
         """What is public of a round: its terms, how far it is, and over which devices it is released."""
-        state = self._opened(round)
+        state = self._opened(label)
+        terms = state.spool.terms
+        share = None if terms.votes is None else state.spool.share
+        expired = state.closed is None and terms.expires <= time.time()
         return {
-            "terms": state.spool.terms.pack().decode(),
+            "terms": terms.pack().decode(),
             "closed": state.closed is not None,
             "set": state.agreed,
             "devices": state.devices,
             "left_out": state.left_out,
             "failure": state.failure,
+            "over": expired or state.failure is not None,
+            "shared": state.shared,
+            "made_in": None if share is None else made_in(share),
         }
 
     # ---- uploads ------------------------------------------------------------------------------------
 
-    def upload(self, round: int, envelope: bytes) -> PartyId:
+    def upload(self, label: int, envelope: bytes) -> PartyId:
         """Take one device's upload, durably; the device. The same bytes again change nothing.
 
         Raises:
             RefusalError: it is not accepted; the reason is kept for the journal.
         """
-        state = self._opened(round)
+        state = self._opened(label)
         try:
             header = header_of(envelope)
         except ChannelError as error:
@@ -201,9 +192,9 @@ class Rounds:
             raise
         return header.device
 
-    def _admit(self, state: _Round, header: Header, envelope: bytes) -> None:
+    def _admit(self, state: Standing, header: Header, envelope: bytes) -> None:
         terms = state.spool.terms
-        self._check_header(terms, header)
+        admit_header(self.party, terms, header)
         try:
             share: Share = unseal(envelope, self._sealing_key)[1]
             share.expand(terms.entries)
@@ -222,104 +213,29 @@ class Rounds:
                     raise
                 raise RefusalError(409, str(error)) from error
 
-    def _check_header(self, terms: RoundTerms, header: Header) -> None:
-        found = (header.round, header.party, header.parties, header.entries)
-        expected = (terms.round, self.party.rank, self.party.parties, terms.entries)
-        if found != expected:
-            names = ("round", "aggregator", "number of aggregators", "number of entries")
-            wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
-            raise RefusalError(400, f"{header.device}: upload for another {wrong[0]}")
-        if header.device not in terms.roster:
-            raise RefusalError(403, f"{header.device}: not on the roster of round {terms.folder}")
-
-    def _opened(self, round: int) -> _Round:
-        state = self._rounds.get(round)
+    def _opened(self, label: int) -> Standing:
+        state = self._rounds.get(label)
         if state is None or not state.opened:
-            raise RefusalError(404, f"round {round:016x} is not open here")
+            raise RefusalError(404, f"round {label:016x} is not open here")
         return state
-
-    # ---- the worker ---------------------------------------------------------------------------------
-
-    def join(self, session: str, port: int | None) -> int:
-        """Start a worker that joins the parties' ``session``; the port of its rendezvous.
-
-        A group of workers cannot be mended, so a new session ends the worker of the one before.
-
-        Args:
-            session: names the group of workers.
-            port: of rank 0's rendezvous; rank 0 itself needs none, and binds it.
-
-        Raises:
-            WorkerError: the worker cannot be started.
-        """
-        with self._seating:
-            if self._worker is not None and self._worker.session == session and self._worker.alive:
-                return self._port
-            self._end_worker()
-            if self.party.rank == 0:
-                with self._bind() as listener:
-                    self._port = listener.getsockname()[1]
-                    self._worker = self._start(session, listener)
-            else:
-                if port is None:
-                    raise RefusalError(400, "a session needs the port of rank 0's rendezvous")
-                self._port = port
-                self._worker = self._start(session, None)
-            return self._port
-
-    def _bind(self) -> socket.socket:
-        peers = self.party.peers
-        try:
-            return socket.create_server((peers.host, peers.port), backlog=64)
-        except OSError as error:
-            raise WorkerError(
-                f"{self.party.name}: cannot listen on {peers.host}:{peers.port}: {error}"
-            ) from error
-
-    def _start(self, session: str, listener: socket.socket | None) -> Worker:
-        party = self.party
-        setup = WorkerSetup(
-            rank=party.rank,
-            parties=party.parties,
-            host=party.peers.host,
-            port=self._port,
-            interface=party.peers.interface,
-            sealing_key=self._sealing_key.private_bytes_raw().hex(),
-            noise_key=self._noise_key.hex(),
-            members=party.members,
-            session=session,
-        )
-        return Worker(setup, party.name, listener, start_seconds=party.limits.start_seconds)
-
-    def _end_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-
-    def _ask(self, session: str, kind: Kind, body: bytes) -> bytes:
-        worker, limits = self._worker, self.party.limits
-        if worker is None or worker.session != session:
-            raise WorkerError(f"{self.party.name} has no worker in this session")
-        return worker.call(
-            Frame(kind, body), step_seconds=limits.step_seconds, hang_seconds=limits.hang_seconds
-        )
 
     # ---- closing ------------------------------------------------------------------------------------
 
-    def close(self, round: int, session: str, *, agree: bool = True) -> bytes:
-        """This party's noisy share of the agreed sum: the set's digest, then ring elements.
+    def close(self, label: int, session: str, *, agree: bool = True, kept: bool = False) -> bytes:
+        """This party's post over the agreed set: see ``privkd.secure.posts``.
 
         Args:
-            round: which one.
+            label: of the round.
             session: the group of workers to do it with.
             agree: whether some aggregator does not know the agreed set yet. All must then take part in
                 agreeing on it, those too that have made their shares.
+            kept: whether all have kept a post of one session, which is then wanted whatever ``session`` is.
 
         Raises:
             RefusalError: nothing is released, for good.
             WorkerError: a party's worker failed; nothing was released, and a new session may try again.
         """
-        state = self._opened(round)
+        state = self._opened(label)
         with state.lock:
             if state.failure is not None:
                 raise RefusalError(409, state.failure)
@@ -327,37 +243,39 @@ class Rounds:
                 self._freeze(state)
                 self._agree(state, session)
             share = state.spool.share
-            if share is None:
+            # Shares of a vote belong together only if they were made together.
+            voted_apart = state.spool.terms.votes is not None and not kept
+            if share is None or (voted_apart and made_in(share) != session_mark(session).hex()):
                 self._freeze(state)
-                share = self._sum(state, session)
+                share = self._share(state, session)
                 state.spool.keep_share(share)
             if not state.posted:
-                self._record(state, "posted")
+                self._record(label, "posted")
                 state.posted = True
             return share
 
-    def _freeze(self, state: _Round) -> None:
+    def _freeze(self, state: Standing) -> None:
         """From here on the round takes no more uploads, even after a restart."""
         terms = state.spool.terms
         held = set_digest(terms, [header.identifier for header in state.spool.held.values()]).hex()
         if state.closed is None:
             if terms.expires <= time.time():
                 self._fail(state, f"round {terms.folder} expired before it was closed")
-            self._record(state, "closed", held=held)
+            self._record(terms.label, "closed", held=held)
             state.closed = held
         elif state.closed != held:
             raise RefusalError(409, f"round {terms.folder}: the spool has changed since the round was closed")
 
-    def _agree(self, state: _Round, session: str) -> None:
+    def _agree(self, state: Standing, session: str) -> None:
         """Settle with the other aggregators over which devices the sum is, once and for all."""
         terms = state.spool.terms
         held = {header.identifier: device for device, header in state.spool.held.items()}
-        answer = self._ask(session, Kind.AGREE, pack_identifiers(list(held)))
+        answer = self.seating.ask(session, Kind.AGREE, pack_identifiers(list(held)))
         agreed = unpack_identifiers(answer)
         too_long: set[bytes] = set()
         if terms.projections and agreed:
             task = Task(str(state.spool.folder), terms.pack().decode(), tuple(held[i] for i in agreed))
-            passed = self._ask(session, Kind.CHECK, task.pack())
+            passed = self.seating.ask(session, Kind.CHECK, task.pack())
             too_long = {i for i, flag in zip(agreed, passed, strict=True) if not flag}
             agreed = [i for i in agreed if i not in too_long]
         devices = sorted(held[identifier] for identifier in agreed)
@@ -366,44 +284,28 @@ class Rounds:
             if state.agreed != digest:
                 raise RefusalError(409, f"round {terms.folder}: the agreed set differs from the one released")
             return
-        absent = self._absent(state, set(devices)) | {
+        absent = state.absent(set(devices)) | {
             held[i]: f"{held[i]}: rejected by the norm check" for i in too_long
         }
         if len(agreed) < terms.minimum:
             few = f"{len(agreed)} uploads agreed, fewer than {terms.minimum}"
             self._fail(state, f"round {terms.folder}: {few}; " + "; ".join(absent.values()))
-        self._record(state, "agreed", set=digest, devices=devices, left_out=absent)
+        self._record(terms.label, "agreed", set=digest, devices=devices, left_out=absent)
         state.agreed, state.devices, state.left_out = digest, devices, absent
 
-    def _sum(self, state: _Round, session: str) -> bytes:
-        """This party's share of the sum over the set in the journal."""
+    def _share(self, state: Standing, session: str) -> bytes:
+        """This party's post over the set in the journal."""
         terms = state.spool.terms
         if state.agreed is None:
             raise WorkerError(f"{self.party.name} has not agreed with the others yet")
         task = Task(str(state.spool.folder), terms.pack().decode(), tuple(state.devices))
-        share = self._ask(session, Kind.SUM, task.pack())
-        if share[:32].hex() != state.agreed:
-            raise WorkerError(f"{self.party.name}: its worker summed over another set")
+        kind = Kind.SUM if terms.votes is None else Kind.VOTE
+        share = self.seating.ask(session, kind, task.pack())
+        if agreed_in(share) != state.agreed:
+            raise WorkerError(f"{self.party.name}: its worker worked on another set")
         return share
 
-    def _absent(self, state: _Round, agreed: set[PartyId]) -> dict[PartyId, str]:
-        """Why each device is left out: those on the roster, and strangers who tried."""
-        reasons: dict[PartyId, str] = {}
-        held = state.spool.held
-        for device in (*state.spool.terms.roster, *sorted(state.refused)):
-            if device in agreed or device in reasons:
-                continue
-            default = f"{device}: its upload is missing, or another one, at another aggregator"
-            missing = state.refused.get(device, f"{device}: no upload")
-            reasons[device] = default if device in held else missing
-        return reasons
-
-    def _fail(self, state: _Round, reason: str) -> None:
-        self._record(state, "failed", reason=reason)
+    def _fail(self, state: Standing, reason: str) -> None:
+        self._record(state.spool.terms.label, "failed", reason=reason)
         state.failure = reason
         raise RefusalError(409, reason)
-
-    def stop(self) -> None:
-        """End the worker. Idempotent."""
-        with self._seating:
-            self._end_worker()

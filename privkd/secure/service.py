@@ -4,7 +4,8 @@
     POST /v1/session                  {"session", "port"}: start a worker for a group of workers
     PUT  /v1/rounds/<name>            the round's terms; GET what is public of it
     POST /v1/rounds/<name>/uploads    one sealed upload
-    POST /v1/rounds/<name>/share      {"session", "agree"}: close the round; this party's noisy share
+    POST /v1/rounds/<name>/share      {"session", "agree", "kept"}: close the round; this party's post
+    POST /v1/rounds/<name>/abandon    never release anything of the round
 
 Refusals carry ``{"error": ...}``: 4xx are final, 503 may be tried again. Every request has a deadline in all,
 not one for each read, and a limit on its size. With client certificates only the common name ``cloud``
@@ -23,13 +24,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 from privkd.errors import ChannelError, ConfigError, PrivkdError
+from privkd.secure.admission import RefusalError
 from privkd.secure.envelope import header_of
 from privkd.secure.keys import CLOUD
 from privkd.secure.party import PartyConfig
-from privkd.secure.rounds import RefusalError, Rounds
+from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 
-_ROUND = re.compile(r"/v1/rounds/([0-9a-f]{16})(/uploads|/share)?")
+_ROUND = re.compile(r"/v1/rounds/([0-9a-f]{16})(/uploads|/share|/abandon)?")
 _MAX_JSON = 1 << 24
 
 
@@ -194,28 +196,30 @@ class Service(ThreadingHTTPServer):
         if (method, path) == ("POST", "/v1/session"):
             _only_cloud(caller)
             fields = _parse(body)
-            port = self.rounds.join(str(fields.get("session", "")), _port(fields.get("port")))
+            port = self.rounds.seating.join(str(fields.get("session", "")), _port(fields.get("port")))
             return json.dumps({"port": port}).encode()
         match = _ROUND.fullmatch(path)
         if match is None:
             raise RefusalError(404, f"{method} {path[:100]}: no such address")
-        round, action = int(match[1], 16), match[2]
-        if (method, action) == ("GET", None):
-            _only_cloud(caller)
-            return json.dumps(self.rounds.status(round)).encode()
-        if (method, action) == ("PUT", None):
-            _only_cloud(caller)
-            self.rounds.open(_terms(body, round))
-        elif (method, action) == ("POST", "/uploads"):
+        label, action = int(match[1], 16), match[2]
+        if (method, action) == ("POST", "/uploads"):
             _only_own(caller, body)
-            self.rounds.upload(round, body)
-        elif (method, action) == ("POST", "/share"):
-            _only_cloud(caller)
-            fields = _parse(body)
-            session, agree = str(fields.get("session", "")), fields.get("agree") is not False
-            return self.rounds.close(round, session, agree=agree)
-        else:
-            raise RefusalError(405, f"{method} is not offered at {path}")
+            self.rounds.upload(label, body)
+            return b"{}"
+        _only_cloud(caller)
+        match method, action:
+            case "GET", None:
+                return json.dumps(self.rounds.status(label)).encode()
+            case "PUT", None:
+                self.rounds.open(_terms(body, label))
+            case "POST", "/share":
+                fields = _parse(body)
+                session, agree = str(fields.get("session", "")), fields.get("agree") is not False
+                return self.rounds.close(label, session, agree=agree, kept=fields.get("kept") is True)
+            case "POST", "/abandon":
+                self.rounds.abandon(label)
+            case _:
+                raise RefusalError(405, f"{method} is not offered at {path}")
         return b"{}"
 
     def _about(self) -> bytes:
@@ -262,7 +266,7 @@ class Service(ThreadingHTTPServer):
         """Stop serving and end the worker. Idempotent; not from the serving thread."""
         self.shutdown()
         self.server_close()
-        self.rounds.stop()
+        self.rounds.seating.stop()
 
 
 def _server_context(party: PartyConfig) -> ssl.SSLContext | None:
@@ -311,11 +315,11 @@ def _port(value: Any) -> int | None:
     raise RefusalError(400, f"port={value!r}: expected 1 to 65535")
 
 
-def _terms(body: bytes, round: int) -> RoundTerms:
+def _terms(body: bytes, label: int) -> RoundTerms:
     try:
         terms = RoundTerms.unpack(body)
     except ChannelError as error:
         raise RefusalError(400, str(error)) from error
-    if terms.round != round:
-        raise RefusalError(400, f"terms of round {terms.folder} sent to round {round:016x}")
+    if terms.label != label:
+        raise RefusalError(400, f"terms of round {terms.folder} sent to round {label:016x}")
     return terms

@@ -20,7 +20,7 @@ _CHUNK = 1 << 18
 
 
 class Kind(IntEnum):
-    """What a frame is. ``AGREE``, ``CHECK`` and ``SUM`` go to the worker of a service, and come back."""
+    """What a frame is. The last four go to the worker of a service, and come back."""
 
     SETUP = 1
     ROUND = 2
@@ -34,6 +34,7 @@ class Kind(IntEnum):
     AGREE = 10
     CHECK = 11
     SUM = 12
+    VOTE = 13
 
 
 @dataclass(frozen=True)
