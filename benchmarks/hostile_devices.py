@@ -1,4 +1,4 @@
-"""What hostile devices do to the teacher, by the rule that aggregates: ``python benchmarks/hostile_devices.py``.
+"""What hostile devices do to the teacher, by aggregation rule: ``python benchmarks/hostile_devices.py``.
 
 Hostile devices see what the honest ones send, agree among each other, and put whatever they like on the wire,
 past any clipping of their own. The table holds the teacher's accuracy on the test set, a mean over seeds.
@@ -30,13 +30,13 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def wrong(honest: Tensor) -> Tensor:
-    """For each query one wrong class that all attackers agree on, next to the honest choice ``[query, class]``."""
+    """A wrong class that all attackers agree on, next to the honest choice, ``[query, class]``."""
     chosen = honest.mean(0).argmax(-1)
     return F.one_hot((chosen + 1) % honest.shape[-1], honest.shape[-1]).to(honest)
 
 
 def away(honest: Tensor) -> Tensor:
-    """From the honest choice towards the wrong class, as far as a row of norm 1 reaches ``[query, class]``."""
+    """From the honest choice to the wrong class as far as a row of norm 1 reaches, ``[query, class]``."""
     right = F.one_hot(honest.mean(0).argmax(-1), honest.shape[-1]).to(honest)
     return (wrong(honest) - right) / 2**0.5
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 EXAMPLES = 50
-"""Hostile inputs that each test tries; pytest's ``--fuzz-examples`` is put here before tests are collected."""
+"""Hostile inputs that each test tries: pytest's ``--fuzz-examples``, put here before tests are collected."""
 
 _NUMBERS = [
     struct.pack(form, value)
@@ -28,7 +28,7 @@ def fuzzed(*, commands: bool = False) -> settings:
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """``whole`` after up to four wounds: bytes flipped, cut, put in, repeated or made extreme; or any bytes."""
+    """``whole`` with up to four wounds: bytes flipped, cut, put in, repeated, made extreme; or any bytes."""
     if draw(st.integers(0, 19)) == 0:
         return draw(st.binary(max_size=400))
     data = bytearray(whole)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tally
 from faults import Answer, Commands, Kind, Strike
@@ -255,6 +256,25 @@ class TestTwoProcesses:
         assert commands.wait(first).code == 0
         assert same(path, plain.path)
         tally.note("a second process on a run folder", "refused")
+
+
+class TestElsewhere:
+    def test_a_run_goes_on_from_another_working_directory(self, commands: Commands, tmp_path: Path) -> None:
+        """Relative names in its settings are those of the folder in which it was started."""
+        here, there = tmp_path / "here", tmp_path / "there"
+        for folder in (here / "data", there):
+            folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        np.savez(here / "data" / "mine.npz", x=rng.random((200, 5)), y=rng.integers(0, 3, 200))
+        for name in ("--data", "--data-dir"):
+            given = {"--data": ("data/mine.npz",), "--data-dir": ("mine.npz", "--data-dir", "data")}[name]
+            out = tmp_path / name / "run"
+            settings = [*words(("rounds=1",)), "--data", *given, "--out", out]
+            struck = commands.run("train", *settings, strike=Strike("before", 30), cwd=here)
+            assert struck.code == -signal.SIGKILL, struck.err
+            resumed = commands.run("train", "--resume", out, cwd=there)
+            assert resumed.code == 0, resumed.err
+            assert str(here / "data") in (out / "config.toml").read_text()
 
 
 AUDIT = ("--shadows", "8", "--targets", "2", "--view", "student", "--attack", "lira-online", "--json")
