@@ -11,6 +11,7 @@ from audits.canaries import Pool
 from audits.game import DeviceSide, Report
 from audits.release import Floats, Released
 from audits.traces import Cache
+from privkd.aggregation import aggregate
 from privkd.fitting import logits_of
 from privkd.randomness import seeded_generator
 from privkd.reverse import Knowledge, targets_of
@@ -60,21 +61,21 @@ def _absorb(side: DeviceSide, knowledge: Knowledge) -> nn.Module:
 
 def _knowledge(side: DeviceSide, released: Released, others: Floats, model: int) -> Knowledge:
     last = side.rounds - 1
-    mean, std = released.answers[model, last], released.noise_std
+    answers = released.answers[model, last]
     if released.view == "per_client_logits":
-        n = 1 + len(others)
-        mean, std = (mean + others[:, last].sum(0)) / n, std / n**0.5
-    queries = side.transcript.exchanges[last].queries
-    return Knowledge(queries, torch.from_numpy(mean) + _baseline(side, last), std)
+        answers = np.concatenate([answers[None], others[:, last]])
+    return _learned(side, last, torch.from_numpy(answers), released.noise_std)
 
 
 def _published(side: DeviceSide, round: int) -> Knowledge:
     """The run's own release of an earlier round."""
     exchange = side.transcript.exchanges[round]
-    shared = exchange.answers.ndim == 3
-    mean = exchange.answers.mean(0) if shared else exchange.answers
-    std = exchange.noise_std / len(exchange.devices) ** 0.5 if shared else exchange.noise_std
-    return Knowledge(exchange.queries, mean + _baseline(side, round), std)
+    return _learned(side, round, exchange.answers, exchange.noise_std)
+
+
+def _learned(side: DeviceSide, round: int, answers: Tensor, noise_std: float) -> Knowledge:
+    found = aggregate(answers + _baseline(side, round), noise_std, side.game.config.reverse.aggregation)
+    return Knowledge(side.transcript.exchanges[round].queries, found.answers, found.noise_std)
 
 
 def _baseline(side: DeviceSide, round: int) -> Tensor:

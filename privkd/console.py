@@ -179,7 +179,11 @@ def _remarks(result: Result) -> list[Text]:
 
 def _figures(figures: dict[str, float]) -> str:
     names = {"epsilon_record": "epsilon/record", "epsilon_device": "epsilon/device", "accepted": "gate"}
-    return "  ".join(f"{names.get(name, name)} {_short(name, value)}" for name, value in figures.items())
+    return "  ".join(
+        f"{names.get(name, name)} {_short(name, value)}"
+        for name, value in figures.items()
+        if not math.isnan(value)
+    )
 
 
 def _short(name: str, value: float) -> str:

@@ -40,7 +40,16 @@ from privkd.randomness import (
 )
 from privkd.reverse import bounded_answers, choose_queries, targets_of
 from privkd.secure.remote import ServiceOptions
-from privkd.state import RoundFigures, State, Wire, check_same_records, commit, load_state, saved
+from privkd.state import (
+    RoundFigures,
+    State,
+    Wire,
+    check_same_records,
+    commit,
+    load_state,
+    load_teachers,
+    saved,
+)
 from privkd.store import RunFolder
 from privkd.student import Mechanism, check_trainable, quieted
 from privkd.teacher import PublicData, absorb, distil_public, own_targets, train_teacher
@@ -50,15 +59,15 @@ from privkd.teacher import PublicData, absorb, distil_public, own_targets, train
 class Run:
     """A finished run: its last state and what it is measured against.
 
-    ``public_only`` is the mean accuracy of the students after public distillation alone, ``personal`` the
-    mean on each device's own test set (NaN without any, and in a deployment), ``example`` one public input.
+    ``public_only`` is the mean accuracy of the students after public distillation alone, ``student`` an
+    untrained one, ``example`` one public input.
     """
 
     plan: Plan
     state: State
+    student: nn.Module
     example: Tensor
     public_only: float
-    personal: float
     controls: Controls
     ledger: Ledger
 
@@ -80,7 +89,7 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress, *, resumed: bo
         at_least=record.ledger,
     )
     game = replace(game, ledger=ledger, progress=progress)
-    state = load_state(folder, record, *game.blank()) if record.rounds else None
+    state = load_state(folder, record, game.blank()[0]) if record.rounds else None
     if state is None or state.round < game.plan.rounds:
         state = _play_on(game, folder, state)
     with seeded_layers(config.seed, "finish"):
@@ -109,6 +118,9 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
             with seeded_layers(config.seed, "begin"):
                 state = game.begin()
             commit(folder, state, game.ledger.head)
+        elif config.student.start == "own":
+            published = load_teachers(folder, saved(folder), game.blank()[0])[: state.round]
+            state = replace(state, students=game.students_after(published))
         for round in range(state.round, plan.rounds):
             with seeded_layers(config.seed, "round", round):
                 state = game.play(state)
@@ -156,24 +168,31 @@ class Game:
 
     def play(self, state: State) -> State:
         """One round."""
-        students = self._train_students(state)
+        students = self._train_students(state.teacher, state.students, state.round)
         wire = self._release(state, students)
         wires = (*state.wires, wire)
         teacher, control, accepted = self._absorb(state, wires)
         figures = self._figures(teacher, control, students, accepted)
         return State(teacher, control, tuple(students), wires, (*state.figures, figures))
 
-    def _train_students(self, state: State) -> list[nn.Module]:
-        self._stage(state.round, "distilling students on public data")
-        own = self.config.student.start == "own" and state.round > 0
-        starts = (
-            state.students
-            if own
-            else self.fleet.dealt(self._public_students(state.teacher, round=state.round))
-        )
-        self._stage(state.round, "training students on their devices")
-        targets = self.fleet.teach(state.teacher)
-        self._debit(Unit.RECORD, self.plan.record_event, state.round)
+    def students_after(self, teachers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+        """The devices' students after the rounds in which ``teachers`` were published, trained again.
+
+        A resumed run draws the same randomness, so they come out the same and show nothing new.
+        """
+        students: Sequence[nn.Module] = ()
+        for round, teacher in enumerate(teachers):
+            with seeded_layers(self.config.seed, "round", round):
+                students = self._train_students(teacher, students, round)
+        return tuple(students)
+
+    def _train_students(self, teacher: nn.Module, before: Sequence[nn.Module], round: int) -> list[nn.Module]:
+        self._stage(round, "distilling students on public data")
+        own = self.config.student.start == "own" and round > 0
+        starts = before if own else self.fleet.dealt(self._public_students(teacher, round=round))
+        self._stage(round, "training students on their devices")
+        targets = self.fleet.teach(teacher)
+        self._debit(Unit.RECORD, self.plan.record_event, round)
         total = len(self.fleet.devices)
         mechanism = self.mechanism
         if mechanism is None:
@@ -181,14 +200,14 @@ class Game:
                 starts,
                 targets,
                 self.config.student.private_fit,
-                derive_seed(self.config.seed, "device", state.round),
+                derive_seed(self.config.seed, "device", round),
                 lambda done: self.progress.advance(done, total),
             )
         return self.fleet.train_private(
             starts,
             targets,
             mechanism,
-            lambda name: self._randomness(name, state.round),
+            lambda name: self._randomness(name, round),
             lambda done: self.progress.advance(done, total),
         )
 
@@ -217,7 +236,7 @@ class Game:
         self._stage(state.round, "teacher: learning from the release")
         prior = F.softmax(logits_of(state.teacher, self.scenario.proxy), dim=-1)
         reverse = self.config.reverse
-        targets = targets_of([wire.knowledge for wire in wires], prior, reverse)
+        targets = targets_of([wire.knowledge(reverse.aggregation) for wire in wires], prior, reverse)
         absorbed = absorb(state.teacher, targets, self.data, reverse, self._generator("absorb", state.round))
         idle = own_targets(state.control, targets, self.scenario.proxy)
         control = absorb(state.control, idle, self.data, reverse, self._generator("absorb", state.round))
@@ -226,8 +245,6 @@ class Game:
     def finish(self, state: State) -> Run:
         """Measure the controls beside the finished rounds."""
         _, fresh = self.blank()
-        # Whatever is measured on the devices' own records is left to simulations: no ledger covers it.
-        simulated = self.config.privacy.noise == "seeded"
         controls = (
             measure_controls(
                 self.fleet,
@@ -238,20 +255,15 @@ class Game:
                 seed=self.config.seed,
                 progress=self.progress,
             )
-            if simulated and self.config.controls
+            if self._simulated and self.config.controls
             else Controls(None, None)
         )
-        personal = [
-            accuracy(student, device.test.inputs, device.test.labels)
-            for student, device in zip(state.students, self.scenario.devices, strict=True)
-            if simulated and len(device.test)
-        ]
         return Run(
             self.plan,
             state,
+            student=fresh[0],
             example=self.scenario.public.inputs[:1],
             public_only=state.figures[0].students,
-            personal=statistics.fmean(personal) if personal else math.nan,
             controls=controls,
             ledger=self.ledger,
         )
@@ -337,16 +349,32 @@ class Game:
         self, teacher: nn.Module, control: nn.Module, students: Sequence[nn.Module], accepted: float
     ) -> RoundFigures:
         test = self.scenario.test
+        # Nobody sees a private student in a deployment; before the first charge they are public.
+        shown = self._simulated or not self.ledger.parties(Unit.RECORD)
         figures = RoundFigures(
             teacher=accuracy(teacher, test.inputs, test.labels),
             control=accuracy(control, test.inputs, test.labels),
-            students=mean_accuracy(students, test),
+            students=mean_accuracy(students, test) if shown else math.nan,
             accepted=accepted,
             epsilon_record=self.ledger.spent(Unit.RECORD).high,
             epsilon_device=self.ledger.spent(Unit.DEVICE).high,
+            personal=self._personal(students),
         )
         self.progress.figures(**asdict(figures))
         return figures
+
+    def _personal(self, students: Sequence[nn.Module]) -> float:
+        """Mean accuracy on the devices' own test sets: of a simulation alone, as no ledger covers it."""
+        found = [
+            accuracy(student, device.test.inputs, device.test.labels)
+            for student, device in zip(students, self.scenario.devices, strict=True)
+            if self._simulated and len(device.test)
+        ]
+        return statistics.fmean(found) if found else math.nan
+
+    @property
+    def _simulated(self) -> bool:
+        return self.config.privacy.noise == "seeded"
 
     def _stage(self, round: int, name: str) -> None:
         self.progress.stage(f"round {round + 1} of {self.plan.rounds}: {name}")

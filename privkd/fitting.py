@@ -27,9 +27,10 @@ def fit(
         generator: on the CPU; source of the batches.
 
     Raises:
-        TrainingError: the weights are not finite at the end; one loss that is not spoils them for good.
+        TrainingError: a loss on the way, or a weight at the end, is not finite.
     """
     trained = copy.deepcopy(model).train()
+    finite = torch.tensor(True)
     if records:
         optimizer = torch.optim.AdamW(
             trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -38,18 +39,26 @@ def fit(
         for _ in range(config.steps):
             chosen = torch.randint(records, (config.batch_size,), generator=generator)
             optimizer.zero_grad(set_to_none=True)
-            loss(trained, chosen).backward()
+            value = loss(trained, chosen)
+            value.backward()
+            # An infinite loss may leave gradients finite, and gathered here it costs no synchronisation.
+            finite = finite.to(value.device) & value.detach().isfinite()
             optimizer.step()
             schedule.step()
     for parameter in trained.parameters():
         parameter.grad = None
     check_finite(trained, "the model", config.learning_rate)
+    if not bool(finite):
+        raise TrainingError(
+            f"a loss was not finite in training at learning rate {config.learning_rate:g}: lower it, or "
+            "scale the inputs"
+        )
     return trained.eval()
 
 
 def check_finite(model: nn.Module, name: str, learning_rate: float) -> None:
-    """Raise `TrainingError` if a weight is NaN or infinite."""
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+    """Raise `TrainingError` if a weight, or a running statistic, is NaN or infinite."""
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
         raise TrainingError(f"{name} diverged in training at learning rate {learning_rate:g}: lower it")
 
 

@@ -122,7 +122,7 @@ class Journal:
 
     def _create(self, line: bytes) -> None:
         """Bring the file into being with its first line, at once: it is never seen empty."""
-        descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        descriptor, name = tempfile.mkstemp(".part", f".{self.path.name}.", self.path.parent)
         try:
             try:
                 _write_all(descriptor, line)

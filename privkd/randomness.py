@@ -20,7 +20,12 @@ class Randomness(Protocol):
         ...
 
     def noise(self, size: int) -> Tensor:
-        """``size`` fresh standard normal draws, float32 ``[size]``, in the order of the parameters."""
+        """``size`` fresh standard normal draws, float64 ``[size]``, in the order of the parameters.
+
+        To be scaled and added in float64, and the sum rounded once: added in float32, the low bits of the
+        result can betray what was added to (Mironov 2012, "On significance of the least significant bits for
+        differential privacy", section 4).
+        """
         ...
 
 
@@ -56,7 +61,7 @@ class SeededRandomness:
 
     def noise(self, size: int) -> Tensor:
         """See `Randomness.noise`."""
-        return torch.randn(size, generator=self._noise)
+        return torch.randn(size, generator=self._noise).to(torch.float64)
 
 
 class SystemRandomness:
@@ -77,4 +82,4 @@ class SystemRandomness:
 
     def noise(self, size: int) -> Tensor:
         """See `Randomness.noise`."""
-        return torch.from_numpy(standard_normal(size, self._noise).astype(np.float32))
+        return torch.from_numpy(standard_normal(size, self._noise))

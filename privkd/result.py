@@ -32,7 +32,7 @@ class TeacherResult:
 class StudentResult:
     """Mean accuracies over the devices, on the global test set; ``personal`` on each device's own.
 
-    ``direct``, ``direct_private`` and ``public_only`` are the controls; ``None`` was not computed.
+    ``direct``, ``direct_private`` and ``public_only`` are the controls; ``None``, or NaN, was not computed.
     """
 
     mean: float
@@ -88,12 +88,12 @@ def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Resul
     )
     student = StudentResult(
         mean=figures[-1].students,
-        personal=finished.personal,
+        personal=figures[-1].personal,
         direct=controls.direct,
         direct_private=controls.direct_private,
         public_only=finished.public_only,
-        latency_ms=latency_ms(state.students[0], finished.example),
-        parameters=parameter_count(state.students[0]),
+        latency_ms=latency_ms(finished.student, finished.example),
+        parameters=parameter_count(finished.student),
     )
     return Result(
         run=str(path),

@@ -2,7 +2,8 @@
 
 import copy
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privkd.aggregation import Rule, aggregate
 from privkd.data.scenario import Scenario
 from privkd.errors import RunError
 from privkd.events import PartyId
@@ -32,6 +34,10 @@ class RoundFigures:
         accepted: share of the proposed update that the gate let through; 0 is a rollback.
         epsilon_record: upper bound spent so far, worst device.
         epsilon_device: likewise, per device.
+        personal: mean accuracy of the students, each on its device's own test set.
+
+    No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
+    records are involved, and no run where there is nothing to measure them on. They are NaN then.
     """
 
     teacher: float
@@ -40,6 +46,7 @@ class RoundFigures:
     accepted: float
     epsilon_record: float
     epsilon_device: float
+    personal: float
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,10 @@ class Wire:
     noise_std: float
     devices: tuple[PartyId, ...]
 
-    @property
-    def knowledge(self) -> Knowledge:
-        """The release as the teacher learns from it."""
-        shared = self.answers.ndim == 3
-        mean = self.answers.mean(0) if shared else self.answers
-        std = self.noise_std / len(self.devices) ** 0.5 if shared else self.noise_std
-        return Knowledge(self.queries, mean + self.baseline, std)
+    def knowledge(self, rule: Rule) -> Knowledge:
+        """The release as the teacher learns from it: see `aggregation.aggregate`, which raises."""
+        found = aggregate(self.answers + self.baseline, self.noise_std, rule)
+        return Knowledge(self.queries, found.answers, found.noise_std)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class State:
         teacher: the cloud's model.
         control: the same with zero devices.
         students: one for each device, those of the last round; before the first, after public
-            distillation only.
+            distillation only. They belong to the devices and are never written: none after `load_state`.
         wires: all releases so far, oldest first.
         figures: see `RoundFigures`.
     """
@@ -89,23 +93,18 @@ class State:
         """The next round's number, from 0."""
         return len(self.figures) - 1
 
-    @property
-    def knowledge(self) -> tuple[Knowledge, ...]:
-        """The knowledge buffer: re-using old releases is free."""
-        return tuple(wire.knowledge for wire in self.wires)
-
 
 def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
-    """Make ``state`` what a resumed run continues from. Durable on return."""
+    """Make ``state`` what a resumed run continues from. Durable on return.
+
+    All that is written is what the cloud holds. From a student's weights a reader of the folder could compute
+    what its device answered, whatever the channel hid.
+    """
     place = f"rounds/{state.round:03d}"
     files = {
         "cloud": folder.save(
             f"{place}/cloud.safetensors",
             {**prefixed("teacher", state.teacher), **prefixed("control", state.control)},
-        ),
-        "students": folder.save(
-            f"{place}/students.safetensors",
-            {k: v for i, s in enumerate(state.students) for k, v in prefixed(str(i), s).items()},
         ),
     }
     record: dict[str, Any] = {"step": "round", "round": state.round, "files": files}
@@ -116,7 +115,7 @@ def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
         files["wire"] = folder.save(f"{place}/wire.safetensors", tensors)
         record["devices"] = list(wire.devices)
     figures = asdict(state.figures[-1])
-    record["figures"] = {k: "inf" if v == float("inf") else v for k, v in figures.items()}
+    record["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
     record["ledger"] = asdict(ledger) if ledger else None
     folder.journal.append(record)
 
@@ -161,7 +160,7 @@ def saved(folder: RunFolder) -> Saved:
 
 def _saved_round(row: Mapping[str, Any]) -> SavedRound:
     head, number = row["ledger"], int(row["round"])
-    names = ("cloud", "students", "wire") if number else ("cloud", "students")
+    names = ("cloud", "wire") if number else ("cloud",)
     return SavedRound(
         number,
         {name: str(row["files"][name]) for name in names},
@@ -195,23 +194,32 @@ def check_same_records(folder: RunFolder, scenario: Scenario, root: NoiseRoot) -
         raise RunError(f"{folder.path}: the data changed since the run was started; bring back the old data")
 
 
-def load_state(folder: RunFolder, record: Saved, teacher: nn.Module, students: Sequence[nn.Module]) -> State:
-    """The last committed state. ``teacher`` and ``students`` are models of the run's architectures.
+def load_state(folder: RunFolder, record: Saved, teacher: nn.Module) -> State:
+    """The last committed state, without its students. ``teacher`` is a model of its architecture.
 
     Raises:
         RunError: a file is missing, damaged, or of other models.
     """
     last = record.rounds[-1]
-    cloud, weights = (_load(folder, last, name) for name in ("cloud", "students"))
+    cloud = _load(folder, last, "cloud")
     return State(
         teacher=restore(copy.deepcopy(teacher), cloud, "teacher"),
         control=restore(copy.deepcopy(teacher), cloud, "control"),
-        students=tuple(
-            restore(copy.deepcopy(student), weights, str(i)) for i, student in enumerate(students)
-        ),
+        students=(),
         wires=tuple(_wire(folder, round) for round in record.rounds[1:]),
         figures=tuple(round.figures for round in record.rounds),
     )
+
+
+def load_teachers(folder: RunFolder, record: Saved, teacher: nn.Module) -> list[nn.Module]:
+    """The teacher after each committed round, so the one published in the next.
+
+    Raises:
+        RunError: a file is missing, damaged, or of another model.
+    """
+    return [
+        restore(copy.deepcopy(teacher), _load(folder, round, "cloud"), "teacher") for round in record.rounds
+    ]
 
 
 def load_transcript(folder: RunFolder, teacher: nn.Module) -> Transcript:
@@ -221,9 +229,7 @@ def load_transcript(folder: RunFolder, teacher: nn.Module) -> Transcript:
         RunError: a file is missing or damaged.
     """
     record = saved(folder)
-    teachers = [
-        restore(copy.deepcopy(teacher), _load(folder, round, "cloud"), "teacher") for round in record.rounds
-    ]
+    teachers = load_teachers(folder, record, teacher)
     if not teachers:
         raise RunError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
     wires = [_wire(folder, round) for round in record.rounds[1:]]

@@ -21,10 +21,13 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from privkd.config import RunConfig, config_tree, load_config
+from privkd.data.sources import located
 from privkd.errors import RunError
 from privkd.journal import Journal
 
 _LOCK = ".lock"
+_HALF = ".part"
+"""Ends the names of files that are being written; whoever holds the lock may remove what a kill left."""
 _LEFT_BY_A_START = ("config.toml", ".config.toml.", "versions.json", ".versions.json.", ".journal.jsonl.")
 _VERSIONED = ("privkd", "torch", "opacus", "dp-accounting", "crypten", "numpy", "scipy", "scikit-learn")
 
@@ -36,6 +39,7 @@ class RunFolder:
         self.path = path
         self._lock: int | None = self._take()
         with self._closed_on_error():
+            self._sweep()
             self.journal = Journal(path / "journal.jsonl")
 
     @classmethod
@@ -54,7 +58,7 @@ class RunFolder:
         with folder._closed_on_error():
             # Once more, now that no other process can start a run here.
             _check_unused(path)
-            folder.write_text("config.toml", tomli_w.dumps(config_tree(config)))
+            folder.write_text("config.toml", tomli_w.dumps(config_tree(located(config))))
             folder.write_json("versions.json", versions())
             folder.journal.append({"step": "started", "config": folder.digest("config.toml")})
         return folder
@@ -179,7 +183,9 @@ class RunFolder:
         target = self.path / name
         try:
             target.parent.mkdir(mode, parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            descriptor, temporary = tempfile.mkstemp(
+                dir=target.parent, prefix=f".{target.name}.", suffix=_HALF
+            )
             with _removed_on_error(Path(temporary)):
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(data)
@@ -190,6 +196,15 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{target}: {error.strerror or error}; the run is kept, resume it later") from None
         return hashlib.sha256(data).hexdigest()
+
+    def _sweep(self) -> None:
+        try:
+            for path in self.path.rglob(f".*{_HALF}"):
+                path.unlink()
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: {error.strerror or error}; the run is kept, resume it later"
+            ) from None
 
     def _take(self) -> int:
         try:

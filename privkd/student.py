@@ -85,13 +85,17 @@ class _SuppliedNoiseOptimizer(DPOptimizer):
         super().clip_and_accumulate()
 
     def add_noise(self) -> None:
-        """Add ``noise_multiplier * clip_norm`` times the supplied draws to the clipped sum."""
+        """Add ``noise_multiplier * clip_norm`` times the supplied draws to the clipped sum.
+
+        In float64, rounded once; see `Randomness.noise`.
+        """
         parameters = self.params
         draws = self._randomness.noise(sum(p.numel() for p in parameters))
         scale = self.noise_multiplier * self.max_grad_norm
         for parameter, noise in zip(parameters, draws.split([p.numel() for p in parameters]), strict=True):
             noise = noise.to(parameter.device).view_as(parameter)
-            parameter.grad = parameter.summed_grad.view_as(parameter) + scale * noise
+            noised = parameter.summed_grad.view_as(parameter).double() + scale * noise
+            parameter.grad = noised.to(parameter.dtype)
 
 
 def train_private(

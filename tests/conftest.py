@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+import fuzzing
 import pytest
+import tally
 from hypothesis import settings
 
 # Runs repeat bit for bit on one thread; on more, the order of sums may change with the load.
@@ -23,6 +25,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fault-rounds", type=int, default=25, help="rounds of the secure channel's randomised fault test"
     )
+    parser.addoption(
+        "--fuzz-examples",
+        type=int,
+        default=fuzzing.EXAMPLES,
+        help="hostile inputs that each fuzzing test tries",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fuzzing.EXAMPLES = config.getoption("--fuzz-examples")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was tried by the tests of reliability, and how it ended."""
+    lines = tally.lines()
+    if lines:
+        terminalreporter.section("reliability")
+    for line in lines:
+        terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

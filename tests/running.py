@@ -1,15 +1,18 @@
 """Small, fast runs of the whole loop, and what two of them have in common."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from privkd.channel import PlainChannel, Release
 from privkd.config import RunConfig, load_config
+from privkd.federation import Game
 from privkd.progress import Silent
 from privkd.result import Result, train
 from privkd.store import RunFolder
@@ -97,6 +100,25 @@ class Watching:
             return inner(channel, answers, **named)
 
         monkeypatch.setattr(PlainChannel, "release", release)
+
+
+class Trained:
+    """Notes every student that a run trains: ``rounds[round][device]`` are its weights by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rounds: list[list[dict[str, Tensor]]] = []
+        inner = Game._train_students
+
+        def train_students(game: Game, *arguments: Any) -> list[nn.Module]:
+            students = inner(game, *arguments)
+            self.rounds.append([copy.deepcopy(student.state_dict()) for student in students])
+            return students
+
+        monkeypatch.setattr(Game, "_train_students", train_students)
+
+    def values(self, round: int) -> Tensor:
+        """All weights of all students after a round, in one row."""
+        return torch.cat([tensor.flatten() for student in self.rounds[round] for tensor in student.values()])
 
 
 class StopAt:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import Watching, charges, figures, outcome, play, same, small, weights
+from running import Trained, Watching, charges, figures, outcome, play, same, small, weights
 from safetensors.torch import load_file
 
 from privkd.channel import NoisedChannel
@@ -33,7 +33,7 @@ class TestSeed:
         play(tmp_path / "one", "controls=true")
         torch.manual_seed(2)
         play(tmp_path / "two", "controls=true")
-        assert len(weights(tmp_path / "one")) == 3 * 2 + 2
+        assert len(weights(tmp_path / "one")) == 3 + 2
         assert same(tmp_path / "one", tmp_path / "two")
 
     def test_and_other_seeds_are_not(self, tmp_path: Path) -> None:
@@ -188,41 +188,39 @@ class TestSettings:
         result = play(tmp_path / "run", f"privacy.epsilon={epsilon}", "student.dp.learning_rate=0.1")
         assert 0.98 * float(epsilon) <= epsilon_of(result, Unit.RECORD) <= float(epsilon)
 
-    def test_different_students_on_different_devices(self, tmp_path: Path) -> None:
+    def test_different_students_on_different_devices(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         models = "student.models=[{name='mlp', width=8}, {name='cnn', width=4}]"
+        trained = Trained(monkeypatch)
         for engine in ("cohort", "opacus"):
             play(tmp_path / engine, models, "rounds=1", f"student.engine={engine}")
-        found = load_file(tmp_path / "cohort" / "rounds" / "001" / "students.safetensors")
-        kinds = ["block3.1.weight" in {k[2:] for k in found if k.startswith(f"{i}.")} for i in range(3)]
-        assert kinds == [False, True, False], "dealt in turn"
-        twin = load_file(tmp_path / "opacus" / "rounds" / "001" / "students.safetensors")
-        for name, tensor in found.items():
-            torch.testing.assert_close(twin[name], tensor, atol=1e-4, rtol=1e-4)
+        assert ["block3.1.weight" in student for student in trained.rounds[0]] == [False, True, False]
+        torch.testing.assert_close(trained.values(0), trained.values(1), atol=1e-4, rtol=1e-4)
 
     def test_more_architectures_than_devices(self, tmp_path: Path) -> None:
         models = "student.models=[{name='mlp', width=8}, 'resnet']"
         play(tmp_path / "run", "data.devices=1", models, "rounds=1")
 
-    def test_own_students_go_on_where_they_stopped(self, tmp_path: Path) -> None:
+    def test_own_students_go_on_where_they_stopped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """With a vanishing learning rate nothing moves, so round two must start from round one's end."""
         still = ("student.dp.learning_rate=1e-12", "student.dp.momentum=0", "rounds=3")
+        trained = Trained(monkeypatch)
         play(tmp_path / "own", "student.start=own", *still)
         play(tmp_path / "teacher", "student.start=teacher", *still)
-        own, fresh = (
-            [load_file(tmp_path / n / "rounds" / f"00{r}" / "students.safetensors") for r in (1, 2, 3)]
-            for n in ("own", "teacher")
-        )
-        for name, tensor in own[0].items():
-            torch.testing.assert_close(own[2][name], tensor, atol=1e-6, rtol=0)
-        assert any(float((fresh[2][name] - tensor).abs().max()) > 1e-4 for name, tensor in fresh[0].items())
+        torch.testing.assert_close(trained.values(2), trained.values(0), atol=1e-6, rtol=0)
+        assert float((trained.values(5) - trained.values(3)).abs().max()) > 1e-4
 
-    def test_part_of_the_student(self, tmp_path: Path) -> None:
+    def test_part_of_the_student(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Trained in the head alone, all devices share the body bit for bit."""
+        trained = Trained(monkeypatch)
         play(tmp_path / "run", "student.dp.part=head", "rounds=1")
-        found = load_file(tmp_path / "run" / "rounds" / "001" / "students.safetensors")
+        one, two, _ = trained.rounds[0]
         for name in ("block1.1.weight", "block2.0.weight"):
-            assert torch.equal(found[f"0.{name}"], found[f"1.{name}"])
-        assert not torch.equal(found["0.head.weight"], found["1.head.weight"])
+            assert torch.equal(one[name], two[name])
+        assert not torch.equal(one["head.weight"], two["head.weight"])
 
     def test_one_device_with_one_record(self, tmp_path: Path) -> None:
         tiny = ("data.devices=1", "data.records_per_device=1", "data.device_test_records=0")

@@ -88,10 +88,10 @@ class TestSystemRandomness:
         assert abs(drawn.mean()) < 5 / math.sqrt(len(drawn))
         assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 5 / math.sqrt(len(drawn))
 
-    def test_float32_noise_of_any_size(self) -> None:
+    def test_noise_of_any_size(self) -> None:
         source = SystemRandomness(NoiseRoot.from_seed(5), "sizes")
         for size in (0, 1, 2, 7):
             assert source.noise(size).shape == (size,)
-            assert source.noise(size).dtype == torch.float32
+            assert source.noise(size).dtype == torch.float64
             assert source.sample(size, 0.5).shape == (size,)
             assert source.sample(size, 0.5).dtype == torch.bool

@@ -1,5 +1,6 @@
 """Run folders: whole or not at all, one process at a time, and a clear line where the disk fails."""
 
+import dataclasses
 import json
 import os
 import stat
@@ -19,7 +20,7 @@ from privkd.config import RunConfig, load_config
 from privkd.errors import RunError
 from privkd.journal import Journal
 from privkd.noise import NoiseRoot
-from privkd.state import load_transcript, saved
+from privkd.state import RoundFigures, load_transcript, saved
 from privkd.store import RunFolder, default_folder, prefixed, restore, versions
 
 CONFIG = load_config(None, ["data.devices=3"])
@@ -420,7 +421,7 @@ class TestForgedJournals:
 
     @given(record=st.fixed_dictionaries(
         {"step": st.just("round"), "round": st.just(0) | JSON},
-        optional={"files": JSON | st.fixed_dictionaries({"cloud": JSON, "students": JSON}),
+        optional={"files": JSON | st.fixed_dictionaries({"cloud": JSON}),
                   "figures": JSON, "ledger": JSON, "devices": JSON},
     ))  # fmt: skip
     @settings(max_examples=100)
@@ -431,10 +432,8 @@ class TestForgedJournals:
                 load_transcript(folder, nn.Linear(2, 2))
 
     def test_rounds_out_of_order(self, run: RunFolder) -> None:
-        figures = dict.fromkeys(
-            ("teacher", "control", "students", "accepted", "epsilon_record", "epsilon_device"), 0.5
-        )
-        row = {"step": "round", "round": 1, "files": {"cloud": "", "students": "", "wire": ""},
+        figures = {field.name: 0.5 for field in dataclasses.fields(RoundFigures)}
+        row = {"step": "round", "round": 1, "files": {"cloud": "", "wire": ""},
                "devices": [], "figures": figures, "ledger": None}  # fmt: skip
         run.journal.append(row)
         with pytest.raises(RunError, match="rounds are missing"):

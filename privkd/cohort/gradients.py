@@ -15,9 +15,9 @@ from privkd.cohort.objective import Batch, Objective
 from privkd.cohort.weights import Weights
 
 _UNBOUNDED = 1 << 62
-_COPIES_OF_TRAINED = 8
-"""Rows of the size of the trained parameters: weights, gradient, sums, two moments, average, a temporary and
-the result."""
+_COPIES_OF_TRAINED = 10
+"""Rows of the size of the trained parameters: weights, gradient, sums, two moments, average, a temporary, the
+result, and two for noise in float64."""
 _LARGEST_FEATURES = 4
 """Features are kept only if a record's take at most this many times the memory of its inputs."""
 

@@ -146,9 +146,11 @@ def _train_privately(
             for source, count in zip(randomness, records.counts, strict=True)
         ]
         noise = torch.stack([source.noise(theta.shape[1]) for source in randomness])
-        torch.mul(noise.to(theta), noise_std, out=theta.grad)
+        theta.grad.zero_()
         index, present = records.poisson(samples)
         gradients.add_to(totals, weights, records, index, present / normaliser)
+        # In float64 and rounded once, so that no low bit betrays what the noise was added to.
+        theta.grad.copy_(noise.to(theta.device).mul_(noise_std).add_(theta.grad))
         optimizer.step()
         average.update([theta])
         report.advance(len(randomness))

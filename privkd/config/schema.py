@@ -275,6 +275,9 @@ class ReverseConfig(Settings):
             not learned; 1 learns all.
         memory: weight of a release relative to the one a round later, in the knowledge buffer.
         tolerance: a teacher whose public validation accuracy falls by more than this is rolled back.
+        aggregation: how the devices' answers become one a query where the cloud sees each device's, so over
+            ``plain`` and ``noised``: ``clipped_mean``, ``median``, ``votes``, or ``mean``, which one hostile
+            device can move at will. Over ``secure`` the parties add up what the devices clipped.
     """
 
     queries: Positive | None = None
@@ -287,6 +290,7 @@ class ReverseConfig(Settings):
     confident: Rate = 1.0
     memory: Share = 0.5
     tolerance: Share = 0.02
+    aggregation: Literal["mean", "clipped_mean", "median", "votes"] = "clipped_mean"
 
 
 class RunConfig(Settings):
@@ -309,5 +313,10 @@ class RunConfig(Settings):
         if noisy and self.channel.kind == "plain":
             raise ValueError(
                 "privacy.device_epsilon needs noise on the channel: take channel.kind 'noised' or 'secure'"
+            )
+        if self.channel.kind == "secure" and self.reverse.aggregation != "clipped_mean":
+            raise ValueError(
+                f"reverse.aggregation={self.reverse.aggregation!r} needs each device's answers, and over the "
+                "secure channel the cloud sees their sum alone: take channel.kind 'plain' or 'noised'"
             )
         return self

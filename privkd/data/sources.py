@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from privkd.config import DataConfig
+from privkd.config import DataConfig, RunConfig
 from privkd.data.function import is_function_name, load_function
 from privkd.data.idx import find_idx, load_idx_folder
 from privkd.data.images import load_image_folder
@@ -18,6 +18,7 @@ from privkd.errors import DataError
 _DIGITS_MAX = 16
 _FILE_READERS = {".npz": load_npz, ".csv": load_csv, ".parquet": load_parquet}
 _TRAIN, _TEST = "train.parquet", "test.parquet"
+_NAMED = ("digits", "mnist", "cifar10")
 
 
 def load(config: DataConfig) -> Source:
@@ -35,6 +36,27 @@ def load(config: DataConfig) -> Source:
     if is_function_name(config.source):
         return load_function(config.source)
     return _from_path(config.source, config.data_dir)
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The same settings, with paths that any working directory finds: for the record of a run."""
+    data, channel = config.data, config.channel
+    named = data.source in _NAMED or is_function_name(data.source)
+    path = None if named else _existing(data.source, data.data_dir)
+    source = data.source if path is None else str(path.absolute())
+    by_name_alone = data.data_dir is None and data.source not in ("mnist", "cifar10")
+    data_dir = None if by_name_alone else (data.data_dir or Path()).absolute()
+    credentials = {
+        name: value.absolute()
+        for name in ("ca", "certificate", "key")
+        if (value := getattr(channel, name)) is not None
+    }
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"source": source, "data_dir": data_dir}),
+            "channel": channel.model_copy(update=credentials),
+        }
+    )
 
 
 def _digits() -> Source:

@@ -1,0 +1,175 @@
+"""What hostile devices do to the teacher, by aggregation rule: ``python benchmarks/hostile_devices.py``.
+
+Hostile devices see what the honest ones send, agree among each other, and put whatever they like on the wire,
+past any clipping of their own. The table holds the teacher's accuracy on the test set, a mean over seeds.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from privkd.aggregation import Rule  # noqa: E402
+from privkd.channel import ChannelBase, PlainChannel, Release  # noqa: E402
+from privkd.config import load_config  # noqa: E402
+from privkd.events import PrivacyEvent  # noqa: E402
+from privkd.federation import Game, open_game  # noqa: E402
+from privkd.state import State  # noqa: E402
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def wrong(honest: Tensor) -> Tensor:
+    """A wrong class that all attackers agree on, next to the honest choice, ``[query, class]``."""
+    chosen = honest.mean(0).argmax(-1)
+    return F.one_hot((chosen + 1) % honest.shape[-1], honest.shape[-1]).to(honest)
+
+
+def away(honest: Tensor) -> Tensor:
+    """From the honest choice to the wrong class as far as a row of norm 1 reaches, ``[query, class]``."""
+    right = F.one_hot(honest.mean(0).argmax(-1), honest.shape[-1]).to(honest)
+    return (wrong(honest) - right) / 2**0.5
+
+
+def first_class(honest: Tensor) -> Tensor:
+    """Always the same answer ``[query, class]``."""
+    return F.one_hot(torch.zeros(honest.shape[1], dtype=torch.int64), honest.shape[-1]).to(honest)
+
+
+Attack = Callable[[Tensor], Tensor]
+"""From honest blocks ``[device, query, class]`` to what every attacker sends ``[query, class]``."""
+
+ATTACKS: Mapping[str, Attack] = {
+    "NaN": lambda honest: torch.full_like(honest[0], torch.nan),
+    "infinities": lambda honest: torch.full_like(honest[0], torch.inf),
+    "huge norms": lambda honest: 1e30 * wrong(honest),
+    "constant answers": first_class,
+    "copies of another's": lambda honest: honest[0],
+    "colluding votes": wrong,
+    "colluding, against": away,
+}
+
+
+class HostileChannel(ChannelBase):
+    """The plain channel, with the blocks of the last ``hostile`` devices replaced on the wire."""
+
+    def __init__(self, clip_norm: float, attack: Attack, hostile: int) -> None:
+        super().__init__(clip_norm)
+        self._inner = PlainChannel(clip_norm)
+        self._attack = attack
+        self._hostile = hostile
+
+    @property
+    def event(self) -> PrivacyEvent:
+        """As of the plain channel."""
+        return self._inner.event
+
+    def release(self, answers: Tensor, *, devices: Sequence[str], round: int) -> Release:
+        """What the cloud receives."""
+        found = self._inner.release(answers, devices=devices, round=round)
+        if not self._hostile:
+            return found
+        honest = found.answers[: len(devices) - self._hostile]
+        sent = self._attack(honest).expand(self._hostile, *honest.shape[1:])
+        return replace(found, answers=torch.cat([honest, sent]))
+
+
+@dataclass(frozen=True)
+class Remembering(Game):
+    """The same rounds; students of a teacher that was published before are not trained again."""
+
+    known: dict[tuple[int, bytes], list[nn.Module]] = field(default_factory=dict)
+
+    def _train_students(self, teacher: nn.Module, before: Sequence[nn.Module], round: int) -> list[nn.Module]:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in teacher.state_dict().values())
+        key = round, hashlib.sha256(weights).digest()
+        if key not in self.known:
+            self.known[key] = super()._train_students(teacher, before, round)
+        return self.known[key]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed's game, and its state before the first round."""
+
+    game: Remembering
+    begun: State
+
+    @classmethod
+    def of(cls, seed: int, devices: int, rounds: int, epsilon: float) -> "Seed":
+        """Open the game, and train the teacher on public data."""
+        settings = ["channel.kind=plain", "data.device_test_records=0", f"privacy.epsilon={epsilon}"]
+        config = load_config(None, settings, {"seed": seed, "data.devices": devices, "rounds": rounds})
+        opened = open_game(config)
+        game = Remembering(**{each.name: getattr(opened, each.name) for each in fields(opened)})
+        return cls(game, game.begin())
+
+    def accuracies(self, rule: Rule, attack: Attack, share: float) -> tuple[float, float]:
+        """Of the teacher and of the control with zero devices, after all rounds."""
+        config, plan = self.game.config, self.game.plan
+        reverse = config.reverse.model_copy(update={"aggregation": rule})
+        channel = HostileChannel(plan.clip_norm, attack, round(share * plan.devices))
+        game = replace(self.game, config=config.model_copy(update={"reverse": reverse}), channel=channel)
+        state = self.begun
+        for _ in range(plan.rounds):
+            state = game.play(state)
+        return state.figures[-1].teacher, state.figures[-1].control
+
+
+def mean_of(seeds: Sequence[Seed], rule: Rule, attack: Attack, share: float) -> tuple[float, float]:
+    """The mean accuracies, in %."""
+    teachers, controls = zip(*(seed.accuracies(rule, attack, share) for seed in seeds), strict=True)
+    return 100 * statistics.fmean(teachers), 100 * statistics.fmean(controls)
+
+
+def survived(accuracy: Mapping[float, Mapping[str, float]], control: float) -> float:
+    """The largest share of attackers up to which the teacher beats the control under every attack."""
+    survivors = 0.0
+    for share in SHARES:
+        if min(accuracy[share].values()) <= control:
+            break
+        survivors = share
+    return survivors
+
+
+def main() -> None:
+    """Print one block for each rule."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epsilon", type=float, default=3.0)
+    arguments = parser.parse_args()
+    options = arguments.devices, arguments.rounds, arguments.epsilon
+    seeds = [Seed.of(seed, *options) for seed in range(arguments.seeds)]
+    before = 100 * statistics.fmean(seed.begun.figures[0].teacher for seed in seeds)
+    _, control = mean_of(seeds, "mean", ATTACKS["NaN"], 0.0)
+    print(
+        f"{options[0]} devices, {options[1]} rounds, epsilon {options[2]:g}, {len(seeds)} seeds: the teacher"
+    )
+    print(f"before {before:.1f} %, with zero devices {control:.1f} %; accuracy after, in %, by attackers:\n")
+    for rule in get_args(Rule):
+        honest, _ = mean_of(seeds, rule, ATTACKS["NaN"], 0.0)
+        found = {
+            share: {name: mean_of(seeds, rule, attack, share)[0] for name, attack in ATTACKS.items()}
+            for share in SHARES
+        }
+        limit = f"gains under every attack up to {survived(found, control):.0%} of attackers"
+        print(f"{rule}: {limit}\n  {'attack':<22}{'0 %':>8}" + "".join(f"{share:>8.0%}" for share in SHARES))
+        for name in ATTACKS:
+            cells = "".join(f"{found[share][name]:>8.1f}" for share in SHARES)
+            print(f"  {name:<22}{honest:>8.1f}{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
