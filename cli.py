@@ -200,6 +200,26 @@ def doctor() -> None:
     sys.exit(print_findings(examine()))
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="torch (.pt2), onnx or executorch (.pte).")
+    ] = "torch",
+    device_index: Annotated[int, typer.Option(help="Number of the device whose student leaves.")] = 0,
+    out: Annotated[Text, typer.Option(help="The file. [export/DEVICE in the run's folder]")] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Write a device's student with its preprocessing as one file that answers as the original does."""
+    from privkd.export.commands import ExportRequest, export_command
+
+    export_command(
+        ExportRequest(Path(run), format_, device_index, Path(out) if out is not None else None, json_)
+    )
+
+
 audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Attack a run, or the mechanisms.")
 app.add_typer(audit, name="audit")
 
@@ -250,6 +270,64 @@ def mechanism(
     from audits.commands import mechanism_command
 
     mechanism_command(seed=seed, as_json=json_)
+
+
+papers = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Reproduce the papers' claims: published beside ours."
+)
+app.add_typer(papers, name="papers")
+
+
+@papers.command("list")
+def papers_list(
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Say which papers there are, and at which scales each can be run."""
+    from papers.commands import list_command
+
+    list_command(as_json=json_)
+
+
+@papers.command("show")
+def papers_show(
+    name: Annotated[str, typer.Argument(help="As `privkd papers list` calls it.")],
+) -> None:
+    """Print a paper's page: claims, symbols, files, commands and figures, as Markdown."""
+    from papers.commands import show_command
+
+    show_command(name)
+
+
+@papers.command("run")
+def papers_run(
+    name: Annotated[str, typer.Argument(help="As `privkd papers list` calls it.")],
+    scale: Annotated[Text, typer.Option(help="Data and sizes. [the paper's first]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The scale `quick`: about a minute.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each case. [the scale's]")] = None,
+    data_dir: Annotated[Text, typer.Option(help="Folder of mnist or cifar10.")] = None,
+    out: Annotated[
+        str, typer.Option(help="Where runs are kept; those that are there are resumed or reused.")
+    ] = "runs/papers",
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Run a paper's claims, or what is left of them, and print published beside ours."""
+    from papers.commands import PaperRequest, run_command
+
+    run_command(
+        PaperRequest(
+            name=name,
+            scale=scale,
+            quick=quick,
+            seeds=seeds,
+            data_dir=Path(data_dir) if data_dir is not None else None,
+            out=Path(out),
+            json=json_,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -91,13 +91,13 @@ def mean_accuracy(models: Sequence[nn.Module], test: LabelledSet) -> float:
     return statistics.fmean(accuracy(model, test.inputs, test.labels) for model in models)
 
 
-def latency_ms(model: nn.Module, inputs: Tensor, *, repeats: int = 51) -> float:
+def latency_ms(model: Callable[[Tensor], Tensor], inputs: Tensor, *, repeats: int = 51) -> float:
     """Median milliseconds to answer one record on one CPU thread."""
     record = inputs[:1].cpu()
-    model = model.cpu().eval()
+    if isinstance(model, nn.Module):
+        model = model.cpu().eval()
     with torch.no_grad():
-        answer: Callable[[], Tensor] = lambda: model(record)  # noqa: E731
-        return _median_ms(answer, repeats)
+        return _median_ms(lambda: model(record), repeats)
 
 
 def _median_ms(call: Callable[[], Tensor], repeats: int) -> float:

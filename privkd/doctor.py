@@ -39,6 +39,19 @@ def examine() -> list[Finding]:
     findings.append(
         _importable("pyarrow", "pip install 'privkd[parquet]'", "Parquet files, CIFAR-10", required=False)
     )
+    findings.append(
+        _importable(
+            "onnxruntime", "pip install 'privkd[onnx]'", "privkd export --format onnx", required=False
+        )
+    )
+    findings.append(
+        _importable(
+            "executorch",
+            "pip install 'privkd[executorch]'",
+            "privkd export --format executorch",
+            required=False,
+        )
+    )
     findings.append(_cuda())
     return findings
 

@@ -46,6 +46,7 @@ def scenario_from(source: Source, config: DataConfig, seed: int) -> Scenario:
         classes=source.classes,
         records_per_device=split.records_per_device,
         gap_classes=split.gap_classes,
+        divisor=source.divisor,
     )
 
 

@@ -46,6 +46,7 @@ class Scenario:
         classes: number of classes.
         records_per_device: the nominal shard size, a public constant.
         gap_classes: the classes that the public data lack, if any.
+        divisor: what the whole numbers of the raw data were divided by; 1 where features are as they came.
     """
 
     public: LabelledSet
@@ -56,6 +57,7 @@ class Scenario:
     classes: int
     records_per_device: int
     gap_classes: tuple[int, ...]
+    divisor: float = 1.0
 
     def to(self, device: torch.device) -> Self:
         """The same scenario on another torch device."""

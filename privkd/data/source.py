@@ -5,7 +5,7 @@ Features are scaled by a public rule, never by statistics of the records: bytes 
 Byte arrays of more than two axes are images and end up channels first, ``[record, channel, height, width]``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +21,7 @@ MAX_VALUES = 2**31
 """Largest number of feature values read: 8 GiB as float32."""
 
 _CHANNELS = (1, 3, 4)
+_BYTES = 255.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Source:
         classes: number of classes, at least 2.
         test_inputs: the test split that came with the data, float32 ``[test, *shape]``, if any.
         test_labels: its labels, int64 ``[test]``.
+        divisor: what the whole numbers of the raw data were divided by; 1 where features are as they came.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Source:
     classes: int
     test_inputs: Tensor | None = None
     test_labels: Tensor | None = None
+    divisor: float = 1.0
 
 
 def make_source(name: str, inputs: Array, labels: Array, test: tuple[Array, Array] | None = None) -> Source:
@@ -64,7 +67,9 @@ def make_source(name: str, inputs: Array, labels: Array, test: tuple[Array, Arra
         raise DataError(f"{name}: all labels are {str(values[0])!r}; a data set needs at least two classes")
     flags = is_flags(inputs)
     features = scale(inputs, name, flags=flags)
-    source = Source(name, features, torch.from_numpy(np.searchsorted(values, keys)), len(values))
+    divisor = _BYTES if inputs.dtype == np.uint8 and not flags else 1.0
+    numbers = torch.from_numpy(np.searchsorted(values, keys))
+    source = Source(name, features, numbers, len(values), divisor=divisor)
     return source if test is None else _with_test(source, values, *test, flags=flags)
 
 
@@ -87,7 +92,7 @@ def _with_test(source: Source, values: Array, inputs: Array, labels: Array, *, f
         theirs, ours = tuple(features.shape[1:]), tuple(source.inputs.shape[1:])
         raise DataError(f"{name}: inputs of shape {theirs} do not match training inputs of shape {ours}")
     numbers = torch.from_numpy(np.searchsorted(values, keys))
-    return Source(source.name, source.inputs, source.labels, source.classes, features, numbers)
+    return replace(source, test_inputs=features, test_labels=numbers)
 
 
 def _check_lengths(name: str, inputs: Array, labels: Array) -> None:
@@ -168,7 +173,7 @@ def scale(inputs: Array, name: str, *, flags: bool) -> Tensor:
         )
     if inputs.dtype == np.uint8:
         features = torch.from_numpy(np.array(_channels_first(inputs), dtype=np.float32, order="C"))
-        return features if flags else features.div_(255)
+        return features if flags else features.div_(_BYTES)
     with np.errstate(over="ignore"):
         floats = np.array(inputs, dtype=np.float32, order="C")
     fine = np.isfinite(floats)

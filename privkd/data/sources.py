@@ -1,5 +1,6 @@
 """Where records come from: one name, path or function to one ``Source``."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def located(config: RunConfig) -> RunConfig:
 
 def _digits() -> Source:
     bunch = load_digits()
-    return make_source("digits", (bunch.images / _DIGITS_MAX).astype(np.float32)[:, None], bunch.target)
+    images = (bunch.images / _DIGITS_MAX).astype(np.float32)[:, None]
+    return replace(make_source("digits", images, bunch.target), divisor=float(_DIGITS_MAX))
 
 
 def _mnist(data_dir: Path | None) -> Source:

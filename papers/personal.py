@@ -1,0 +1,63 @@
+"""How well each model answers on the devices' own distributions."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from privkd.data.scenario import Device
+from privkd.errors import RunError
+from privkd.federation import Game, open_game
+from privkd.fitting import accuracy
+from privkd.randomness import seeded_generator, seeded_layers
+from privkd.state import State
+from privkd.store import RunFolder
+from privkd.students import finished_state
+from privkd.teacher import distil_public
+
+
+def personal_figures(folder: RunFolder) -> Mapping[str, float]:
+    """Means over the devices of accuracies on each device's own test set; devices without one are left out.
+
+    ``personal.student`` is each device's own student, ``personal.teacher`` the last teacher, and
+    ``personal.global`` the student that a device would start from in the next round: distilled from the last
+    teacher on public data alone, the same for all. ``personal.worst`` is the own student's worst device.
+
+    Raises:
+        RunError: the run is not finished, or no device has test records.
+    """
+    game = open_game(folder.config)
+    state = finished_state(game, folder)
+    devices = [number for number, device in enumerate(game.scenario.devices) if len(device.test)]
+    if not devices:
+        raise RunError(f"{folder.path}: no device has test records; set data.device_test_records")
+    tested = [game.scenario.devices[number] for number in devices]
+    own = _accuracies([state.students[number] for number in devices], tested)
+    shared = _global_student(game, state)
+    return {
+        "personal.student": statistics.fmean(own),
+        "personal.worst": min(own),
+        "personal.global": statistics.fmean(_accuracies([shared] * len(tested), tested)),
+        "personal.teacher": statistics.fmean(_accuracies([state.teacher] * len(tested), tested)),
+    }
+
+
+def _accuracies(models: Sequence[nn.Module], devices: Sequence[Device]) -> list[float]:
+    return [
+        accuracy(model, device.test.inputs, device.test.labels)
+        for model, device in zip(models, devices, strict=True)
+    ]
+
+
+def _global_student(game: Game, state: State) -> nn.Module:
+    config = game.config
+    blank = game.blank()[1][0]
+    with seeded_layers(config.seed, "global"):
+        return distil_public(
+            blank,
+            state.teacher,
+            game.data,
+            config.student.temperature,
+            config.student.public_fit,
+            seeded_generator(config.seed, "global"),
+        )

@@ -1,0 +1,99 @@
+"""What is measured on a finished run beyond what it reports itself. Heavy imports wait until then."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from privkd.progress import Progress
+    from privkd.store import RunFolder
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much an audit may do: its shadow devices and audited replays."""
+
+    shadows: int = 64
+    targets: int = 16
+
+
+FULL = Effort()
+
+
+class Probe(Protocol):
+    """A measurement on a run."""
+
+    def name(self, effort: Effort) -> str:
+        """Equal names on equal runs are equal measurements, made once."""
+        ...
+
+    def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
+        """The figures by their dotted names."""
+        ...
+
+
+@dataclass(frozen=True)
+class Personal:
+    """Students, the global student and the teacher, each on the devices' own test sets."""
+
+    def name(self, effort: Effort) -> str:
+        """See `Probe.name`."""
+        return "personal"
+
+    def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
+        """See `Probe.measure`."""
+        from papers.personal import personal_figures
+
+        progress.stage("papers: answers on the devices' own test sets")
+        return personal_figures(folder)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The exported student of the first device and the exported teacher, one answer on one CPU thread."""
+
+    form: str
+
+    def name(self, effort: Effort) -> str:
+        """See `Probe.name`."""
+        return f"latency-{self.form}"
+
+    def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
+        """See `Probe.measure`."""
+        from papers.latency import latency_figures
+
+        progress.stage("papers: exporting student and teacher")
+        return latency_figures(folder, self.form)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``."""
+
+    view: str
+    attack: str = "all"
+
+    def name(self, effort: Effort) -> str:
+        """See `Probe.name`."""
+        return f"membership-{self.view}-{self.attack}-{effort.shadows}x{effort.targets}"
+
+    def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
+        """See `Probe.measure`."""
+        from audits.estimators import TprAtFpr
+        from audits.membership import audit_membership
+        from audits.request import MembershipRequest
+
+        request = MembershipRequest(
+            view=self.view, attack=self.attack, shadows=effort.shadows, targets=effort.targets
+        )
+        figures: dict[str, float] = {}
+        for finding in audit_membership(folder, request, progress).findings:
+            start = f"{finding.view}.{finding.attack}"
+            figures[f"{start}.epsilon_lower"] = finding.epsilon_lower
+            figures[f"{start}.epsilon_upper"] = finding.epsilon_upper
+            if finding.auc is not None:
+                figures[f"{start}.auc"] = finding.auc.estimate
+            for rate in finding.tpr_at_fpr:
+                if isinstance(rate, TprAtFpr):
+                    figures[f"{start}.tpr_at_{rate.fpr:g}"] = rate.estimate
+        return figures

@@ -1,0 +1,81 @@
+"""Runs a study and sets what it found beside what was published."""
+
+from dataclasses import dataclass
+
+from papers.player import Player
+from papers.quantity import Figures
+from papers.statistics import Estimate, t_interval
+from papers.study import Claim, Scale, Study
+from privkd.errors import ConfigError
+from privkd.result import plain
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A claim and our estimate of its quantity."""
+
+    claim: Claim
+    ours: Estimate
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A study at one scale: its answers, in the order of its claims."""
+
+    study: Study
+    scale: Scale
+    answers: tuple[Answer, ...]
+
+
+def reproduce(study: Study, scale: Scale, seeds: int, player: Player) -> Reproduction:
+    """Play every case of ``study`` for seeds ``0 .. seeds - 1`` and answer its claims.
+
+    Raises:
+        PrivkdError: as training and auditing do; runs that were finished are kept.
+    """
+    played: list[Figures] = [
+        {case.name: player.figures(case, scale, seed) for case in study.cases} for seed in range(seeds)
+    ]
+    answers = [
+        Answer(claim, t_interval([claim.quantity.of(figures) for figures in played]))
+        for claim in study.claims
+    ]
+    return Reproduction(study, scale, tuple(answers))
+
+
+def scale_named(study: Study, name: str | None) -> Scale:
+    """A scale of ``study`` by name; the first for ``None``.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    if name is None:
+        return study.scales[0]
+    found = next((scale for scale in study.scales if scale.name == name), None)
+    if found is None:
+        known = ", ".join(scale.name for scale in study.scales)
+        raise ConfigError(f"scale {name!r}: {study.name} has {known}")
+    return found
+
+
+def reproduction_tree(found: Reproduction) -> dict[str, object]:
+    """What ``privkd papers run --json`` prints."""
+    rows = [
+        {
+            "claim": answer.claim.text,
+            "published": answer.claim.published,
+            "ours": answer.ours.mean,
+            "low": answer.ours.low,
+            "high": answer.ours.high,
+            "seeds": answer.ours.seeds,
+            "unit": answer.claim.unit,
+        }
+        for answer in found.answers
+    ]
+    return {
+        "paper": found.study.name,
+        "title": found.study.title,
+        "scale": found.scale.name,
+        "about": found.scale.about,
+        "claims": plain(rows),
+    }

@@ -1,0 +1,1 @@
+"""One module for each paper: its runs and its claims, as declarations."""

@@ -1,0 +1,70 @@
+"""LiRA, RMIA and the audits of one run: pages over ``privkd audit membership``."""
+
+from dataclasses import replace
+
+from papers.probes import Membership
+from papers.quantity import Figure
+from papers.studies.scales import DIGITS, QUICK
+from papers.study import Case, Claim, Study
+
+_SCALES = (replace(DIGITS, seeds=3), QUICK)
+_OPEN, _PRIVATE = ("privacy.epsilon=inf",), ("privacy.epsilon=3",)
+
+
+def _gradient(epsilon: float, attack: str) -> Case:
+    return Case(
+        f"epsilon-{epsilon:g}", (f"privacy.epsilon={epsilon:g}",), probes=(Membership("gradient", attack),)
+    )
+
+
+def _on_students(attack: str) -> tuple[Case, ...]:
+    probes = (Membership("student", attack),)
+    return (Case("open", _OPEN, probes=probes), Case("private", _PRIVATE, probes=probes))
+
+
+def _scores(attack: str, published: str) -> tuple[Claim, ...]:
+    name = f"student.{attack}"
+    return (
+        Claim("AUC, no DP", published, Figure("open", f"{name}.auc"), "number"),
+        Claim("AUC, epsilon 3", "-", Figure("private", f"{name}.auc"), "number"),
+    )
+
+
+def _bounds(epsilon: float, attack: str, published: str) -> tuple[Claim, ...]:
+    case, name = f"epsilon-{epsilon:g}", f"gradient.{attack}"
+    return (
+        Claim(
+            f"lower bound, claimed {epsilon:g}", published, Figure(case, f"{name}.epsilon_lower"), "epsilon"
+        ),
+        Claim("the ledger's upper bound", "-", Figure(case, f"{name}.epsilon_upper"), "epsilon"),
+    )
+
+
+CARLINI = Study(
+    name="carlini2022",
+    title="Carlini et al. 2022: membership inference from first principles (LiRA)",
+    scales=_SCALES,
+    cases=_on_students("lira-online"),
+    claims=_scores("lira-online", ".6856 (TF-Privacy, CIFAR-10)"),
+)
+ZARIFZADEH = Study(
+    name="zarifzadeh2024",
+    title="Zarifzadeh et al. 2024: low-cost high-power membership inference (RMIA)",
+    scales=_SCALES,
+    cases=_on_students("rmia-offline"),
+    claims=_scores("rmia-offline", ".7102, reproduced .6467 (CIFAR-10)"),
+)
+STEINKE = Study(
+    name="steinke2023",
+    title="Steinke et al. 2023: privacy auditing with one training run",
+    scales=_SCALES,
+    cases=(_gradient(4, "canaries-one-run"),),
+    claims=_bounds(4, "canaries-one-run", "1.8 at 4 (CIFAR-10)"),
+)
+NASR = Study(
+    name="nasr2023",
+    title="Nasr et al. 2023: tight auditing of differentially private machine learning",
+    scales=_SCALES,
+    cases=(_gradient(4, "canaries-many-trials"),),
+    claims=_bounds(4, "canaries-many-trials", "near tight"),
+)

@@ -1,0 +1,41 @@
+"""The data and sizes that studies share."""
+
+from papers.probes import Effort
+from papers.study import Scale
+
+DIGITS = Scale(
+    "digits",
+    "the embedded digits, 160 public labels with half of the classes rare, 5 devices of 140 records",
+    (),
+)
+MNIST = Scale(
+    "mnist",
+    "MNIST, 2,000 public labels with half of the classes rare, 10 devices of 1,000 records",
+    ("data.source=mnist", "data.devices=10"),
+    seeds=3,
+)
+CIFAR10 = Scale(
+    "cifar10",
+    "CIFAR-10, 5,000 public labels with half of the classes rare, 10 devices of 1,000 records, ResNets",
+    (
+        "data.source=cifar10",
+        "data.devices=10",
+        "teacher.model.name=resnet",
+        "student.models=[{name='resnet'}]",
+    ),
+    seeds=3,
+)
+QUICK = Scale(
+    "quick",
+    "the embedded digits as at scale digits, small models and few steps, plain channel",
+    (
+        "channel.kind=plain",
+        "teacher.model={name='mlp', width=64}",
+        "student.models=[{name='mlp', width=32}]",
+        "student.public_fit.steps=150",
+        "student.private_fit.steps=100",
+        "reverse.fit.steps=60",
+    ),
+    seeds=2,
+    effort=Effort(shadows=8, targets=4),
+)

@@ -1,0 +1,68 @@
+"""Abadi et al. 2016 and Tramer & Boneh 2021: private training of one student on one large data set."""
+
+from dataclasses import replace
+
+from papers.quantity import Difference, Figure
+from papers.studies.scales import QUICK
+from papers.study import Case, Claim, Scale, Study
+
+_ONE_DEVICE = (
+    "data.source=mnist",
+    "data.gap=none",
+    "data.devices=1",
+    "data.records_per_device=50000",
+    "data.device_test_records=0",
+    "channel.kind=plain",
+    "rounds=1",
+    "student.dp={sampling_rate=0.05, steps=300, clip_norm=0.5, learning_rate=2.0, part='all'}",
+    "student.direct_dp={clip_norm=0.5, learning_rate=2.0}",
+)
+_MNIST = Scale(
+    "mnist",
+    "MNIST, one device of 50,000 records, a CNN of 26,010 parameters, 2,000 public labels for our student",
+    _ONE_DEVICE,
+    seeds=1,
+)
+_QUICK = replace(
+    QUICK,
+    about="the embedded digits, one device of 700 records, small models and few steps",
+    settings=(
+        *QUICK.settings,
+        "data.gap=none",
+        "data.devices=1",
+        "data.records_per_device=700",
+        "data.device_test_records=0",
+        "rounds=1",
+    ),
+)
+
+
+def _case(epsilon: float) -> Case:
+    return Case(f"epsilon-{epsilon:g}", (f"privacy.epsilon={epsilon:g}",))
+
+
+def _claims(epsilon: float, published: str) -> tuple[Claim, ...]:
+    case = f"epsilon-{epsilon:g}"
+    direct, ours = Figure(case, "student.direct_private"), Figure(case, "student.mean")
+    return (
+        Claim(f"epsilon {epsilon:g}: DP-SGD from scratch", published, direct, "%"),
+        Claim(f"epsilon {epsilon:g}: our student, publicly distilled first", published, ours, "%"),
+        Claim(f"epsilon {epsilon:g}: ours over from scratch", "-", Difference(ours, direct), "points"),
+    )
+
+
+ABADI = Study(
+    name="abadi2016",
+    title="Abadi et al. 2016: deep learning with differential privacy",
+    scales=(_MNIST, _QUICK),
+    cases=(_case(8), _case(2)),
+    claims=(*_claims(8, "97 %"), *_claims(2, "95 %")),
+)
+
+TRAMER = Study(
+    name="tramer2021",
+    title="Tramer & Boneh 2021: better features or much more data",
+    scales=(_MNIST, _QUICK),
+    cases=(_case(2.93),),
+    claims=_claims(2.93, "98.1 % CNN, 98.7 % ScatterNet (recalled)"),
+)

@@ -1,0 +1,86 @@
+"""A paper's claims as declarations: which runs, which figures of them, and what was published."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Literal, TypeAlias
+
+from papers.probes import FULL, Effort, Probe
+from papers.quantity import Quantity
+
+Unit: TypeAlias = Literal["%", "points", "epsilon", "number"]
+"""How a quantity is printed: a share in per cent, a difference of such in points, or as it is."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """On which data, and how large, a study runs.
+
+    Attributes:
+        name: what ``--scale`` calls it.
+        about: the sizes in words.
+        settings: as ``a.b=value``, shared by all cases.
+        seeds: how many runs a case gets; seeds are numbered from 0.
+        effort: of the audits.
+    """
+
+    name: str
+    about: str
+    settings: tuple[str, ...]
+    seeds: int = 5
+    effort: Effort = FULL
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run a study.
+
+    Attributes:
+        name: as quantities call it.
+        settings: as ``a.b=value``, over those of the scale.
+        on: further settings by the scale's name.
+        probes: what is measured on the finished run, beyond its own figures.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+
+    def settings_on(self, scale: Scale) -> tuple[str, ...]:
+        """All settings of its run at ``scale``; later ones win."""
+        return (*scale.settings, *self.settings, *self.on.get(scale.name, ()))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what the source says, in its own words, and the quantity that answers it."""
+
+    text: str
+    published: str
+    quantity: Quantity
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class Study:
+    """A paper's page as something to run.
+
+    Attributes:
+        name: what the command line calls it.
+        title: author and year.
+        scales: the first is run unless another is named; ``quick`` is there for continuous integration.
+        cases: the runs.
+        claims: what is printed, published beside ours.
+    """
+
+    name: str
+    title: str
+    scales: tuple[Scale, ...]
+    cases: tuple[Case, ...]
+    claims: tuple[Claim, ...]
+
+    @property
+    def page(self) -> str:
+        """The page, as Markdown."""
+        return (files("papers") / "pages" / f"{self.name}.md").read_text(encoding="utf-8")

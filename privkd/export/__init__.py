@@ -1,0 +1,1 @@
+"""A device's student with its preprocessing as one artefact, in the form that a device runs."""

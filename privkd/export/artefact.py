@@ -1,0 +1,62 @@
+"""A student as a device runs it: preprocessing and logits in one module, checked against the original."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from privkd.errors import ModelError
+
+TOLERANCE = 1e-5
+
+
+class Deployable(nn.Module):
+    """From raw records to logits: the run's normalisation, then the student.
+
+    ``divisor`` is that of `data.source.Source`: the one thing that the run did to its records.
+    """
+
+    def __init__(self, student: nn.Module, divisor: float) -> None:
+        super().__init__()
+        self.student = student
+        self.divisor = divisor
+
+    def forward(self, records: Tensor) -> Tensor:
+        """Raw float32 ``[record, *shape]`` to logits ``[record, class]``."""
+        scaled = records if self.divisor == 1.0 else records / self.divisor
+        logits: Tensor = self.student(scaled)
+        return logits
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far the artefact's logits are from the student's on ``records`` public records.
+
+    ``difference`` is the largest, absolute where a logit is below 1 and relative above.
+    """
+
+    records: int
+    difference: float
+
+
+@torch.no_grad()
+def check_equal(student: nn.Module, answer: Callable[[Tensor], Tensor], scaled: Tensor, raw: Tensor) -> Check:
+    """Put the same records to both: ``scaled`` to the student as in the run, ``raw`` to the artefact.
+
+    Raises:
+        ModelError: the answers differ by more than ``TOLERANCE``.
+    """
+    ours, theirs = student(scaled), answer(raw)
+    if ours.shape != theirs.shape:
+        raise ModelError(
+            f"the exported student answers with shape {list(theirs.shape)}, the original with "
+            f"{list(ours.shape)}; nothing was written, take another --format"
+        )
+    difference = float(((ours - theirs).abs() / ours.abs().clamp(min=1)).max())
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"the exported student's logits differ from the original's by {difference:.2g}, more than "
+            f"{TOLERANCE:g}; nothing was written, take another --format"
+        )
+    return Check(len(raw), difference)

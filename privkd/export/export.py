@@ -1,0 +1,143 @@
+"""``privkd export``: from a finished run to one device's student as an artefact that answers as it does."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from privkd.controls import latency_ms
+from privkd.errors import ModelError, RunError, one_line
+from privkd.export.artefact import Check, Deployable, check_equal
+from privkd.export.formats import Answering, Format, format_named
+from privkd.federation import open_game
+from privkd.models import parameter_count
+from privkd.result import plain
+from privkd.store import RunFolder
+from privkd.students import finished_state
+
+_CHECKED = 256
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        run: the run's folder.
+        device: whose student.
+        round: after which round, from 1.
+        format: of the artefact.
+        file: where it lies.
+        size_bytes: its size.
+        parameters: of the student.
+        input_shape: of one raw record, float32; the artefact divides it by ``divisor`` itself.
+        divisor: see `data.source.Source`.
+        classes: number of logits.
+        check: how the artefact was found equal to the student of the run.
+        latency_ms: of the artefact for one record, on one CPU thread, median.
+        original_ms: of the student in the run's own form.
+    """
+
+    run: str
+    device: str
+    round: int
+    format: str
+    file: str
+    size_bytes: int
+    parameters: int
+    input_shape: tuple[int, ...]
+    divisor: float
+    classes: int
+    check: Check
+    latency_ms: float
+    original_ms: float
+
+
+def export_student(folder: RunFolder, form: str, device: int, out: Path | None) -> Exported:
+    """Write the student of device number ``device`` in the format ``form``, whole or not at all.
+
+    The artefact is read back and put beside the student on public records before it gets its name. ``out``
+    is replaced if it exists; ``None`` is ``export/<device><suffix>`` in the run's folder.
+
+    Raises:
+        ConfigError: an unknown format, or one whose packages are missing.
+        ModelError: the student cannot be exported, or the artefact answers otherwise.
+        RunError: the run is unfinished or damaged, has no such device, or ``out`` cannot be written.
+    """
+    writer = format_named(form)
+    game = open_game(folder.config)
+    scenario = game.scenario
+    count = len(scenario.devices)
+    if device >= count:
+        raise RunError(f"device-index {device}: {folder.path} has {count} devices, 0 to {count - 1}")
+    state = finished_state(game, folder)
+    student, name = state.students[device].cpu().eval(), scenario.devices[device].name
+    path = out or folder.path / "export" / f"{name}{writer.suffix}"
+    scaled = scenario.public.inputs[:_CHECKED].cpu()
+    raw = raw_of(scaled, scenario.divisor)
+    with _replacing(path) as temporary:
+        answer = written(writer, Deployable(student, scenario.divisor), raw, temporary)
+        check = check_equal(student, answer, scaled, raw)
+        latency, original = latency_ms(answer, raw), latency_ms(student, scaled)
+    exported = Exported(
+        run=str(folder.path),
+        device=name,
+        round=state.round,
+        format=form,
+        file=str(path),
+        size_bytes=path.stat().st_size,
+        parameters=parameter_count(student),
+        input_shape=scenario.input_shape,
+        divisor=scenario.divisor,
+        classes=scenario.classes,
+        check=check,
+        latency_ms=latency,
+        original_ms=original,
+    )
+    folder.write_json(f"export/{name}-{form}.json", exported_tree(exported))
+    return exported
+
+
+def exported_tree(exported: Exported) -> dict[str, Any]:
+    """What ``privkd export --json`` prints, and what is kept in the run's folder."""
+    tree: dict[str, Any] = plain(asdict(exported))
+    return tree
+
+
+def raw_of(scaled: Tensor, divisor: float) -> Tensor:
+    """Records as they were before the run divided them: whole numbers, unless nothing was done to them."""
+    return scaled if divisor == 1.0 else (scaled * divisor).round()
+
+
+def written(writer: Format, model: Deployable, raw: Tensor, path: Path) -> Answering:
+    """Write ``model``, traced on the first ``raw`` records, to ``path``, and read it back.
+
+    Raises:
+        ModelError: the exporter cannot follow the model.
+    """
+    example = raw[:2] if len(raw) > 1 else raw.expand(2, *raw.shape[1:])
+    try:
+        writer.write(model.eval(), example.clone(), path)
+        return writer.load(path)
+    except Exception as error:  # Exporters raise almost anything on a graph that they cannot follow.
+        raise ModelError(
+            f"the student cannot be written as {writer.suffix}: {one_line(error)}; take another --format, or "
+            "write its forward without branches on values"
+        ) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file of the same name that takes the place of ``path`` if all goes well, and vanishes if not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}; name another --out") from None

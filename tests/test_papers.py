@@ -1,0 +1,313 @@
+"""The bibliography: its pages hold what they say, and its command plays, keeps and reuses runs."""
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+from running import SMALL
+from typer.main import get_command
+
+from cli import app
+from papers.catalogue import STUDIES, study_named
+from papers.console import shown
+from papers.personal import personal_figures
+from papers.player import Player, config_of, flat, folder_name
+from papers.probes import Effort, Latency, Personal
+from papers.quantity import Change, Difference, Figure, Share
+from papers.reproduce import Answer, reproduce, reproduction_tree, scale_named
+from papers.statistics import Estimate, t_interval
+from papers.study import Case, Claim, Scale, Study
+from privkd.errors import ConfigError, RunError
+from privkd.progress import Silent
+from privkd.store import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = Scale("tiny", "made up", SMALL, seeds=2)
+GAIN = Difference(Figure("open", "teacher.after"), Figure("open", "teacher.control"))
+MADE_UP = Study(
+    name="made-up",
+    title="A paper",
+    scales=(TINY,),
+    cases=(Case("open", ("privacy.epsilon=inf",), probes=(Personal(),)),),
+    claims=(
+        Claim("teacher over control", "better", GAIN, "points"),
+        Claim("own student", "-", Figure("open", "personal.student"), "%"),
+    ),
+)
+
+
+class Counting:
+    """Counts the runs and measurements that are played."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int, total: int) -> None: ...
+
+    def figures(self, **figures: float) -> None: ...
+
+
+def commands_of(page: str) -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line]
+
+
+def code_of(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        app([str(argument) for argument in arguments])
+    return left.value.code if isinstance(left.value.code, int) else 0
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+class TestPages:
+    def test_have_their_parts(self, study: Study) -> None:
+        headings = re.findall(r"^## (.*)$", study.page, flags=re.MULTILINE)
+        assert headings == ["Claims", "Symbols", "Command", "Figures", "Why they differ"]
+        assert study.page.startswith("# ")
+        assert "@@" not in study.page
+
+    def test_every_file_they_name_exists(self, study: Study) -> None:
+        named = re.findall(r"`((?:privkd|papers|audits|attacks|tests)/[\w./-]+)`", study.page)
+        assert named
+        assert [name for name in named if not (ROOT / name).is_file()] == []
+
+    def test_every_symbol_in_the_table_is_in_its_file(self, study: Study) -> None:
+        for line in study.page.splitlines():
+            cells = [cell.strip() for cell in line.split("|")]
+            files = re.findall(r"`([\w./]+\.py)`", cells[-2]) if len(cells) == 5 else []
+            text = "".join((ROOT / name).read_text() for name in files)
+            for name in re.findall(r"`([\w.=]+)`", cells[2]) if files else []:
+                last = name.partition("=")[0].rpartition(".")[2]
+                assert last in text, f"{name} is not in {files}"
+
+    def test_every_command_parses(self, study: Study) -> None:
+        found = commands_of(study.page)
+        assert ["privkd", "papers", "run", study.name, "--quick"] in found
+        for words in found:
+            assert words[0] == "privkd"
+            parsed(words[1:])
+            if words[1:3] == ["papers", "run"]:
+                assert study_named(words[3]) is study
+                if "--scale" in words:
+                    scale_named(study, words[words.index("--scale") + 1])
+
+    def test_every_run_has_settings_that_go_together(self, study: Study) -> None:
+        for scale in study.scales:
+            for case in study.cases:
+                assert config_of(case, scale, 1, None).seed == 1
+        assert "quick" in [scale.name for scale in study.scales]
+        assert len({case.name for case in study.cases}) == len(study.cases)
+
+
+def parsed(words: list[str]) -> None:
+    """Let the command line parse ``words`` without running them; it raises on what it does not know."""
+    command: click.Command = get_command(app)
+    context = click.Context(command, info_name="privkd")
+    while isinstance(command, click.Group):
+        found = command.get_command(context, words[0])
+        assert found is not None, words
+        command, words = found, words[1:]
+    command.make_context(command.name, list(words), parent=context)
+
+
+class TestQuantities:
+    FIGURES = {"a": {"x": 3.0, "zero": 0.0}, "b": {"x": 2.0}}  # noqa: RUF012
+    A, B, ZERO = Figure("a", "x"), Figure("b", "x"), Figure("a", "zero")
+
+    def test_are_what_they_say(self) -> None:
+        assert Difference(self.A, self.B).of(self.FIGURES) == 1
+        assert Change(self.A, self.B).of(self.FIGURES) == 0.5
+        assert Share(Difference(self.A, self.B), self.B).of(self.FIGURES) == 0.5
+
+    def test_of_zero_are_no_number(self) -> None:
+        assert math.isnan(Share(self.A, self.ZERO).of(self.FIGURES))
+        assert math.isnan(Change(self.A, self.ZERO).of(self.FIGURES))
+
+    def test_that_a_run_lacks_are_refused(self) -> None:
+        with pytest.raises(RunError, match="no figure 'y'"):
+            Figure("a", "y").of(self.FIGURES)
+
+
+class TestIntervals:
+    def test_students(self) -> None:
+        """Textbook: t(0.975, 4) = 2.776445."""
+        found = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+        half = 2.7764451 * math.sqrt(2.5 / 5)
+        assert found.mean == 3
+        assert found.low == pytest.approx(3 - half)
+        assert found.high == pytest.approx(3 + half)
+        assert found.clear_of_zero
+
+    def test_of_one_seed_there_is_none(self) -> None:
+        assert t_interval([0.5]) == Estimate(0.5, None, None, 1)
+        assert not t_interval([0.5]).clear_of_zero
+
+    def test_cover_in_19_of_20_cases(self) -> None:
+        """2,000 means of 3 normal draws: outside [0.93, 0.97] with probability below 1e-4."""
+        import numpy as np
+
+        draws = np.random.default_rng(0).normal(1.0, 2.0, size=(2000, 3))
+        covered = [low <= 1 <= high for low, high in map(bounds, draws)]
+        assert 0.93 < sum(covered) / len(covered) < 0.97
+
+    def test_are_shown_in_the_claims_unit(self) -> None:
+        claim = MADE_UP.claims[0]
+        assert shown(Answer(claim, Estimate(0.051, 0.04, 0.062, 3))) == "+5.10 points [4.00, 6.20]"
+        percent = replace(claim, unit="%")
+        assert shown(Answer(percent, Estimate(0.951, None, None, 1))) == "95.10 %"
+        assert shown(Answer(percent, Estimate(math.nan, None, None, 1))) == "-"
+        assert shown(Answer(replace(claim, unit="epsilon"), Estimate(2.5, 2, 3, 3))) == "2.500 [2.000, 3.000]"
+
+
+def bounds(values: object) -> tuple[float, float]:
+    found = t_interval(list(values))  # type: ignore[call-overload]
+    assert found.low is not None
+    assert found.high is not None
+    return found.low, found.high
+
+
+class TestRuns:
+    def test_are_played_once(self, tmp_path: Path) -> None:
+        first, second = Counting(), Counting()
+        found = reproduce(MADE_UP, TINY, 2, Player(tmp_path, None, first))
+        again = reproduce(MADE_UP, TINY, 2, Player(tmp_path, None, second))
+        assert reproduction_tree(found) == reproduction_tree(again)
+        assert first.stages
+        assert not second.stages, "a finished run was played again"
+        assert len(list(tmp_path.iterdir())) == 2
+        assert found.answers[0].ours.seeds == 2
+
+    def test_are_resumed_where_they_were_cut_short(self, tmp_path: Path) -> None:
+        case = MADE_UP.cases[0]
+        whole = Player(tmp_path / "whole", None, Silent()).figures(case, TINY, 0)
+        with pytest.raises(KeyboardInterrupt):
+            Player(tmp_path / "cut", None, StopAfter("round 2")).figures(case, TINY, 0)
+        told = Counting()
+        resumed = Player(tmp_path / "cut", None, told).figures(case, TINY, 0)
+        assert not any(stage.startswith("round 1") for stage in told.stages)
+        kept = {name for name in whole if "latency" not in name and name != "seconds"}
+        assert {name: whole[name] for name in kept} == {name: resumed[name] for name in kept}
+
+    def test_of_other_settings_lie_apart(self) -> None:
+        case = MADE_UP.cases[0]
+        other = replace(case, settings=("privacy.epsilon=3",))
+        names = {folder_name(config_of(c, TINY, seed, None)) for c in (case, other) for seed in (0, 1)}
+        assert len(names) == 4
+
+    def test_a_changed_result_is_played_again(self, tmp_path: Path) -> None:
+        player = Player(tmp_path, None, Silent())
+        honest = player.figures(MADE_UP.cases[0], TINY, 0)
+        result = next(tmp_path.rglob("result.json"))
+        result.write_text(result.read_text().replace('"teacher"', '"teacher "', 1))
+        assert player.figures(MADE_UP.cases[0], TINY, 0)["teacher.after"] == honest["teacher.after"]
+
+    def test_bad_data_leave_no_folder(self, tmp_path: Path) -> None:
+        case = Case("open", ("data.source=mnist",))
+        with pytest.raises(ConfigError):
+            Player(tmp_path / "runs", None, Silent()).figures(replace(case, settings=("no.such=1",)), TINY, 0)
+        with pytest.raises(Exception, match="mnist"):
+            Player(tmp_path / "runs", tmp_path, Silent()).figures(case, TINY, 0)
+        assert not (tmp_path / "runs").exists()
+
+
+class StopAfter(Counting):
+    """Interrupts a run where a stage begins."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self._start = start
+
+    def stage(self, name: str) -> None:
+        if name.startswith(self._start):
+            raise KeyboardInterrupt
+
+
+class TestProbes:
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        out = tmp_path_factory.mktemp("papers")
+        Player(out, None, Silent()).figures(replace(MADE_UP.cases[0], probes=()), TINY, 0)
+        return next(out.iterdir())
+
+    def test_personal_is_what_the_run_reports(self, run: Path) -> None:
+        with RunFolder.resume(run) as folder:
+            found = personal_figures(folder)
+        told = flat(json.loads((run / "result.json").read_text()))
+        assert found["personal.student"] == pytest.approx(told["student.personal"])
+        assert found["personal.worst"] <= found["personal.student"]
+        assert all(0 <= value <= 1 for value in found.values())
+
+    def test_latency_measures_both(self, run: Path) -> None:
+        with RunFolder.resume(run) as folder:
+            found = Latency("torch").measure(folder, Silent(), Effort())
+        assert set(found) == {
+            f"export.{who}_{what}" for who in ("student", "teacher") for what in ("ms", "bytes")
+        }
+        assert all(value > 0 for value in found.values())
+
+
+def test_flat_spells_infinity_and_leaves_out_text() -> None:
+    tree = {"a": [1, {"b": "inf"}], "c": None, "d": "words", "e": True, "f": {"g": 0.5}}
+    assert flat(tree) == {"a.0": 1.0, "a.1.b": math.inf, "f.g": 0.5}
+
+
+class TestCommand:
+    def test_lists_every_paper(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert code_of("papers", "list") == 0
+        out = capsys.readouterr().out
+        assert all(study.name in out for study in STUDIES)
+        assert code_of("papers", "list", "--json") == 0
+        rows = json.loads(capsys.readouterr().out)["papers"]
+        assert [row["name"] for row in rows] == [study.name for study in STUDIES]
+
+    def test_shows_a_page(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert code_of("papers", "show", "du2022") == 0
+        assert capsys.readouterr().out == study_named("du2022").page
+
+    def test_runs_quickly(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "runs"
+        assert code_of("papers", "run", "du2022", "--quick", "--seeds", 1, "--out", out, "--json") == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["paper"], answer["scale"]) == ("du2022", "quick")
+        assert len(answer["claims"]) == len(study_named("du2022").claims)
+        assert all(row["seeds"] == 1 and row["low"] is None for row in answer["claims"])
+        assert answer["claims"][0]["published"] == "+17.01 %"
+        assert code_of("papers", "run", "du2022", "--quick", "--seeds", 1, "--out", out) == 0
+        table = capsys.readouterr().out
+        assert "+17.01 %" in table
+        assert "One seed: no interval." in table
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["show", "du2021"], "did you mean 'du2022'?"),
+            (["run", "du2021"], "did you mean 'du2022'?"),
+            (["run", "du2022", "--scale", "imagenet"], "du2022 has mnist, digits, cifar10, quick"),
+            (["run", "du2022", "--seeds", "0"], "expected 1 to 1000"),
+            (["run", "du2022", "--quick", "--scale", "mnist"], "one of the two"),
+            (["run", "du2022", "--data-dir", "nowhere"], "source 'mnist'"),
+        ],
+    )
+    def test_refuses_in_one_line(
+        self,
+        arguments: list[str],
+        words: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        assert code_of("papers", *arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert words in captured.err.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
