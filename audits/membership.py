@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from audits.absorption import absorbed_logits
 from audits.canaries import Pool, draw_pool
-from audits.distillation import surrogate_logits
+from audits.distillation import log_probabilities, surrogate_logits
 from audits.estimators import (
     BonferroniGuesses,
     TprAtFpr,
@@ -22,7 +23,13 @@ from audits.game import DeviceSide
 from audits.gradient import Scores, bound_many_trials, bound_one_run, dirac_scores
 from audits.release import Crowd, Floats, Released, per_client
 from audits.request import ATTACKS_OF, ONE_RUN, MembershipRequest
-from audits.scoring import ScoreAll, Signals, matched_filter_scores, score_attacks
+from audits.scoring import (
+    ScoreAll,
+    Signals,
+    matched_filter_scores,
+    score_attacks,
+    whitened_filter_scores,
+)
 from audits.traces import Cache, GameKey, Traces, others_answers, traces
 from audits.verdict import Finding, Refused
 from privkd.cohort import train_cohort
@@ -40,6 +47,8 @@ _RATES = (0.01, 0.001)
 _ONE_RUN_CANARIES = 10_000
 _TRIALS = 100_000
 _BLOCK = 250
+_LEAST_PROBABILITY = 1e-4
+"""The whitened filter looks at logarithms no smaller than this one's, which vary most and tell least."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +226,19 @@ class _Audit:
         seen, learned = self._released(view, targets), self._released(view, shadows)
         return {
             "matched-filter": partial(matched_filter_scores, seen, learned, shadows.inside),
+            "whitened-filter": partial(self._whitened, seen, learned),
             "distillation-lira": partial(self._distillation, seen, learned),
         }
+
+    def _whitened(self, seen: Released, learned: Released) -> Floats:
+        """On the answers as they are under noise, which is added to those; else on their logarithms."""
+        answers = [
+            torch.from_numpy(released.answers)
+            if released.noise_std > 0
+            else log_probabilities(self._side, released, _LEAST_PROBABILITY)
+            for released in (seen, learned)
+        ]
+        return whitened_filter_scores(answers[0], answers[1], self._shadows.inside)
 
     def _distillation(self, seen: Released, learned: Released) -> Floats:
         """LiRA on surrogates that are distilled from the releases alone."""
@@ -226,9 +246,14 @@ class _Audit:
 
         def logits(released: Released, role: str) -> Floats:
             count = len(released.answers)
-            self._progress.stage(f"audit: surrogates of the {role}s ({released.view})")
-            steps = partial(lambda done: self._progress.advance(done, count))
-            return surrogate_logits(self._side, released, inputs, self._request.seed, steps)
+
+            def compute() -> dict[str, Tensor]:
+                self._progress.stage(f"audit: surrogates of the {role}s ({released.view})")
+                advance = partial(self._progress.advance, total=count)
+                return {"logits": surrogate_logits(self._side, released, inputs, self._request.seed, advance)}
+
+            what: dict[str, str | int] = {"what": f"surrogate-{role}", "view": released.view, "models": count}
+            return self._cache.tensors(what, compute)["logits"].to(torch.float64).numpy()
 
         candidates, shadows = logits(seen, "target"), logits(learned, "shadow")
         # LiRA reads no population; the candidates stand in for it.
@@ -240,7 +265,7 @@ class _Audit:
         game, role = self._side.game, "target" if models is self._targets else "shadow"
         root = NoiseRoot.from_seed(derive_seed(self._request.seed, "audit", "channel", role))
         if view == "per_client_logits":
-            return per_client(models.answers, game.plan, root)
+            return per_client(models.answers, game.plan, root, game.config.channel.kind)
         crowd = self._crowd(len(models.answers))
         total = crowd.secure_sum(models.answers, root)
         return total if view == "secure_sum" else crowd.colluding(models.answers, total)

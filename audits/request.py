@@ -9,7 +9,7 @@ from privkd.errors import ConfigError
 
 CanaryKind: TypeAlias = Literal["natural", "mislabelled", "crafted"]
 
-CHANNEL_ATTACKS = ("matched-filter", "distillation-lira")
+CHANNEL_ATTACKS = ("matched-filter", "whitened-filter", "distillation-lira")
 ONE_RUN = "canaries-one-run"
 GRADIENT_ATTACKS = (ONE_RUN, "canaries-many-trials")
 VIEWS = ("per_client_logits", "secure_sum", "secure_sum_colluding", "teacher", "student", "gradient")

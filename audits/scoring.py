@@ -6,9 +6,11 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from attacks.channel import ReleaseStatistics, matched_filter_log_ratio
 from attacks.scores import SCORES, Evidence, Population, Shadows, rescaled_logit
+from attacks.whitened import whitened_filter
 from audits.release import Floats, Released
 
 _CHUNK_ENTRIES = 1 << 24
@@ -59,6 +61,15 @@ def score_attacks(
         )
 
     return {prefix + name: partial(score, name) for name in names}
+
+
+def whitened_filter_scores(targets: Tensor, shadows: Tensor, inside: NDArray[np.bool_]) -> Floats:
+    """The whitened filter's log-ratio for each target and candidate ``[target, candidate]``.
+
+    ``targets`` and ``shadows`` are what each one released, ``[model, ...]``; ``inside`` are the shadows'
+    coins ``[shadow, candidate]``.
+    """
+    return whitened_filter(targets.flatten(1).numpy(), shadows.flatten(1).numpy(), inside)
 
 
 def matched_filter_scores(targets: Released, shadows: Released, inside: NDArray[np.bool_]) -> Floats:
