@@ -20,10 +20,10 @@ _FIT = FitConfig(steps=300, batch_size=64, learning_rate=5e-3)
 _NOISY_FIT = _FIT.model_copy(update={"steps": 100})
 """Longer, a surrogate learns the noise."""
 _MATCHING = 5.0
-"""Temperature at which answers without noise are learned: hot enough that a surrogate matches all logits, those
-of small probabilities included, which tell most about a record (Hinton et al. 2015, section 2.1)."""
-_FLOOR = 1e-4
-"""Under noise a released probability below this is taken as this, for its logarithm tells nothing."""
+"""Temperature at which answers without noise are learned: hot enough that a surrogate matches all logits,
+those of small probabilities included, which tell most about a record (Hinton et al. 2015, section 2.1)."""
+FLOOR = 1e-4
+"""A released probability below this is taken as this where its logarithm would tell of noise alone."""
 
 
 def surrogate_logits(
@@ -40,7 +40,7 @@ def surrogate_logits(
     rounds = range(side.rounds) if noisy else range(side.rounds - 1, side.rounds)
     queries = torch.cat([side.queries(round) for round in rounds])
     unlabelled = torch.zeros(len(queries), dtype=torch.int64, device=inputs.device)
-    logs = log_probabilities(side, released, _FLOOR if noisy else released.resolution)
+    logs = log_probabilities(side, released, FLOOR if noisy else released.resolution)
     targets = list(logs[:, list(rounds)].flatten(1, 2).to(inputs.device, torch.float32))
     models: list[nn.Module] = fit_cohort(
         [start] * len(targets),
@@ -56,7 +56,7 @@ def surrogate_logits(
 
 
 def log_probabilities(side: DeviceSide, released: Released, floor: float) -> Tensor:
-    """The releases as log-probabilities, at least ``log(floor)``: float64 ``[model, round, query, class]``."""
+    """The releases' log-probabilities, at least ``log(floor)``: float64 ``[model, round, query, class]``."""
     answers = torch.from_numpy(released.answers)
     if side.game.config.channel.answers == "residuals":
         answers = answers + torch.stack([side.baseline(round).cpu() for round in range(side.rounds)])

@@ -37,7 +37,7 @@ _RIDGE = 1e-6
 _TINY = 1e-12
 
 Score: TypeAlias = Callable[[Floats], Floats]
-"""From features ``[run, feature]`` to a score ``[run]``; higher means that the canary is more likely there."""
+"""From features ``[run, feature]`` to a score ``[run]``; higher means the canary is more likely there."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The audit's table of channels and budgets: ``python benchmarks/audit_table.py``.
 
 Trains a small run for each channel and epsilon, audits it, and prints one row a view. Runs, shadows and
-surrogates are kept in ``--out``, so a second call reads them back, and each cell's findings of all attacks are
-in its ``audit/membership.json``.
+surrogates are kept in ``--out``, so a second call reads them back; what all attacks found in a cell is in its
+``audit/membership.json``.
 """
 
 import argparse
