@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from audits.gradient import DpSgdStep, bound_many_trials, dirac_scores
 from audits.release import Floats, ring_mean
 from audits.verdict import Finding
-from audits.worlds import Bounded, DpSgdGame, ReleaseMany, bound_worlds, channel_worlds, dp_sgd_worlds
+from audits.worlds import (
+    Bounded,
+    DpSgdGame,
+    ObserveSums,
+    ReleaseMany,
+    bound_worlds,
+    channel_worlds,
+    dp_sgd_worlds,
+    observed,
+)
 from privkd.accounting import price
 from privkd.channel import NoisedChannel
 from privkd.cohort import train_cohort
@@ -45,8 +54,8 @@ def audit_mechanisms(seed: int, progress: Progress) -> tuple[Finding, ...]:
     checks: Sequence[Callable[[Level], Finding]] = (
         lambda level: audit_dirac(train_cohort, "DP-SGD, cohort", level, seed, canaries=100_000),
         lambda level: audit_dirac(one_by_one, "DP-SGD, Opacus", level, seed, canaries=10_000),
-        lambda level: audit_dp_sgd(train_cohort, FULL_BATCH, "DP-SGD, cohort", level, seed),
-        lambda level: audit_dp_sgd(train_cohort, SUBSAMPLED, "DP-SGD, cohort", level, seed),
+        lambda level: audit_dp_sgd(observed(train_cohort), FULL_BATCH, "DP-SGD, cohort", level, seed),
+        lambda level: audit_dp_sgd(observed(train_cohort), SUBSAMPLED, "DP-SGD, cohort", level, seed),
         lambda level: audit_channel(noised_release(RHO, seed), "noised channel", level, seed, runs=20_000),
         lambda level: audit_channel(
             secure_release(RHO, seed), "secure channel, ring", level, seed, runs=4_000
@@ -68,9 +77,9 @@ RHO = 0.5
 """Of one release: mu = 1 for a Gaussian of the same sensitivity."""
 
 
-def audit_dp_sgd(step: DpSgdStep, game: DpSgdGame, name: str, level: Level, seed: int) -> Finding:
+def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level, seed: int) -> Finding:
     """One canary joins other records, or does not; see `dp_sgd_worlds`."""
-    worlds = dp_sgd_worlds(step, game, derive_seed(seed, "mechanism", name))
+    worlds = dp_sgd_worlds(observe, game, derive_seed(seed, "mechanism", name))
     full = game.sampling_rate == 1
     bounded = bound_worlds(
         worlds, gaussian_curve=full, delta=level.delta, confidence=level.confidence, seed=seed

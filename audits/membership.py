@@ -5,11 +5,8 @@ from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from audits.absorption import absorbed_logits
-from audits.canaries import Pool, draw_pool
-from audits.distillation import surrogate_logits
+from audits.canaries import draw_pool
 from audits.estimators import (
     BonferroniGuesses,
     TprAtFpr,
@@ -20,17 +17,18 @@ from audits.estimators import (
 )
 from audits.game import DeviceSide
 from audits.gradient import Scores, bound_many_trials, bound_one_run, dirac_scores
-from audits.release import Crowd, Floats, Released, per_client
-from audits.request import ATTACKS_OF, ONE_RUN, MembershipRequest
-from audits.scoring import ScoreAll, Signals, matched_filter_scores, score_attacks
-from audits.traces import Cache, GameKey, Traces, others_answers, traces
+from audits.labels import LabelFinding
+from audits.release import Floats
+from audits.request import ATTACKS_OF, LABELS, ONE_RUN, QUANTILE, WIRES, MembershipRequest
+from audits.scoring import Features, ScoreAll, Signals, quantile_scores, score_attacks
+from audits.traces import Cache, GameKey, traces
 from audits.verdict import Finding, Refused
+from audits.wires import Replays, Wires
 from privkd.cohort import train_cohort
 from privkd.errors import ConfigError, InputError
 from privkd.events import Unit
 from privkd.federation import Game, open_game
 from privkd.ledger import Ledger
-from privkd.noise import NoiseRoot
 from privkd.progress import Progress
 from privkd.randomness import derive_seed
 from privkd.state import load_transcript
@@ -54,12 +52,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class MembershipReport:
-    """All findings, and the scores behind those that rank."""
+    """All findings, the scores behind those that rank, and what the channel tells about devices' classes."""
 
     run: str
     channel: str
     findings: tuple[Finding, ...]
     scored: tuple[Scored, ...] = field(repr=False)
+    labels: tuple[LabelFinding, ...] = ()
 
 
 def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Progress) -> MembershipReport:
@@ -73,29 +72,27 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
     wanted = [
         (view, attack) for view in views for attack in ATTACKS_OF[view] if request.attack in ("all", attack)
     ]
-    if not wanted:
-        raise ConfigError(
-            f"attack={request.attack!r}: view {request.view} takes one of "
-            f"{sorted({attack for view in views for attack in ATTACKS_OF[view]})}"
-        )
+    guessed = [view for view in views if view in WIRES and request.attack in ("all", LABELS)]
+    if not (wanted or guessed):
+        known = {attack for view in views for attack in ATTACKS_OF[view]}
+        known |= {LABELS for view in views if view in WIRES}
+        raise ConfigError(f"attack={request.attack!r}: view {request.view} takes one of {sorted(known)}")
     transcript = load_transcript(folder, game.blank()[0])
     if not transcript.exchanges:
         raise InputError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
     ledger = Ledger.load(folder.ledger_path)
     progress.stage("audit: distilling public students")
     side = DeviceSide.of(game, transcript)
-    audit = _Audit(side, folder, request, progress, each=1 - (1 - request.confidence) / len(wanted))
-    findings, scored = [], []
+    audit = _Audit(side, folder, request, progress, each=1 - (1 - request.confidence) / max(1, len(wanted)))
     upper = ledger.spent(Unit.RECORD).high
-    for view, attack in wanted:
-        if view == "gradient":
-            scores = audit.gradient(attack)
-            findings.append(audit.gradient_finding(scores, upper))
-        else:
-            scores = audit.scored(view, attack)
-            findings.append(audit.finding(scores, upper))
-        scored.append(scores)
-    return MembershipReport(str(folder.path), game.config.channel.kind, tuple(findings), tuple(scored))
+    scored = tuple(audit.scored(view, attack) for view, attack in wanted)
+    return MembershipReport(
+        str(folder.path),
+        game.config.channel.kind,
+        tuple(audit.finding(scores, upper) for scores in scored),
+        scored,
+        tuple(audit.labels(view, ledger.spent(Unit.DEVICE).high) for view in guessed),
+    )
 
 
 def views_of(game: Game, view: str) -> tuple[str, ...]:
@@ -142,16 +139,31 @@ class _Audit:
         self._progress = progress
         self._each = each
         self._cache = Cache(folder, GameKey(request.canaries, request.device, request.seed))
+        self._wires = Wires(side, self._cache, progress)
         self._signals: dict[str, dict[str, ScoreAll]] = {}
 
     def scored(self, view: str, attack: str) -> Scored:
-        """One attack's scores over all targets."""
+        """One attack's scores over all targets, or over its own canaries."""
+        if view == "gradient":
+            return self._gradient(attack)
         if view not in self._signals:
             self._signals[view] = self._attacks(view)
         values = self._signals[view][attack]()
-        return Scored(view, attack, values.reshape(-1), self._targets.inside.reshape(-1))
+        return Scored(view, attack, values.reshape(-1), self._replays.targets.inside.reshape(-1))
 
     def finding(self, scored: Scored, upper: float) -> Finding:
+        """The finding in one attack's scores, beside the ledger's ``upper`` bound."""
+        if scored.view == "gradient":
+            return self._gradient_finding(scored, upper)
+        return self._replay_finding(scored, upper)
+
+    def labels(self, view: str, upper: float) -> LabelFinding:
+        """How much a view of the channel tells about devices' class histograms."""
+        request = self._request
+        pool = draw_pool(self._side.game.scenario, request.device, "natural", request.seed)
+        return self._wires.labels(view, pool, request.targets, upper)
+
+    def _replay_finding(self, scored: Scored, upper: float) -> Finding:
         """The finding in one attack's scores.
 
         Every coin of every target is one guess of one mechanism: the targets' replays, side by side, which
@@ -168,7 +180,7 @@ class _Audit:
         )
         return self._finding(scored, lower, upper, "one_run")
 
-    def gradient(self, attack: str) -> Scored:
+    def _gradient(self, attack: str) -> Scored:
         """White box: gradient canaries through the run's own mechanism, over all of its steps."""
         self._progress.stage(f"audit: gradient ({attack})")
         plan, mechanism = self._side.game.plan, self._side.game.mechanism
@@ -183,7 +195,7 @@ class _Audit:
         )
         return Scored("gradient", attack, scores.values, scores.inside)
 
-    def gradient_finding(self, scored: Scored, upper: float) -> Finding:
+    def _gradient_finding(self, scored: Scored, upper: float) -> Finding:
         """The bound of the canaries' own game: one run, or each canary as a trial."""
         scores, rate = Scores(scored.values, scored.inside), self._side.game.plan.sampling_rate
         if scored.attack == ONE_RUN:
@@ -212,108 +224,42 @@ class _Audit:
         )
 
     def _attacks(self, view: str) -> dict[str, ScoreAll]:
-        targets, shadows = self._targets, self._shadows
-        if view == "student":
-            return score_attacks(
-                Signals(
-                    targets.candidates,
-                    shadows.candidates,
-                    targets.population,
-                    shadows.population,
-                    shadows.inside,
-                ),
-                *self._labels,
-            )
+        replays, side = self._replays, self._side
+        if view in WIRES:
+            return self._wires.attacks(view, replays)
         if view == "teacher":
-            return score_attacks(self._teacher_signals(), *self._labels)
-        seen, learned = self._released(view, targets), self._released(view, shadows)
+            signals, public = self._wires.teacher_signals(replays), side.transcript.exchanges[-1].teacher
+        else:
+            starts = side.starts[-1]
+            signals, public = _student_signals(replays), starts[self._request.device % len(starts)]
+        candidates, population = replays.pool.candidates.labels, replays.pool.population.labels
+        labels = candidates.cpu().numpy(), population.cpu().numpy()
+        features = Features.of(public, replays.pool)
         return {
-            "matched-filter": partial(matched_filter_scores, seen, learned, shadows.inside),
-            "distillation-lira": partial(self._distillation, seen, learned),
+            **score_attacks(signals, *labels),
+            QUANTILE: partial(quantile_scores, signals, features, *labels),
         }
 
-    def _distillation(self, seen: Released, learned: Released) -> Floats:
-        """LiRA on surrogates that are distilled from the releases alone."""
-        inputs = self._pool.candidates.inputs
-
-        def logits(released: Released, role: str) -> Floats:
-            count = len(released.answers)
-            self._progress.stage(f"audit: surrogates of the {role}s ({released.view})")
-            steps = partial(lambda done: self._progress.advance(done, count))
-            return surrogate_logits(self._side, released, inputs, self._request.seed, steps)
-
-        candidates, shadows = logits(seen, "target"), logits(learned, "shadow")
-        # LiRA reads no population; the candidates stand in for it.
-        signals = Signals(candidates, shadows, candidates, shadows, self._shadows.inside)
-        labels = self._labels[0]
-        return score_attacks(signals, labels, labels, ("lira-online",))["lira-online"]()
-
-    def _released(self, view: str, models: Traces) -> Released:
-        game, role = self._side.game, "target" if models is self._targets else "shadow"
-        root = NoiseRoot.from_seed(derive_seed(self._request.seed, "audit", "channel", role))
-        if view == "per_client_logits":
-            return per_client(models.answers, game.plan, root)
-        crowd = self._crowd(len(models.answers))
-        total = crowd.secure_sum(models.answers, root)
-        return total if view == "secure_sum" else crowd.colluding(models.answers, total)
-
-    def _crowd(self, models: int) -> Crowd:
-        game = self._side.game
-        others = self._others[None].expand(models, *self._others.shape)
-        return Crowd(game.plan, game.config.channel.aggregators, others)
-
-    def _teacher_signals(self) -> Signals:
-        found = []
-        plan, root = (
-            self._side.game.plan,
-            NoiseRoot.from_seed(derive_seed(self._request.seed, "audit", "rest")),
-        )
-        rest = per_client(self._others, plan, root).answers if len(self._others) else self._others.numpy()
-        for models in (self._targets, self._shadows):
-            role = "target" if models is self._targets else "shadow"
-            secure = self._side.game.config.channel.kind == "secure"
-            released = self._released("secure_sum" if secure else "per_client_logits", models)
-            self._progress.stage(f"audit: teachers of the {role}s")
-            found.append(
-                absorbed_logits(
-                    self._side, released, rest, self._pool, self._cache, role, self._progress.advance
-                )
-            )
-        (targets, seen), (shadows, there) = found
-        return Signals(targets, shadows, seen, there, self._shadows.inside)
-
     @cached_property
-    def _pool(self) -> Pool:
-        request = self._request
-        return draw_pool(self._side.game.scenario, request.device, request.canaries, request.seed)
-
-    @cached_property
-    def _targets(self) -> Traces:
+    def _replays(self) -> Replays:
+        request, side, advance = self._request, self._side, self._progress.advance
+        pool = draw_pool(side.game.scenario, request.device, request.canaries, request.seed)
         self._progress.stage("audit: replaying the audited device")
-        return traces(
-            self._side, self._pool, self._cache, "target", self._request.targets, self._progress.advance
-        )
-
-    @cached_property
-    def _shadows(self) -> Traces:
+        targets = traces(side, pool, self._cache, "target", request.targets, advance)
         self._progress.stage("audit: shadow devices")
-        return traces(
-            self._side, self._pool, self._cache, "shadow", self._request.shadows, self._progress.advance
-        )
-
-    @cached_property
-    def _others(self) -> Tensor:
-        self._progress.stage("audit: the other devices")
-        return others_answers(self._side, self._cache, self._progress.advance)
-
-    @property
-    def _labels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        pool = self._pool
-        return pool.candidates.labels.cpu().numpy(), pool.population.labels.cpu().numpy()
+        shadows = traces(side, pool, self._cache, "shadow", request.shadows, advance)
+        return Replays(pool, targets, shadows)
 
     @property
     def _delta(self) -> float:
         return self._side.game.plan.delta
+
+
+def _student_signals(replays: Replays) -> Signals:
+    targets, shadows = replays.targets, replays.shadows
+    return Signals(
+        targets.candidates, shadows.candidates, targets.population, shadows.population, shadows.inside
+    )
 
 
 def _rate(members: Floats, nonmembers: Floats, fpr: float) -> TprAtFpr | Refused:

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.channel import NoisedChannel, PlainChannel, Release, noise_variance
+from privkd.channel import ChannelKind, NoisedChannel, PlainChannel, Release, noise_variance
 from privkd.noise import NoiseRoot, discrete_gaussian
 from privkd.plan import Plan
 from privkd.secure.backend import LocalGroup, RingBackend
-from privkd.secure.fixedpoint import clip_rows
+from privkd.secure.fixedpoint import FixedPoint, clip_rows
 from privkd.secure.shares import fitting_encoding, reconstruct, split
 
 Floats = NDArray[np.float64]
@@ -28,25 +28,33 @@ class Released:
         answers: what the adversary sees, float64 ``[model, round, query, class]``.
         noise_std: public standard deviation of the noise on each entry.
         clean: the same before the noise, as shadow statistics want it.
+        resolution: how near to a device's real answers the encoding comes, noise apart.
     """
 
     view: str
     answers: Floats
     noise_std: float
     clean: Floats
+    resolution: float
 
 
-def per_client(blocks: Tensor, plan: Plan, root: NoiseRoot) -> Released:
-    """Each device's own release, through the plain or the noised channel.
+def per_client(blocks: Tensor, plan: Plan, root: NoiseRoot, kind: ChannelKind = "noised") -> Released:
+    """Each device's own release, through the ``plain`` or the ``noised`` channel.
 
     ``blocks`` are bounded answers ``[model, round, query, class]``, of one device each.
     """
     names = [f"replay-{number:04d}" for number in range(len(blocks))]
+    rounds = range(blocks.shape[1])
     plain = PlainChannel(plan.clip_norm)
-    noised = NoisedChannel(plan.clip_norm, plan.rho, root)
-    clean = [plain.release(blocks[:, r], devices=names, round=r) for r in range(blocks.shape[1])]
-    seen = [noised.release(blocks[:, r], devices=names, round=r) for r in range(blocks.shape[1])]
-    return Released("per_client_logits", _stacked(seen), seen[0].noise_std, _stacked(clean))
+    own = plain if kind == "plain" else NoisedChannel(plan.clip_norm, plan.rho, root)
+    clean = [plain.release(blocks[:, r], devices=names, round=r) for r in rounds]
+    seen = [own.release(blocks[:, r], devices=names, round=r) for r in rounds]
+    resolution = (
+        float(np.finfo(np.float32).tiny)
+        if kind == "plain"
+        else math.ldexp(1.0, -FixedPoint.for_clip_norm(plan.clip_norm).fraction_bits)
+    )
+    return Released("per_client_logits", _stacked(seen), seen[0].noise_std, _stacked(clean), resolution)
 
 
 @dataclass(frozen=True)
@@ -75,14 +83,17 @@ class Crowd:
                 seen.append(mean)
         answers = np.stack(seen).reshape(blocks.shape)
         clean = np.stack([_clipped(devices, clip_norm).mean(0) for devices in together])
-        return Released("secure_sum", answers, noise_std, clean)
+        # Each device truncates, so its errors add up in the sum as its answers do.
+        encoding = fitting_encoding(clip_norm, devices=together.shape[1], parties=self.aggregators, rho=rho)
+        return Released("secure_sum", answers, noise_std, clean, math.ldexp(1.0, -encoding.fraction_bits))
 
     def colluding(self, blocks: Tensor, seen: Released) -> Released:
         """What is left of the sum for colluders who take their own contributions off it."""
         n = 1 + self.others.shape[1]
         known = np.stack([_clipped(others, self.plan.clip_norm).sum(0) for others in self.others])
         clean = _clipped(blocks, self.plan.clip_norm)
-        return Released("secure_sum_colluding", seen.answers * n - known, seen.noise_std * n, clean)
+        left = seen.answers * n - known
+        return Released("secure_sum_colluding", left, seen.noise_std * n, clean, seen.resolution * n)
 
 
 def ring_mean(

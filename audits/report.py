@@ -12,12 +12,16 @@ from rich.text import Text
 
 from audits.curves import Roc, draw, roc
 from audits.estimators import TprAtFpr
+from audits.labels import LabelFinding
 from audits.membership import MembershipReport, Scored
+from audits.request import LABELS
 from audits.verdict import Finding, Refused
+from privkd.events import Unit
 from privkd.result import plain
 from privkd.store import RunFolder
 
 _CELL = 11
+_PIPE_WIDTH = 110
 _STYLES = {"ALARM": "bold red", "within bound": "green", "no bound claimed": "yellow"}
 REPLAY_NOTE = (
     "The audited target is a replay of the run's device side under the run's own mechanism and noise "
@@ -45,6 +49,11 @@ def finding_tree(finding: Finding) -> dict[str, Any]:
     }
 
 
+def label_tree(finding: LabelFinding) -> dict[str, Any]:
+    """One label-distribution finding as JSON values; divergences in nats."""
+    return {"attack": LABELS, "unit": Unit.DEVICE.value, "reveals": finding.reveals, **asdict(finding)}
+
+
 def report_tree(report: MembershipReport) -> dict[str, Any]:
     """What ``privkd audit membership --json`` prints."""
     tree = {
@@ -52,12 +61,15 @@ def report_tree(report: MembershipReport) -> dict[str, Any]:
         "channel": report.channel,
         "target": REPLAY_NOTE,
         "views": [finding_tree(finding) for finding in report.findings],
+        "label_distributions": [label_tree(finding) for finding in report.labels],
     }
     return {key: plain(value) for key, value in tree.items()}
 
 
-def write_curves(folder: RunFolder, scored: Sequence[Scored]) -> tuple[str, str]:
-    """The ROC curves as ``audit/roc.svg`` and ``audit/roc.png``; returns these names."""
+def write_curves(folder: RunFolder, scored: Sequence[Scored]) -> tuple[str, ...]:
+    """The ROC curves, if any, as ``audit/roc.svg`` and ``audit/roc.png``; returns these names."""
+    if not scored:
+        return ()
     curves: dict[str, list[Roc]] = {}
     for scores in scored:
         inside = scores.inside
@@ -72,12 +84,21 @@ def write_curves(folder: RunFolder, scored: Sequence[Scored]) -> tuple[str, str]
     return names
 
 
+def wide_console() -> Console:
+    """A terminal's own width; a pipe or a file has none, and gets enough for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, _PIPE_WIDTH))
+
+
 def print_report(report: MembershipReport, curves: Sequence[str]) -> None:
     """The table, what it means, and where the curves are."""
-    console = Console()
-    console.print(findings_table(report.findings, f"Membership audit of {report.run}"))
-    for line in _remarks(report.findings):
-        console.print(line, highlight=False)
+    console = wide_console()
+    if report.findings:
+        console.print(findings_table(report.findings, f"Membership audit of {report.run}"))
+        for line in _remarks(report.findings):
+            console.print(line, highlight=False)
+    for finding in report.labels:
+        console.print(_labels(finding), highlight=False)
     for name in curves:
         console.print(f"curves: {report.run}/{name}", highlight=False, markup=False, soft_wrap=True)
 
@@ -124,6 +145,18 @@ def _remarks(findings: Sequence[Finding]) -> list[Text]:
         *remarks,
         *(Text(f"refused: {reason}", style="yellow") for reason in reasons),
     ]
+
+
+def _labels(finding: LabelFinding) -> Text:
+    """Devices' class histograms are no matter of records: their bound is the ledger's of a device."""
+    ends = _interval(finding.low, finding.high, 3)
+    return Text(
+        f"{LABELS} ({finding.view}): KL(true || guess) {finding.divergence:.3f} nats over {finding.devices} "
+        f"devices, {finding.blind:.3f} blind; gain {finding.gain:.3f} {ends}, "
+        f"{'the classes show' if finding.reveals else 'nothing shown'}; device epsilon <= "
+        f"{_epsilon(finding.epsilon_upper)}",
+        style="yellow" if finding.reveals else "",
+    )
 
 
 def _auc(finding: Finding) -> str:
@@ -174,7 +207,7 @@ def print_mechanisms(findings: Sequence[Finding]) -> None:
             _epsilon(finding.epsilon_upper),
             _verdict(finding),
         )
-    console = Console()
+    console = wide_console()
     console.print(table)
     first = findings[0]
     console.print(

@@ -9,15 +9,22 @@ from privkd.errors import ConfigError
 
 CanaryKind: TypeAlias = Literal["natural", "mislabelled", "crafted"]
 
-CHANNEL_ATTACKS = ("matched-filter", "distillation-lira")
+CHANNEL_ATTACKS = ("matched-filter", "whitened-filter", "distillation-lira")
+QUANTILE = "quantile-regression"
+MODEL_ATTACKS = (*SCORES, QUANTILE)
+LABELS = "label-distribution"
+"""Of the channel's views: it guesses a device's class histogram, not who is in its records."""
 ONE_RUN = "canaries-one-run"
 GRADIENT_ATTACKS = (ONE_RUN, "canaries-many-trials")
 VIEWS = ("per_client_logits", "secure_sum", "secure_sum_colluding", "teacher", "student", "gradient")
+WIRES = VIEWS[:3]
+"""The views of the channel."""
 ATTACKS_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(VIEWS[:3], CHANNEL_ATTACKS),
-    **dict.fromkeys(VIEWS[3:5], tuple(SCORES)),
+    **dict.fromkeys(WIRES, CHANNEL_ATTACKS),
+    **dict.fromkeys(VIEWS[3:5], MODEL_ATTACKS),
     "gradient": GRADIENT_ATTACKS,
 }
+"""The attacks on membership."""
 _LEAST_SHADOWS = 8
 
 
@@ -46,7 +53,7 @@ class MembershipRequest:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        known = ("all", *dict.fromkeys(attack for names in ATTACKS_OF.values() for attack in names))
+        known = ("all", LABELS, *dict.fromkeys(attack for names in ATTACKS_OF.values() for attack in names))
         for name, value, choices in (
             ("view", self.view, ("all", *VIEWS)),
             ("attack", self.attack, known),

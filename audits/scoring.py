@@ -5,11 +5,24 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from attacks.channel import ReleaseStatistics, matched_filter_log_ratio
-from attacks.scores import SCORES, Evidence, Population, Shadows, rescaled_logit
+from attacks.scores import (
+    SCORES,
+    Evidence,
+    Population,
+    Shadows,
+    quantile_regression,
+    rescaled_logit,
+)
+from attacks.whitened import whitened_filter
+from audits.canaries import Pool
 from audits.release import Floats, Released
+from privkd.data.scenario import LabelledSet
+from privkd.fitting import logits_of
 
 _CHUNK_ENTRIES = 1 << 24
 """Candidates times released entries at a time: bounds the memory of the shadow statistics."""
@@ -37,14 +50,54 @@ class Signals:
     inside: NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class Features:
+    """What is public about the records, for a regression of the signal on it.
+
+    Attributes:
+        candidates: float64 ``[candidate, feature]``.
+        population: likewise ``[population, feature]``.
+    """
+
+    candidates: Floats
+    population: Floats
+
+    @classmethod
+    def of(cls, public: nn.Module, pool: Pool) -> "Features":
+        """A ``public`` model's logits on the pool's records, the labels, and the signal of both."""
+
+        def features(records: LabelledSet) -> Floats:
+            logits = logits_of(public, records.inputs).to("cpu", torch.float64).numpy()
+            labels = records.labels.cpu().numpy()
+            signal = rescaled_logit(logits, labels)
+            return np.column_stack([logits, np.eye(logits.shape[1])[labels], signal])
+
+        return cls(features(pool.candidates), features(pool.population))
+
+
+def quantile_scores(
+    signals: Signals, features: Features, labels: NDArray[np.int64], population_labels: NDArray[np.int64]
+) -> Floats:
+    """The quantile-regression attack ``[target, candidate]``: a regression on the population each target."""
+    seen = rescaled_logit(signals.targets, labels)
+    known = rescaled_logit(signals.target_population, population_labels)
+    return np.stack(
+        [
+            quantile_regression(
+                phi, features.candidates, nonmember_target=there, nonmember_features=features.population
+            )
+            for phi, there in zip(seen, known, strict=True)
+        ]
+    )
+
+
 def score_attacks(
     signals: Signals,
     labels: NDArray[np.int64],
     population_labels: NDArray[np.int64],
     names: Sequence[str] = tuple(SCORES),
-    prefix: str = "",
 ) -> dict[str, ScoreAll]:
-    """Every score of ``attacks.scores`` on these signals, by ``prefix`` and its name."""
+    """Every score of ``attacks.scores`` on these signals, by its name."""
     shadows = Shadows(rescaled_logit(signals.shadows, labels), signals.inside)
     targets = rescaled_logit(signals.targets, labels)
     seen = rescaled_logit(signals.target_population, population_labels)
@@ -58,7 +111,16 @@ def score_attacks(
             ]
         )
 
-    return {prefix + name: partial(score, name) for name in names}
+    return {name: partial(score, name) for name in names}
+
+
+def whitened_filter_scores(targets: Tensor, shadows: Tensor, inside: NDArray[np.bool_]) -> Floats:
+    """The whitened filter's log-ratio for each target and candidate ``[target, candidate]``.
+
+    ``targets`` and ``shadows`` are what each one released, ``[model, ...]``; ``inside`` are the shadows'
+    coins ``[shadow, candidate]``.
+    """
+    return whitened_filter(targets.flatten(1).numpy(), shadows.flatten(1).numpy(), inside)
 
 
 def matched_filter_scores(targets: Released, shadows: Released, inside: NDArray[np.bool_]) -> Floats:

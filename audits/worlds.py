@@ -2,16 +2,20 @@
 
 The adversary is fitted, not assumed: a normal law for each world on half of the runs, its likelihood ratio as
 the score on the other half. So a bug need not be foreseen to be found: a noise that is too small, missing or
-repeated, a scale that depends on who is there, an entry that nobody noised.
+repeated, a scale that depends on who is there, an entry that nobody noised. Subsampled mechanisms are not
+normal, so the ratios of two ways to draw batches stand beside the fitted one; which score is taken is settled
+on the fitting half as well.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from audits.estimators import (
@@ -24,22 +28,34 @@ from audits.estimators import (
 from audits.gradient import LOUD, DpSgdStep, log_ratio, noised_sums, probe, single_step
 from privkd.config import DpSgdConfig
 from privkd.data.scenario import LabelledSet
-from privkd.randomness import SeededRandomness
+from privkd.randomness import SeededRandomness, derive_seed
 from privkd.student import Mechanism
 
 Floats = NDArray[np.float64]
 
 _RIDGE = 1e-6
 _TINY = 1e-12
-_FEATURES = 32
+
+Score: TypeAlias = Callable[[Floats], Floats]
+"""From features ``[run, feature]`` to a score ``[run]``; higher means the canary is more likely there."""
 
 
 @dataclass(frozen=True)
 class Worlds:
-    """What the adversary sees of each run, as features: float64 ``[run, feature]``, equally many of both."""
+    """What the adversary sees of each run.
+
+    Attributes:
+        without: float64 ``[run, feature]``.
+        with_canary: as many runs, likewise.
+        ratios: which features are log-likelihood ratios, each a score by itself.
+    """
 
     without: Floats
     with_canary: Floats
+    ratios: tuple[int, ...] = ()
+
+    def __getitem__(self, runs: slice) -> "Worlds":
+        return Worlds(self.without[runs], self.with_canary[runs], self.ratios)
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Bounded:
 def bound_worlds(
     worlds: Worlds, *, gaussian_curve: bool, delta: float, confidence: float, seed: int
 ) -> Bounded:
-    """Fit on the first half of the runs, bound on the second.
+    """Settle on a score with the first half of the runs, bound on the second.
 
     Args:
         worlds: the runs.
@@ -63,18 +79,34 @@ def bound_worlds(
         confidence: of the bound.
         seed: of the split that chooses the threshold otherwise.
     """
+
+    def bound(score: Score, runs: Worlds) -> float:
+        return epsilon_lower_bound(
+            score(runs.with_canary),
+            score(runs.without),
+            rule=FixedThreshold(0.0) if gaussian_curve else SplitThreshold(seed, share=0.3),
+            estimator=gaussian if gaussian_curve else clopper_pearson,
+            delta=delta,
+            confidence=confidence,
+        )
+
     half = len(worlds.without) // 2
-    ratio = fitted_log_ratio(worlds.without[:half], worlds.with_canary[:half])
-    members, nonmembers = ratio(worlds.with_canary[half:]), ratio(worlds.without[half:])
-    epsilon = epsilon_lower_bound(
-        members,
-        nonmembers,
-        rule=FixedThreshold(0.0) if gaussian_curve else SplitThreshold(seed, share=0.3),
-        estimator=gaussian if gaussian_curve else clopper_pearson,
-        delta=delta,
-        confidence=confidence,
-    )
-    return Bounded(epsilon, len(members))
+    score = _best_score(worlds[:half], bound)
+    return Bounded(bound(score, worlds[half:]), len(worlds.without) - half)
+
+
+def _best_score(worlds: Worlds, bound: Callable[[Score, Worlds], float]) -> Score:
+    """The fitted ratio or one of ``worlds.ratios``: which bounds more on runs that nothing was fitted to."""
+    if not worlds.ratios:
+        return fitted_log_ratio(worlds.without, worlds.with_canary)
+    half = len(worlds.without) // 2
+    fitted = fitted_log_ratio(worlds.without[:half], worlds.with_canary[:half])
+    scores: list[Score] = [fitted, *(partial(_column, number=number) for number in worlds.ratios)]
+    return max(scores, key=lambda score: bound(score, worlds[half:]))
+
+
+def _column(values: Floats, number: int) -> Floats:
+    return values[:, number]
 
 
 def fitted_log_ratio(without: Floats, with_canary: Floats) -> Callable[[Floats], Floats]:
@@ -110,6 +142,7 @@ class DpSgdGame:
         base: records that are always there.
         runs: of each world.
         clip_norm: public.
+        features: of each record; all but the first are zero, so that only noise fills their weights.
     """
 
     noise_multiplier: float
@@ -118,6 +151,7 @@ class DpSgdGame:
     base: int
     runs: int
     clip_norm: float = 1.0
+    features: int = 32
 
     @property
     def mechanism(self) -> Mechanism:
@@ -127,41 +161,81 @@ class DpSgdGame:
         return Mechanism(single_step(recipe), self.noise_multiplier, expected, 0.0, 1.0)
 
 
-def dp_sgd_worlds(step: DpSgdStep, game: DpSgdGame, seed: int) -> Worlds:
-    """Run ``step`` on both worlds, ``game.steps`` times each run, always from zero weights."""
-    records = torch.zeros(game.base + 1, _FEATURES)
+ObserveSums: TypeAlias = Callable[[LabelledSet, DpSgdGame, int], Tensor]
+"""All runs of one world, given its records, the game and a seed: the noised sums of every step in clip norms,
+``[run, step, parameter]``."""
+
+
+def observed(step: DpSgdStep) -> ObserveSums:
+    """What ``step`` leaves, run ``game.steps`` times in each run, always from zero weights."""
+
+    def observe(shard: LabelledSet, game: DpSgdGame, seed: int) -> Tensor:
+        sources = [SeededRandomness(seed, "audit", "run", run) for run in range(game.runs)]
+        models: list[nn.Module] = [probe(game.features)] * game.runs
+        return torch.stack(
+            [
+                noised_sums(step(models, [shard] * game.runs, None, game.mechanism, sources), game.mechanism)
+                for _ in range(game.steps)
+            ],
+            dim=1,
+        )
+
+    return observe
+
+
+def dp_sgd_worlds(observe: ObserveSums, game: DpSgdGame, seed: int) -> Worlds:
+    """Both worlds of one mechanism, seen through ``observe``."""
+    records = torch.zeros(game.base + 1, game.features)
     records[:, 0] = LOUD * game.clip_norm
     records[-1, 0] *= -1
     labels = torch.zeros(game.base + 1, dtype=torch.int64)
     shards = [LabelledSet(records[: game.base], labels[: game.base]), LabelledSet(records, labels)]
-    found = []
-    for world, shard in enumerate(shards):
-        sources = [SeededRandomness(seed, "audit", "world", world, run) for run in range(game.runs)]
-        models: list[nn.Module] = [probe(_FEATURES)] * game.runs
-        sums = [
-            noised_sums(step(models, [shard] * game.runs, None, game.mechanism, sources), game.mechanism)
-            for _ in range(game.steps)
-        ]
-        found.append(_dp_sgd_features(torch.stack(sums, dim=1), game))
-    return Worlds(*found)
+    without, with_canary = (
+        _dp_sgd_features(observe(shard, game, derive_seed(seed, "audit", "world", world)), game)
+        for world, shard in enumerate(shards)
+    )
+    # The last two features are ratios; full batches leave nothing to draw, and the fitted one is exact.
+    ratios = () if game.sampling_rate == 1 else (-2, -1)
+    return Worlds(without, with_canary, ratios)
 
 
 def _dp_sgd_features(sums: Tensor, game: DpSgdGame) -> Floats:
     """Features of the noised sums ``[run, step, parameter]``, in clip norms.
 
-    The canary's component, summed by the step's place in an epoch of ``1 / q`` steps, its ratio, how far it
-    spreads over the steps, and how large all other components are, which only noise should fill.
+    The canary's component, summed by the step's place in an epoch of ``1 / q`` steps, how far it spreads over
+    the steps, how large all other components are, which only noise should fill, and its ratios under Poisson
+    sampling and under shuffling.
     """
-    rows = sums.numpy().reshape(*sums.shape[:2], 2, _FEATURES)
-    along = (rows[:, :, 0, 0] - rows[:, :, 1, 0]) / 2**0.5
+    rows = sums.numpy().reshape(*sums.shape[:2], 2, game.features)
+    along = ((rows[:, :, 0, 0] - rows[:, :, 1, 0]) / 2**0.5).astype(np.float64)
     across = rows[:, :, :, 1:].reshape(len(rows), -1)
-    ratio = log_ratio(
+    epoch = round(1 / game.sampling_rate)
+    poisson = log_ratio(
         along + game.base * (game.sampling_rate == 1), game.noise_multiplier, game.sampling_rate
-    )
-    columns = [ratio.sum(axis=1), _log(along.std(axis=1)), _log(np.linalg.norm(across, axis=1))]
-    return np.concatenate(
-        [_by_place(along, round(1 / game.sampling_rate)), np.stack(columns, axis=1)], axis=1
-    )
+    ).sum(axis=1)
+    columns = [
+        _log(along.std(axis=1)),
+        _log(np.linalg.norm(across, axis=1)),
+        poisson,
+        _shuffled_log_ratio(along, epoch, game),
+    ]
+    return np.concatenate([_by_place(along, epoch), np.stack(columns, axis=1)], axis=1)
+
+
+def _shuffled_log_ratio(values: Floats, epoch: int, game: DpSgdGame) -> Floats:
+    """Log-ratio of values ``[run, step]`` if every epoch deals each record to one batch of a fixed size.
+
+    The others fill every place of every batch with -1 but one, which is empty or holds the canary, a 1; all
+    steps of the epoch are as likely to have it (the worst case of Chua et al. 2024 for shuffling). Steps
+    beyond the last whole epoch are not looked at.
+    """
+    epochs = values.shape[1] // epoch
+    full = game.sampling_rate * (game.base + 1)
+    above = values[:, : epochs * epoch].reshape(len(values), epochs, epoch) + full
+    variance = game.noise_multiplier**2
+    with_canary = logsumexp((2 * above - 2) / variance, axis=2)
+    without = logsumexp((above - 0.5) / variance, axis=2)
+    return np.asarray((with_canary - without).sum(axis=1), dtype=np.float64)
 
 
 def _by_place(values: Floats, epoch: int) -> Floats:
@@ -178,12 +252,13 @@ def channel_worlds(release: ReleaseMany, *, clip_norm: float, runs: int) -> Worl
     """One device's block is far too long and all along one entry, or all zero."""
     loud = torch.zeros(runs, 2, 3)
     loud[:, 0, 0] = LOUD * clip_norm
-    found = []
-    for blocks in (torch.zeros_like(loud), loud):
+
+    def features(blocks: Tensor) -> Floats:
         seen = release(blocks).reshape(runs, -1).astype(np.float64)
         rest = _log(np.linalg.norm(seen[:, 1:], axis=1))
-        found.append(np.concatenate([seen, rest[:, None]], axis=1))
-    return Worlds(*found)
+        return np.concatenate([seen, rest[:, None]], axis=1)
+
+    return Worlds(features(torch.zeros_like(loud)), features(loud))
 
 
 def _log(values: Floats) -> Floats:

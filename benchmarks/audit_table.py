@@ -1,7 +1,8 @@
 """The audit's table of channels and budgets: ``python benchmarks/audit_table.py``.
 
-Trains a small run on the digits for each channel and epsilon, audits it, and prints one row a view. Runs and
-shadows are kept in ``--out``, so a second call reads them back.
+Trains a small run for each channel and epsilon, audits it, and prints one row a view. Runs, shadows and
+surrogates are kept in ``--out``, so a second call reads them back; what all attacks found in a cell is in its
+``audit/membership.json``.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from audits.membership import MembershipReport, audit_membership  # noqa: E402
+from audits.report import report_tree  # noqa: E402
 from audits.request import MembershipRequest  # noqa: E402
 from audits.verdict import Finding, Refused  # noqa: E402
 from privkd.config import RunConfig, load_config  # noqa: E402
@@ -50,7 +52,9 @@ def audited(args: argparse.Namespace, channel: str, epsilon: str) -> MembershipR
         with RunFolder.create(path, config_of(args, channel, epsilon)) as folder:
             train(folder.config, folder, Silent())
     with RunFolder.resume(path) as folder:
-        return audit_membership(folder, MembershipRequest(targets=args.targets), Silent())
+        report = audit_membership(folder, MembershipRequest(targets=args.targets), Silent())
+        folder.write_json("audit/membership.json", report_tree(report))
+        return report
 
 
 def rows(channel: str, epsilon: str, report: MembershipReport) -> list[str]:

@@ -14,6 +14,7 @@ from privkd.config import RunConfig, load_config
 from privkd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from privkd.federation import Game
     from privkd.store import RunFolder
 
 
@@ -52,10 +53,10 @@ def _start(config: RunConfig, request: TrainRequest) -> None:
     from privkd.store import RunFolder, default_folder
 
     # Bad data, models or budgets fail here, before a run folder exists.
-    open_game(config)
+    game = open_game(config)
     with RunFolder.create(request.out or default_folder(), config) as folder:
         print_folder(folder.path)
-        _run(config, folder, as_json=request.json, resumed=False)
+        _run(folder, game, as_json=request.json)
 
 
 def _resume(request: TrainRequest, path: Path) -> None:
@@ -66,16 +67,17 @@ def _resume(request: TrainRequest, path: Path) -> None:
     from privkd.store import RunFolder
 
     with RunFolder.resume(path) as folder:
-        _run(folder.config, folder, as_json=request.json, resumed=True)
+        _run(folder, None, as_json=request.json)
 
 
-def _run(config: RunConfig, folder: "RunFolder", *, as_json: bool, resumed: bool) -> None:
+def _run(folder: "RunFolder", game: "Game | None", *, as_json: bool) -> None:
+    """Start ``game``, or go on with the folder's run where there is none."""
     from privkd.console import print_result, progress_on_stderr
     from privkd.result import result_tree
     from privkd.result import train as run_training
 
     with progress_on_stderr() as progress:
-        result = run_training(config, folder, progress, resumed=resumed)
+        result = run_training(folder.config, folder, progress, resumed=game is None, game=game)
     if as_json:
         _print_json(result_tree(result))
     else:

@@ -73,15 +73,15 @@ class Run:
     ledger: Ledger
 
 
-def run(config: RunConfig, folder: RunFolder, progress: Progress, *, resumed: bool = False) -> Run:
-    """Play all rounds of ``config`` in ``folder``, from the last committed one where ``resumed``.
+def run(game: "Game", folder: RunFolder, progress: Progress, *, resumed: bool = False) -> Run:
+    """Play all rounds of ``game`` in ``folder``, from the last committed one where ``resumed``.
 
     Raises:
-        InputError: bad settings, data or models; nothing was spent.
+        InputError: other data than the run began with; nothing was spent.
         BudgetError: the run would overspend; it does not start.
         ChannelError: a release failed; resume the run to try the round again.
     """
-    game = open_game(config)
+    config = game.config
     record = saved(folder)
     ledger = Ledger.open(
         folder.ledger_path,

@@ -9,7 +9,7 @@ from typing import Any
 from privkd.config import RunConfig
 from privkd.controls import latency_ms
 from privkd.events import Unit
-from privkd.federation import Run, run
+from privkd.federation import Game, Run, open_game, run
 from privkd.ledger import Statement
 from privkd.models import parameter_count
 from privkd.progress import Progress
@@ -59,10 +59,20 @@ class Result:
     seconds: float
 
 
-def train(config: RunConfig, folder: RunFolder, progress: Progress, *, resumed: bool = False) -> Result:
-    """Run ``config`` in ``folder`` and write ``result.json`` there. Raises as `federation.run` does."""
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    resumed: bool = False,
+    game: Game | None = None,
+) -> Result:
+    """Run ``config`` in ``folder`` and write ``result.json`` there.
+
+    ``game`` is that of ``config``, if it is open already. Raises as `open_game` and `federation.run` do.
+    """
     start = time.monotonic()
-    finished = run(config, folder, progress, resumed=resumed)
+    finished = run(game or open_game(config), folder, progress, resumed=resumed)
     result = _result(finished, config, folder.path, start)
     folder.write_json("result.json", result_tree(result))
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})

@@ -17,6 +17,7 @@ from attacks.channel import (
     matched_filter_log_ratio,
     matched_filter_mu,
 )
+from attacks.whitened import _Span, whitened_filter
 from privkd.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -178,6 +179,77 @@ def test_releases_that_do_not_fit_are_refused() -> None:
     for member in (np.ones((4, 2), bool), np.zeros((4, 2), bool), np.zeros((3, 2), bool), np.zeros((4, 2))):
         with pytest.raises(InputError):
             ReleaseStatistics.from_runs(releases, member)
+
+
+# Whitened filter
+
+
+def left_out_by_refitting(x: Floats, wanted: Floats, shrinkage: float) -> Floats:
+    """Each run's output under the ridge regression, with a free constant, of all other runs."""
+    n = len(x)
+    ridge = shrinkage * ((x - x.mean(axis=0)) ** 2).sum() / n
+    outputs = np.empty_like(wanted)
+    for run in range(n):
+        rest = np.arange(n) != run
+        centre, mean = x[rest].mean(axis=0), wanted[rest].mean(axis=0)
+        away = x[rest] - centre
+        inverse = np.linalg.inv(away.T @ away + ridge * np.eye(x.shape[1]))
+        outputs[run] = mean + (x[run] - centre) @ inverse @ away.T @ (wanted[rest] - mean)
+    return outputs
+
+
+@pytest.mark.parametrize("shrinkage", [0.01, 1.0])
+def test_left_out_outputs_equal_those_of_refitting(shrinkage: float) -> None:
+    rng = np.random.default_rng(0)
+    x, wanted = rng.normal(size=(14, 30)) * 3 + 5, (rng.random((14, 4)) < 0.5).astype(float)
+    found = _Span.of(x).fit(wanted, shrinkage).left_out
+    np.testing.assert_allclose(found, left_out_by_refitting(x, wanted, shrinkage), atol=1e-9)
+
+
+def test_whitening_finds_members_where_entries_move_together() -> None:
+    """Two loud common directions hide 20 candidates' influence from a filter that takes entries one by one.
+
+    160 shadow runs, 25 targets: 500 guesses, a standard error of 0.025 at most; 0.9 against 0.6 are 12 apart.
+    """
+    rng = np.random.default_rng(1)
+    influence, common = 0.5 * rng.normal(size=(20, 60)), 8 * rng.normal(size=(2, 60))
+
+    def runs(count: int) -> tuple[Floats, NDArray[np.bool_]]:
+        member = rng.random((count, 20)) < 0.5
+        noise = rng.normal(size=(count, 2)) @ common + 0.8 * rng.normal(size=(count, 60))
+        return member @ influence + noise, member
+
+    (released, inside), (shadows, member) = runs(25), runs(160)
+    found = whitened_filter(released, shadows, member)
+    statistics = ReleaseStatistics.from_runs(shadows, member)
+    blunt = np.stack([matched_filter_log_ratio(one, statistics, noise_std=0.0) for one in released])
+    assert area(found[inside], found[~inside]) > 0.85
+    assert area(blunt[inside], blunt[~inside]) < 0.65
+
+
+def test_the_whitened_filter_finds_nothing_where_nothing_is() -> None:
+    """1,000 guesses without signal leave 0.5 by 0.1 in fewer than 10^-7 of all seeds."""
+    rng = np.random.default_rng(2)
+    inside, member = rng.random((50, 20)) < 0.5, rng.random((32, 20)) < 0.5
+    found = whitened_filter(rng.normal(size=(50, 200)), rng.normal(size=(32, 200)), member)
+    assert abs(area(found[inside], found[~inside]) - 0.5) < 0.1
+
+
+def test_runs_that_do_not_fit_are_refused() -> None:
+    runs = np.random.default_rng(0).normal(size=(8, 5))
+    member = np.arange(8)[:, None] % 2 == np.arange(3) % 2
+    whitened_filter(runs[:2], runs, member)
+    for wrong in (
+        (runs[:2, :4], runs, member),
+        (runs[:2], runs, member[:7]),
+        (runs[:2], runs, member.astype(float)),
+        (runs[:2], runs[:3], member[:3]),
+        (runs[:2], np.ones((8, 5)), member),
+        (runs[:2], runs * math.nan, member),
+        (runs[:2], runs, np.ones((8, 3), dtype=bool)),
+    ):
+        with pytest.raises(InputError):
+            whitened_filter(*wrong)
 
 
 # Label distribution

@@ -5,31 +5,15 @@ a threshold that was chosen on these same samples give no bound: see ``audits.es
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol, SupportsIndex
+from functools import lru_cache, partial, update_wrapper
+from typing import SupportsIndex
 
 from scipy.special import betaincinv, ndtri
 
 from audits.estimators.gaussian_dp import epsilon_of_mu
 from audits.estimators.validation import checked_confidence, checked_delta, checked_share
-
-
-class ConfusionEstimator(Protocol):
-    """A bound from the counts at one threshold: ``clopper_pearson`` or ``gaussian``."""
-
-    def __call__(
-        self,
-        *,
-        true_positives: SupportsIndex,
-        members: SupportsIndex,
-        false_positives: SupportsIndex,
-        nonmembers: SupportsIndex,
-        delta: float,
-        confidence: float = 0.95,
-    ) -> float:
-        """The epsilon lower bound."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,65 +32,67 @@ def upper_confidence_bound(successes: int, trials: int, *, error: float) -> floa
     return float(betaincinv(successes + 1, trials - successes, 1 - error))
 
 
-def _error_rates(
-    true_positives: SupportsIndex,
-    members: SupportsIndex,
-    false_positives: SupportsIndex,
-    nonmembers: SupportsIndex,
-    confidence: float,
-) -> ErrorRates:
-    hits, n_members = checked_share("true_positives", true_positives, "members", members)
-    alarms, n_nonmembers = checked_share("false_positives", false_positives, "nonmembers", nonmembers)
-    error = (1 - checked_confidence(confidence)) / 2
-    return ErrorRates(
-        false_positive=upper_confidence_bound(alarms, n_nonmembers, error=error),
-        false_negative=upper_confidence_bound(n_members - hits, n_members, error=error),
-    )
+class ConfusionEstimator:
+    """An epsilon lower bound from the counts at one threshold: ``clopper_pearson`` or ``gaussian``.
+
+    It wraps what makes a bound of the error rates and ``delta``, and checks the counts.
+    """
+
+    def __init__(self, bound: Callable[[ErrorRates, float], float], *, zero_delta: bool) -> None:
+        update_wrapper(self, bound)
+        # The signature is that of the call below, not that of what it wraps.
+        del self.__wrapped__
+        self._bound = bound
+        self._zero_delta = zero_delta
+
+    __wrapped__: object
+    __name__: str
+
+    def __call__(
+        self,
+        *,
+        true_positives: SupportsIndex,
+        members: SupportsIndex,
+        false_positives: SupportsIndex,
+        nonmembers: SupportsIndex,
+        delta: float,
+        confidence: float = 0.95,
+    ) -> float:
+        """The epsilon lower bound.
+
+        Raises:
+            InputError: a count is impossible, or ``delta`` or ``confidence`` lies outside its range.
+        """
+        delta = checked_delta(delta, zero_allowed=self._zero_delta)
+        hits, inside = checked_share("true_positives", true_positives, "members", members)
+        alarms, outside = checked_share("false_positives", false_positives, "nonmembers", nonmembers)
+        error = (1 - checked_confidence(confidence)) / 2
+        rates = ErrorRates(
+            false_positive=upper_confidence_bound(alarms, outside, error=error),
+            false_negative=upper_confidence_bound(inside - hits, inside, error=error),
+        )
+        return self._bound(rates, delta)
 
 
-def clopper_pearson(
-    *,
-    true_positives: SupportsIndex,
-    members: SupportsIndex,
-    false_positives: SupportsIndex,
-    nonmembers: SupportsIndex,
-    delta: float,
-    confidence: float = 0.95,
-) -> float:
+@partial(ConfusionEstimator, zero_delta=True)
+def clopper_pearson(rates: ErrorRates, delta: float) -> float:
     """Epsilon lower bound of any (epsilon, ``delta``)-DP mechanism, without further assumption.
 
     Clopper-Pearson bounds of both error rates, put into the region that differential privacy allows
     (Kairouz, Oh and Viswanath 2015; Jagielski, Ullman and Oprea 2020). ``delta`` may be 0.
-
-    Raises:
-        InputError: a count is impossible, or ``delta`` or ``confidence`` lies outside its range.
     """
-    delta = checked_delta(delta, zero_allowed=True)
-    rates = _error_rates(true_positives, members, false_positives, nonmembers, confidence)
     fpr, fnr = rates.false_positive, rates.false_negative
     odds = max((1 - fnr - delta) / fpr, (1 - fpr - delta) / fnr)
     return max(0.0, math.log(odds)) if odds > 0 else 0.0
 
 
-def gaussian(
-    *,
-    true_positives: SupportsIndex,
-    members: SupportsIndex,
-    false_positives: SupportsIndex,
-    nonmembers: SupportsIndex,
-    delta: float,
-    confidence: float = 0.95,
-) -> float:
+@partial(ConfusionEstimator, zero_delta=False)
+def gaussian(rates: ErrorRates, delta: float) -> float:
     """Epsilon lower bound at ``delta`` of a mechanism whose trade-off curve is Gaussian (mu-GDP).
 
     The point of both error bounds lies on one curve, whose mu is converted (Nasr et al. 2023). It holds for
     the Gaussian mechanism and its compositions; a subsampled one is not Gaussian and needs its own curve.
-
-    Raises:
-        InputError: a count is impossible, or ``delta`` or ``confidence`` lies outside its range.
     """
-    delta = checked_delta(delta, zero_allowed=False)
-    rates = _error_rates(true_positives, members, false_positives, nonmembers, confidence)
     if rates.false_positive >= 1 or rates.false_negative >= 1:
         return 0.0
     mu = -float(ndtri(rates.false_positive)) - float(ndtri(rates.false_negative))

@@ -6,8 +6,9 @@ alike, and abstains on the rest. How many guesses to make is settled before the 
 """
 
 import math
-from functools import lru_cache
-from typing import Protocol, SupportsIndex
+from collections.abc import Callable
+from functools import lru_cache, partial, update_wrapper
+from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,22 @@ from privkd.errors import InputError
 _MU_TOLERANCE = 1e-9
 
 
-class OneRunEstimator(Protocol):
-    """A bound from the guesses of one run: ``one_run`` or ``f_dp_one_run``."""
+class OneRunEstimator:
+    """An epsilon lower bound from the guesses of one run: ``one_run`` or ``f_dp_one_run``.
+
+    It wraps what makes a bound of canaries, guesses, right guesses, ``delta`` and the error probability, and
+    checks the counts.
+    """
+
+    def __init__(self, bound: Callable[[int, int, int, float, float], float], *, zero_delta: bool) -> None:
+        update_wrapper(self, bound)
+        # The signature is that of the call below, not that of what it wraps.
+        del self.__wrapped__
+        self._bound = bound
+        self._zero_delta = zero_delta
+
+    __wrapped__: object
+    __name__: str
 
     def __call__(
         self,
@@ -33,60 +48,37 @@ class OneRunEstimator(Protocol):
         delta: float,
         confidence: float = 0.95,
     ) -> float:
-        """The epsilon lower bound."""
-        ...
+        """The epsilon lower bound.
+
+        Raises:
+            InputError: more right than guessed, more guessed than canaries, or a level outside its range.
+        """
+        made, total = checked_share("guesses", guesses, "canaries", canaries)
+        right = checked_count("correct", correct)
+        if right > made:
+            raise InputError(f"correct={right} exceeds guesses={made}: only a guess can be right")
+        delta = checked_delta(delta, zero_allowed=self._zero_delta)
+        return self._bound(total, made, right, delta, 1 - checked_confidence(confidence))
 
 
-def one_run(
-    *,
-    canaries: SupportsIndex,
-    guesses: SupportsIndex,
-    correct: SupportsIndex,
-    delta: float,
-    confidence: float = 0.95,
-) -> float:
+@partial(OneRunEstimator, zero_delta=True)
+def one_run(m: int, r: int, v: int, delta: float, alpha: float) -> float:
     """Epsilon lower bound of any (epsilon, ``delta``)-DP mechanism.
 
     Steinke, Nasr and Jagielski (2023), Theorem 5.2: the number of right guesses is close to dominated by
     Binomial(guesses, e^epsilon / (1 + e^epsilon)). ``delta`` may be 0.
-
-    Raises:
-        InputError: more right than guessed, more guessed than canaries, or a level outside its range.
     """
-    m, r, v = _checked_guesses(canaries, guesses, correct)
-    delta = checked_delta(delta, zero_allowed=True)
-    return _one_run(m, r, v, delta, 1 - checked_confidence(confidence))
+    return _one_run(m, r, v, delta, alpha)
 
 
-def f_dp_one_run(
-    *,
-    canaries: SupportsIndex,
-    guesses: SupportsIndex,
-    correct: SupportsIndex,
-    delta: float,
-    confidence: float = 0.95,
-) -> float:
+@partial(OneRunEstimator, zero_delta=False)
+def f_dp_one_run(m: int, r: int, v: int, delta: float, alpha: float) -> float:
     """Epsilon lower bound at ``delta`` of a mechanism whose trade-off curve is Gaussian (mu-GDP).
 
     Mahloujifar, Melis and Chaudhuri (2024), Algorithm 3: the largest mu whose curve could not have led to
     that many right guesses. The whole curve bounds them, so it finds more than ``one_run``.
-
-    Raises:
-        InputError: more right than guessed, more guessed than canaries, or a level outside its range.
     """
-    m, r, v = _checked_guesses(canaries, guesses, correct)
-    delta = checked_delta(delta, zero_allowed=False)
-    return epsilon_of_mu(_largest_rejected_mu(m, r, v, 1 - checked_confidence(confidence)), delta)
-
-
-def _checked_guesses(
-    canaries: SupportsIndex, guesses: SupportsIndex, correct: SupportsIndex
-) -> tuple[int, int, int]:
-    made, total = checked_share("guesses", guesses, "canaries", canaries)
-    right = checked_count("correct", correct)
-    if right > made:
-        raise InputError(f"correct={right} exceeds guesses={made}: only a guess can be right")
-    return total, made, right
+    return epsilon_of_mu(_largest_rejected_mu(m, r, v, alpha), delta)
 
 
 @lru_cache(maxsize=4096)
