@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from privkd.channel import Channel, PlainChannel, open_channel
@@ -51,12 +51,12 @@ class Run:
     """A finished run: its last state and what it is measured against.
 
     ``public_only`` is the mean accuracy of the students after public distillation alone, ``personal`` the
-    mean on each device's own test set (NaN without any, and in a deployment), ``example`` one public input.
+    mean on each device's own test set (NaN without any, and in a deployment).
     """
 
     plan: Plan
     state: State
-    example: Tensor
+    scenario: Scenario
     public_only: float
     personal: float
     controls: Controls
@@ -249,7 +249,7 @@ class Game:
         return Run(
             self.plan,
             state,
-            example=self.scenario.public.inputs[:1],
+            scenario=self.scenario,
             public_only=state.figures[0].students,
             personal=statistics.fmean(personal) if personal else math.nan,
             controls=controls,
