@@ -227,6 +227,37 @@ def curve(
 
 
 @app.command()
+def report(
+    path: Annotated[
+        Text, typer.Argument(help="Folder of a run or of a curve. [the latest under runs/]")
+    ] = None,
+    out: Annotated[Text, typer.Option(help="Folder for the report. [the run's or curve's own]")] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Write what an officer reads: report.html, .md, .json, registry.yaml. Exit code 3 is an alarm in it."""
+    from audits.dossier.commands import report_command
+
+    folder = Path(path) if path is not None else None
+    report_command(folder, Path(out) if out is not None else None, as_json=json_)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Folder of a run or of a curve.")],
+    second: Annotated[str, typer.Argument(help="Folder of another of the same kind.")],
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Set two runs, or two curves, side by side: differences with intervals, settings, ledgers."""
+    from audits.comparison.commands import compare_command
+
+    compare_command(Path(first), Path(second), as_json=json_)
+
+
+@app.command()
 def keys(
     out: Annotated[str, typer.Option(help="Folder for keys, certificates and configurations.")],
     parties: Annotated[int, typer.Option(help="Number of aggregators.")] = 2,

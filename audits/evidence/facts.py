@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from audits.evidence.intervals import Interval, difference
-from audits.verdict import Finding
+from audits.verdict import Finding, Verdict
 from privkd.config import RunConfig
 from privkd.events import PrivacyEvent, Unit
 from privkd.ledger import Statement
@@ -102,6 +102,42 @@ class MembershipFacts:
 
 
 @dataclass(frozen=True)
+class RebuiltFacts:
+    """One reconstruction attack on one view.
+
+    Attributes:
+        view: what the adversary sees.
+        attack: its name.
+        unit: of privacy, of the ceiling.
+        target: what is rebuilt, in words.
+        prior: of the adversary, in words.
+        success: share of the trials in which the true candidate was picked; its ``n`` are the trials.
+        chance: of an attack that sees nothing, under the same prior.
+        ceiling: most success that the ledger allows; ``None`` where it claims nothing.
+        verdict: as the audit gave it.
+    """
+
+    view: str
+    attack: str
+    unit: Unit
+    target: str
+    prior: str
+    success: Interval
+    chance: float
+    ceiling: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class ReconstructionFacts:
+    """The reconstruction audit's findings, its remarks, and its picture grids as PNG by name."""
+
+    findings: tuple[RebuiltFacts, ...]
+    notes: tuple[str, ...]
+    grids: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """A file of the run and its SHA-256."""
 
@@ -122,7 +158,7 @@ class RunFacts:
         charges: the ledger by unit and round.
         accuracies: ``None`` for an unfinished run, or one older than the count of its test records.
         finished: whether all rounds were played and the result written.
-        membership: ``None`` where no such audit was made.
+        membership: ``None`` where no such audit was made; so is ``reconstruction``.
         versions: of what computed the run, by name.
         files: what the report rests on.
         started: when the run was started, as the file system says, ``YYYY-MM-DD``.
@@ -137,6 +173,7 @@ class RunFacts:
     accuracies: Accuracies | None
     finished: bool
     membership: MembershipFacts | None
+    reconstruction: ReconstructionFacts | None
     versions: tuple[tuple[str, str], ...]
     files: tuple[FileFacts, ...]
     started: str
@@ -156,10 +193,22 @@ class RunFacts:
         return math.inf if row is None else row.epsilon.high
 
     @property
-    def alarms(self) -> tuple[Finding, ...]:
-        """Findings whose lower bound lies above the ledger's upper one."""
-        found = self.membership.findings if self.membership else ()
-        return tuple(finding for finding in found if finding.verdict == "ALARM")
+    def alarms(self) -> tuple[Finding | RebuiltFacts, ...]:
+        """Findings that the ledger rules out."""
+        guessed = self.membership.findings if self.membership else ()
+        rebuilt = self.reconstruction.findings if self.reconstruction else ()
+        both: tuple[Finding | RebuiltFacts, ...] = (*guessed, *rebuilt)
+        return tuple(finding for finding in both if finding.verdict == "ALARM")
+
+    @property
+    def audited(self) -> bool:
+        """Whether any audit was made."""
+        return self.membership is not None or self.reconstruction is not None
+
+    @property
+    def alarm_words(self) -> tuple[str, ...]:
+        """Each alarm in one sentence."""
+        return tuple(_in_words(alarm) for alarm in self.alarms)
 
     @property
     def standing(self) -> Standing:
@@ -170,4 +219,18 @@ class RunFacts:
             return "unfinished"
         if math.isinf(self.spent(Unit.RECORD)) and math.isinf(self.spent(Unit.DEVICE)):
             return "no protection claimed"
-        return "within bound" if self.membership else "not audited"
+        return "within bound" if self.audited else "not audited"
+
+
+def _in_words(alarm: Finding | RebuiltFacts) -> str:
+    if isinstance(alarm, Finding):
+        return (
+            f"view {alarm.view}, attack {alarm.attack}: epsilon is at least {alarm.epsilon_lower:.4g} per "
+            f"{alarm.unit} (confidence {100 * alarm.confidence:g} %), but the ledger claims at most "
+            f"{alarm.epsilon_upper:.4g} at delta {alarm.delta:g}"
+        )
+    return (
+        f"view {alarm.view}, attack {alarm.attack}: the secret was picked in "
+        f"{100 * alarm.success.estimate:.3g} % of {alarm.success.n:,} trials, more than the ledger allows "
+        f"per {alarm.unit}"
+    )

@@ -1,11 +1,9 @@
 """A run's folder, read as it lies there: nothing is trained, locked or written."""
 
 import hashlib
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,16 +19,19 @@ from audits.evidence.facts import (
     RunFacts,
 )
 from audits.evidence.intervals import Interval, share
+from audits.evidence.parsing import count, number, read_json, well_formed
+from audits.evidence.rebuilt import RECONSTRUCTION, read_reconstruction
 from audits.verdict import Finding, Refused
 from privkd.charges import decode_charge
 from privkd.config import load_config
-from privkd.errors import InputError, RunError
+from privkd.errors import RunError
 from privkd.events import PrivacyEvent, Unit
 from privkd.journal import Journal
 from privkd.ledger import Ledger, Statement
 
 MEMBERSHIP = "audit/membership.json"
-_EVIDENCE = ("config.toml", "journal.jsonl", "ledger.jsonl", "result.json", "versions.json", MEMBERSHIP)
+_RECORDS = ("config.toml", "journal.jsonl", "ledger.jsonl", "result.json", "versions.json")
+_EVIDENCE = (*_RECORDS, MEMBERSHIP, RECONSTRUCTION)
 
 Value = TypeVar("Value")
 
@@ -51,7 +52,7 @@ def read_run(path: Path) -> RunFacts:
     journal = tuple(Journal(path / "journal.jsonl"))
     _check_settings(path, journal)
     config = load_config(path / "config.toml")
-    with _well_formed(path / "journal.jsonl"):
+    with well_formed(path / "journal.jsonl"):
         rounds = tuple(_round(row) for row in journal if row.get("step") == "round")
     ledger = Ledger.load(path / "ledger.jsonl") if (path / "ledger.jsonl").exists() else None
     if ledger is None and len(rounds) > 1:
@@ -68,35 +69,11 @@ def read_run(path: Path) -> RunFacts:
         accuracies=_accuracies(path, journal) if finished else None,
         finished=finished,
         membership=_membership(path / MEMBERSHIP, statements),
+        reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
         versions=_versions(path / "versions.json"),
         files=tuple(_file(path, name) for name in _EVIDENCE if (path / name).is_file()),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
     )
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        RunError: it is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is not JSON ({error}): restore it, or make it anew") from None
-
-
-@contextmanager
-def _well_formed(path: Path) -> Iterator[None]:
-    """Turn what a record of another form leads to into one line."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, InputError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{path} is damaged or was changed ({error!r}): restore it, or make it anew") from None
 
 
 def _check_settings(path: Path, journal: tuple[Mapping[str, Any], ...]) -> None:
@@ -117,26 +94,8 @@ def _file(path: Path, name: str) -> FileFacts:
 
 
 def _round(row: Mapping[str, Any]) -> RoundFacts:
-    found = {name: _number(row["figures"][name]) for name in ("accepted", "epsilon_record", "epsilon_device")}
+    found = {name: number(row["figures"][name]) for name in ("accepted", "epsilon_record", "epsilon_device")}
     return RoundFacts(number=int(row["round"]), **found)
-
-
-def _number(value: Any) -> float:
-    """A number, or the infinity that JSON spells out; never NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is no number")
-    if isinstance(value, str) and value != "inf":
-        raise ValueError(f"{value!r} is no number")
-    found = float(value)
-    if math.isnan(found):
-        raise ValueError("NaN is no figure")
-    return found
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
 
 
 def _charges(path: Path) -> tuple[ChargeFacts, ...]:
@@ -144,7 +103,7 @@ def _charges(path: Path) -> tuple[ChargeFacts, ...]:
     if not path.exists():
         return ()
     parties: defaultdict[tuple[Unit, int, PrivacyEvent], int] = defaultdict(int)
-    with _well_formed(path):
+    with well_formed(path):
         for batch in Journal(path):
             for row in batch.get("charges", ()):
                 charge = decode_charge(row)
@@ -158,15 +117,15 @@ def _accuracies(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Accuracie
     if noted and noted[-1] != _digest(path / "result.json"):
         raise RunError(f"{path / 'result.json'} was changed since the run finished: resume the run")
     tree = read_json(path / "result.json")
-    with _well_formed(path / "result.json"):
+    with well_formed(path / "result.json"):
         if "test" not in tree:
             return None
-        records = _count(tree["test"]["records"])
+        records = count(tree["test"]["records"])
         if records == 0:
             return None
 
         def measured(model: str, figure: str) -> Interval:
-            return share(_number(tree[model][figure]), records)
+            return share(number(tree[model][figure]), records)
 
         def control(figure: str) -> Interval | None:
             return None if tree["student"][figure] is None else measured("student", figure)
@@ -188,7 +147,7 @@ def _membership(path: Path, statements: tuple[Statement, ...]) -> MembershipFact
     if tree is None:
         return None
     upper = {row.unit: row.epsilon.high for row in statements}
-    with _well_formed(path):
+    with well_formed(path):
         findings = tuple(
             finding.against(upper.get(finding.unit, math.inf)) for finding in map(_finding, tree["views"])
         )
@@ -206,38 +165,38 @@ def _finding(row: Mapping[str, Any]) -> Finding:
         auc=None
         if area is None
         else Auc(
-            estimate=_number(area["estimate"]),
-            low=_number(area["low"]),
-            high=_number(area["high"]),
-            members=_count(area["members"]),
-            nonmembers=_count(area["nonmembers"]),
-            confidence=_number(area["confidence"]),
+            estimate=number(area["estimate"]),
+            low=number(area["low"]),
+            high=number(area["high"]),
+            members=count(area["members"]),
+            nonmembers=count(area["nonmembers"]),
+            confidence=number(area["confidence"]),
         ),
         tpr_at_fpr=tuple(_rate(rate) for rate in row["tpr_at_fpr"]),
-        epsilon_lower=_number(row["epsilon_lower"]),
-        epsilon_upper=_number(row["epsilon_upper"]),
-        delta=_number(row["delta"]),
-        confidence=_number(row["confidence"]),
-        members=_count(row["members"]),
-        nonmembers=_count(row["nonmembers"]),
+        epsilon_lower=number(row["epsilon_lower"]),
+        epsilon_upper=number(row["epsilon_upper"]),
+        delta=number(row["delta"]),
+        confidence=number(row["confidence"]),
+        members=count(row["members"]),
+        nonmembers=count(row["nonmembers"]),
         estimator=str(row["estimator"]),
     )
 
 
 def _rate(row: Mapping[str, Any]) -> TprAtFpr | Refused:
     if "reason" in row:
-        return Refused(_number(row["fpr"]), str(row["reason"]))
+        return Refused(number(row["fpr"]), str(row["reason"]))
     return TprAtFpr(
-        estimate=_number(row["estimate"]),
-        low=_number(row["low"]),
-        high=_number(row["high"]),
-        fpr=_number(row["fpr"]),
-        threshold=_number(row["threshold"]),
-        true_positives=_count(row["true_positives"]),
-        members=_count(row["members"]),
-        false_positives=_count(row["false_positives"]),
-        nonmembers=_count(row["nonmembers"]),
-        confidence=_number(row["confidence"]),
+        estimate=number(row["estimate"]),
+        low=number(row["low"]),
+        high=number(row["high"]),
+        fpr=number(row["fpr"]),
+        threshold=number(row["threshold"]),
+        true_positives=count(row["true_positives"]),
+        members=count(row["members"]),
+        false_positives=count(row["false_positives"]),
+        nonmembers=count(row["nonmembers"]),
+        confidence=number(row["confidence"]),
     )
 
 

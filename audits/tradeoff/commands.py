@@ -81,14 +81,10 @@ def curve_command(options: CurveOptions) -> None:
 
 
 def _raise_for(curve: "Curve") -> None:
-    alarms = [(row, finding) for row in curve.done if row.facts for finding in row.facts.alarms]
+    alarms = [(row, words) for row in curve.done if row.facts for words in row.facts.alarm_words]
     if alarms:
-        row, finding = alarms[0]
-        raise AuditAlarm(
-            f"{len(alarms)} alarms: in {row.cell.label}, view {finding.view}, epsilon is at "
-            f"least {finding.epsilon_lower:.4g} per {finding.unit}, but the ledger claims at most "
-            f"{finding.epsilon_upper:.4g} at delta {finding.delta:g}; do not release"
-        )
+        row, words = alarms[0]
+        raise AuditAlarm(f"{len(alarms)} alarms; in {row.cell.label}, {words}; do not release")
     if curve.failed:
         first = curve.failed[0]
         raise PrivkdError(

@@ -8,8 +8,9 @@ from typing import Any
 
 from audits.estimators import TprAtFpr
 from audits.evidence.facts import RunFacts
-from audits.evidence.reading import is_run, read_json, read_run
-from audits.tradeoff.request import Cell, CurveRequest, request_of
+from audits.evidence.parsing import read_json
+from audits.evidence.reading import is_run, read_run
+from audits.tradeoff.request import Cell, CurveRequest, command_of, request_of
 from audits.tradeoff.worker import is_done
 from audits.verdict import Finding
 from privkd.errors import ConfigError, RunError
@@ -61,6 +62,11 @@ class Curve:
     path: Path
     request: CurveRequest
     rows: tuple[Row, ...]
+
+    @property
+    def command(self) -> str:
+        """The command that makes an equal curve."""
+        return command_of(self.request)
 
     @property
     def done(self) -> tuple[Row, ...]:

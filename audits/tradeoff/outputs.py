@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from audits.files import write_whole
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.figures import draw_figures
-from audits.tradeoff.play import write_whole
 from audits.tradeoff.request import request_tree
 from audits.tradeoff.table import as_csv, rows_of
 from privkd.result import plain

@@ -3,11 +3,11 @@
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from audits.files import write_whole
 from audits.tradeoff.curve import CELLS, RECORD, Curve, is_curve, read_curve, read_request, record_tree
 from audits.tradeoff.request import Cell, CurveRequest, request_tree
 from audits.tradeoff.runner import Limits, Watcher, run_cells
@@ -41,25 +41,6 @@ def _folder(path: Path, cell: Cell) -> Path:
 
 def _write(path: Path, request: CurveRequest, reasons: dict[str, str]) -> None:
     write_whole(path / RECORD, json.dumps(record_tree(request_tree(request), reasons), indent=2).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(data)
-        # Readable as any file is that is made here, which a temporary one is not.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(file.name).chmod(0o666 & ~mask)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}; name another --out") from None
 
 
 @contextmanager

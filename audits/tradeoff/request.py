@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -138,6 +139,24 @@ class Cell:
 def spelt(epsilon: float) -> str:
     """An epsilon as people write it."""
     return "inf" if math.isinf(epsilon) else f"{epsilon:g}"
+
+
+def command_of(request: CurveRequest) -> str:
+    """The command that makes an equal curve."""
+    words = ["privkd", "curve", "--epsilons", ",".join(map(spelt, request.epsilons))]
+    words += ["--channels", ",".join(request.channels), "--seeds", str(request.seeds)]
+    words += [
+        "--audit",
+        ",".join(request.audits) or "none",
+        "--device-epsilon",
+        spelt(request.device_epsilon),
+    ]
+    words += ["--shadows", str(request.shadows), "--targets", str(request.targets)]
+    for name, value in request.settings:
+        words += ["--set", f"{name}={value}"]
+    for override in request.overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def request_tree(request: CurveRequest) -> dict[str, Any]:
