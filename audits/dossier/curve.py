@@ -9,8 +9,8 @@ from audits.evidence.facts import RunFacts
 from audits.evidence.intervals import Interval
 from audits.evidence.wording import epsilon_text, percent, points
 from audits.tradeoff.curve import Curve, Row, cloud_view
-from audits.tradeoff.figures import FIGURES, draw_figures, seeds_note
-from audits.tradeoff.points import Point, points_of
+from audits.tradeoff.figures import FIGURES, draw_figures
+from audits.tradeoff.points import Point, points_of, seeds_note
 from privkd.events import Unit
 
 _NONE = "not measured"
@@ -28,7 +28,7 @@ def curve_sections(curve: Curve) -> tuple[Section, ...]:
     return (
         _trust(curve, done),
         _leak(curve, figures.get("leak")),
-        _ledger(curve, figures.get("bounds")),
+        _ledger(curve, figures.get("theory")),
         _gain(curve, figures.get("utility")),
         _unprotected(done),
         _cells(curve),

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from audits.evidence.intervals import Interval
 from audits.tradeoff.curve import Curve, cloud_view
-from audits.tradeoff.figures import seeds_note
-from audits.tradeoff.points import Point, points_of
+from audits.tradeoff.points import Point, points_of, seeds_note
 from audits.tradeoff.request import Cell, spelt
 
 

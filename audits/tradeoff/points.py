@@ -93,6 +93,15 @@ def pareto_front(gains: Sequence[float], leaks: Sequence[float]) -> list[int]:
     return front[::-1]
 
 
+def seeds_note(points: Sequence[Point]) -> str:
+    """What the bars are, in words."""
+    counts = sorted({point.seeds for point in points})
+    if counts == [1]:
+        return "one seed; bars: 95 % interval of its own test set or members"
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"means over {many} seeds; bars: 95 % interval over seeds (Student's t)"
+
+
 def _over_seeds(intervals: Sequence[Interval]) -> Interval | None:
     if not intervals:
         return None
