@@ -160,6 +160,104 @@ def train(
 
 
 @app.command()
+def curve(
+    epsilons: Annotated[
+        Text, typer.Option(help="Record-level budgets, comma-separated; inf is no DP. [1,3,8,inf]")
+    ] = None,
+    channels: Annotated[
+        Text, typer.Option(help="Of plain, noised, secure, comma-separated. [plain,noised,secure]")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs at each point; an interval needs two. [3]")] = None,
+    audit: Annotated[
+        Text, typer.Option(help="membership, reconstruction, both with a comma, or none. [membership]")
+    ] = None,
+    device_epsilon: Annotated[
+        Text, typer.Option(help="Device-level budget of the noised channel. [8]")
+    ] = None,
+    shadows: Annotated[int | None, typer.Option(help="Shadow devices of each audit. [16]")] = None,
+    targets: Annotated[int | None, typer.Option(help="Audited replays of each run. [8]")] = None,
+    data: Annotated[Text, typer.Option(help="As for train. [digits]")] = None,
+    data_dir: Annotated[Text, typer.Option(help="As for train.")] = None,
+    devices: Annotated[Text, typer.Option(help="Number of devices. [5]")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any setting of every run, as a.b=value; repeat for more. A curve starts from "
+            "teacher.model.name=mlp and controls=false, to end within minutes.",
+        ),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Cells at once, one thread each. [the cores]")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB for all cells together. [what is free]")] = None,
+    out: Annotated[Text, typer.Option(help="The curve's folder. [runs/curve-<time>]")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the curve in --out, by default the latest; "
+            "options given now widen or change it.",
+        ),
+    ] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
+    from audits.tradeoff.commands import CurveOptions, curve_command
+
+    settings = {"data.source": data, "data.data_dir": data_dir, "data.devices": devices}
+    curve_command(
+        CurveOptions(
+            epsilons=epsilons,
+            channels=channels,
+            audits=audit,
+            seeds=seeds,
+            device_epsilon=device_epsilon,
+            shadows=shadows,
+            targets=targets,
+            settings={name: value for name, value in settings.items() if value is not None},
+            overrides=tuple(set_ or ()),
+            jobs=jobs,
+            memory=memory,
+            out=Path(out) if out is not None else None,
+            resume=resume,
+            json=json_,
+        )
+    )
+
+
+@app.command()
+def report(
+    path: Annotated[
+        Text, typer.Argument(help="Folder of a run or of a curve. [the latest under runs/]")
+    ] = None,
+    out: Annotated[Text, typer.Option(help="Folder for the report. [the run's or curve's own]")] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Write what an officer reads: report.html, .md, .json, registry.yaml. Exit code 3 is an alarm in it."""
+    from audits.dossier.commands import report_command
+
+    folder = Path(path) if path is not None else None
+    report_command(folder, Path(out) if out is not None else None, as_json=json_)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Folder of a run or of a curve.")],
+    second: Annotated[str, typer.Argument(help="Folder of another of the same kind.")],
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Set two runs, or two curves, side by side: differences with intervals, settings, ledgers."""
+    from audits.comparison.commands import compare_command
+
+    compare_command(Path(first), Path(second), as_json=json_)
+
+
+@app.command()
 def keys(
     out: Annotated[str, typer.Option(help="Folder for keys, certificates and configurations.")],
     parties: Annotated[int, typer.Option(help="Number of aggregators.")] = 2,

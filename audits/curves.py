@@ -1,4 +1,4 @@
-"""Log-log ROC curves, as SVG and PNG. The only importer of matplotlib."""
+"""Log-log ROC curves, as SVG and PNG."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -61,13 +61,13 @@ class Run:
     """A finished run: its last state and what it is measured against.
 
     ``public_only`` is the mean accuracy of the students after public distillation alone, ``student`` an
-    untrained one, ``example`` one public input.
+    untrained one.
     """
 
     plan: Plan
     state: State
     student: nn.Module
-    example: Tensor
+    scenario: Scenario
     public_only: float
     controls: Controls
     ledger: Ledger
@@ -183,7 +183,8 @@ class Game:
         A resumed run draws the same randomness, so they come out the same and show nothing new.
         """
         students: Sequence[nn.Module] = ()
-        for round, teacher in enumerate(teachers):
+        each = list(enumerate(teachers))
+        for round, teacher in each if self.config.student.start == "own" else each[-1:]:
             with seeded_layers(self.config.seed, "round", round):
                 students = self._train_students(teacher, students, round)
         return tuple(students)
@@ -276,7 +277,7 @@ class Game:
             self.plan,
             state,
             student=fresh[0],
-            example=self.scenario.public.inputs[:1],
+            scenario=self.scenario,
             public_only=state.figures[0].students,
             controls=controls,
             ledger=self.ledger,

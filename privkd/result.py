@@ -1,5 +1,6 @@
 """A finished run as plain figures: for the final table, for ``--json`` and for the run folder."""
 
+import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from privkd.config import RunConfig
 from privkd.controls import latency_ms
+from privkd.data.scenario import LabelledSet
 from privkd.events import Unit
 from privkd.federation import Game, Run, open_game, run
 from privkd.ledger import Statement
@@ -45,12 +47,21 @@ class StudentResult:
 
 
 @dataclass(frozen=True)
+class TestSet:
+    """The global test set: how many ``records``, and the SHA-256 of their inputs and labels."""
+
+    records: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum."""
 
     run: str
     seed: int
     channel: str
+    test: TestSet
     teacher: TeacherResult
     student: StudentResult
     ledger: tuple[Statement, ...]
@@ -89,11 +100,12 @@ def result_tree(result: Result) -> dict[str, Any]:
 
 def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Result:
     state, controls, figures = finished.state, finished.controls, finished.state.figures
+    example = finished.scenario.public.inputs[:1]
     teacher = TeacherResult(
         before=figures[0].teacher,
         after=figures[-1].teacher,
         control=figures[-1].control,
-        latency_ms=latency_ms(state.teacher, finished.example),
+        latency_ms=latency_ms(state.teacher, example),
         parameters=parameter_count(state.teacher),
     )
     student = StudentResult(
@@ -102,13 +114,14 @@ def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Resul
         direct=controls.direct,
         direct_private=controls.direct_private,
         public_only=finished.public_only,
-        latency_ms=latency_ms(finished.student, finished.example),
+        latency_ms=latency_ms(finished.student, example),
         parameters=parameter_count(finished.student),
     )
     return Result(
         run=str(path),
         seed=config.seed,
         channel=config.channel.kind,
+        test=_test_set(finished.scenario.test),
         teacher=teacher,
         student=student,
         ledger=finished.ledger.statement(),
@@ -116,6 +129,12 @@ def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Resul
         noise=config.privacy.noise,
         seconds=time.monotonic() - start,
     )
+
+
+def _test_set(test: LabelledSet) -> TestSet:
+    digest = hashlib.sha256(test.inputs.cpu().numpy().tobytes())
+    digest.update(test.labels.cpu().numpy().tobytes())
+    return TestSet(len(test), digest.hexdigest())
 
 
 def _statement_tree(statement: Statement) -> dict[str, Any]:

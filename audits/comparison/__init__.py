@@ -1,0 +1,1 @@
+"""``privkd compare``: two runs, or two curves, side by side."""

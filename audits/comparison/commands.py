@@ -1,0 +1,42 @@
+"""What ``privkd compare`` does, between the command line's parsing and the comparison."""
+
+import json
+import sys
+from pathlib import Path
+
+from privkd.errors import InputError
+
+
+def compare_command(first: Path, second: Path, *, as_json: bool) -> None:
+    """Print two runs, or two curves, side by side.
+
+    Raises:
+        InputError: they cannot be compared; the message says why.
+        RunError: a folder is neither, or damaged.
+    """
+    from audits.comparison.console import print_curves, print_runs
+    from audits.comparison.curves import compare_curves
+    from audits.comparison.runs import compare_runs
+    from audits.comparison.tree import curves_tree, runs_tree
+    from audits.evidence.reading import read_run
+    from audits.tradeoff.curve import is_curve, read_curve
+
+    kinds = is_curve(first), is_curve(second)
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{first} and {second}: one is a curve and the other is not; compare two of a kind")
+    if all(kinds):
+        curves = compare_curves(read_curve(first), read_curve(second))
+        if as_json:
+            _print_json(curves_tree(curves))
+        else:
+            print_curves(curves)
+        return
+    runs = compare_runs(read_run(first), read_run(second))
+    if as_json:
+        _print_json(runs_tree(runs))
+    else:
+        print_runs(runs)
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

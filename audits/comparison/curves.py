@@ -1,0 +1,92 @@
+"""Two curves: at each point that both have, the change paired over the seeds that both have."""
+
+from dataclasses import dataclass
+
+from audits.comparison.runs import Differing, RunComparison, compare_runs
+from audits.evidence.intervals import Interval, mean_over_seeds
+from audits.tradeoff.curve import Curve
+from audits.tradeoff.request import request_tree
+from privkd.errors import InputError
+
+
+@dataclass(frozen=True)
+class PointComparison:
+    """One channel and epsilon.
+
+    Attributes:
+        seeds: common to both.
+        teacher: ``second - first`` of the teacher's accuracy, paired over seeds; a single seed has the
+            interval of its test set.
+        students: likewise.
+        gain: likewise, of what was gained over zero devices.
+        runs: the pairs themselves.
+    """
+
+    channel: str
+    epsilon: float
+    seeds: int
+    teacher: Interval
+    students: Interval
+    gain: Interval
+    runs: tuple[RunComparison, ...]
+
+
+@dataclass(frozen=True)
+class CurveComparison:
+    """Two curves, at the points that both have."""
+
+    first: Curve
+    second: Curve
+    settings: tuple[Differing, ...]
+    points: tuple[PointComparison, ...]
+
+
+def compare_curves(first: Curve, second: Curve) -> CurveComparison:
+    """Both curves side by side.
+
+    Raises:
+        InputError: they are one, have no finished run in common, or were measured on different data.
+    """
+    if first.path.resolve() == second.path.resolve():
+        raise InputError(f"both are {first.path}: name two curves")
+    one, other = request_tree(first.request), request_tree(second.request)
+    settings = [Differing(name, str(one[name]), str(other[name])) for name in one if one[name] != other[name]]
+    points = _points(first, second)
+    if not points:
+        raise InputError(
+            f"{first.path} and {second.path} have no finished run of one channel, epsilon and seed"
+        )
+    return CurveComparison(first, second, tuple(settings), points)
+
+
+def _points(first: Curve, second: Curve) -> tuple[PointComparison, ...]:
+    theirs = {(row.cell.channel, row.cell.epsilon, row.cell.seed): row.facts for row in second.done}
+    pairs: dict[tuple[str, float], list[RunComparison]] = {}
+    for row in first.done:
+        other = theirs.get((row.cell.channel, row.cell.epsilon, row.cell.seed))
+        if row.facts and other:
+            found = compare_runs(row.facts, other)
+            if not found.same_test:
+                raise InputError(
+                    f"{first.path} and {second.path} were measured on different test records at seed "
+                    f"{row.cell.seed}, so nothing can be paired: compare curves of equal data settings"
+                )
+            pairs.setdefault((row.cell.channel, row.cell.epsilon), []).append(found)
+    return tuple(_point(channel, epsilon, runs) for (channel, epsilon), runs in pairs.items())
+
+
+def _point(channel: str, epsilon: float, runs: list[RunComparison]) -> PointComparison:
+    changes = [{shares.name: shares.change for shares in run.accuracies} for run in runs]
+    return PointComparison(
+        channel,
+        epsilon,
+        len(runs),
+        teacher=_paired([one["teacher after the run"] for one in changes]),
+        students=_paired([one["students, mean"] for one in changes]),
+        gain=_paired([run.gain.change for run in runs]),
+        runs=tuple(runs),
+    )
+
+
+def _paired(changes: list[Interval]) -> Interval:
+    return changes[0] if len(changes) == 1 else mean_over_seeds([change.estimate for change in changes])

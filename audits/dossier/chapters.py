@@ -1,0 +1,276 @@
+"""The chapters of a run's report, each from the facts alone."""
+
+import math
+
+from audits.dossier.drawing import trust_of
+from audits.dossier.page import Figure, Section, Table, columns
+from audits.estimators import TprAtFpr
+from audits.evidence.facts import Accuracies, RunFacts
+from audits.evidence.intervals import Interval
+from audits.evidence.wording import epsilon_text, event_text, percent, points
+from audits.verdict import Finding, Refused
+from privkd.events import Unit
+from privkd.ledger import Statement
+
+_UNAUDITED = "Not audited: the bounds above follow from the ledger, and no attack has tried them."
+
+
+def trust(facts: RunFacts) -> Section:
+    """Who trusts whom."""
+    drawn = trust_of(facts.config)
+    return Section("trust", "Who trusts whom", drawn.words, (drawn,))
+
+
+def ledger(facts: RunFacts) -> Section:
+    """What was spent, by unit, then by round."""
+    if not facts.statements:
+        return Section("ledger", "Privacy spent", ("Nothing was charged yet.",))
+    by_unit = Table(
+        f"By unit, {facts.config.channel.kind} channel, {facts.played} rounds together",
+        columns(
+            "unit",
+            ">epsilon, upper bound [numerical bracket]",
+            ">budget",
+            ">delta",
+            "neighbouring relation",
+            "view",
+            "composition",
+            ">devices",
+        ),
+        tuple(_statement(row) for row in facts.statements),
+    )
+    by_round = Table(
+        "By round (epsilon is the total by the end of the round, for the worst device)",
+        columns("unit", ">round", "event", ">devices", ">epsilon so far, upper bound"),
+        tuple(
+            (
+                f"{row.unit}",
+                f"{row.round}",
+                event_text(row.event),
+                f"{row.parties:,}",
+                _so_far(facts, row.unit, row.round),
+            )
+            for row in facts.charges
+        ),
+    )
+    words = (
+        "DP-SGD protects a record, channel noise a device. The two epsilons protect different things and are "
+        "never added.",
+        "Devices hold disjoint records, so a unit's epsilon is that of its worst device (parallel "
+        "composition); rounds compose on each device.",
+    )
+    return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round))
+
+
+def _statement(row: Statement) -> tuple[str, ...]:
+    bound = row.epsilon
+    bracket = f"{epsilon_text(bound.high)} [{epsilon_text(bound.low)}, {epsilon_text(bound.high)}]"
+    view = "all that a run shows of a device" if row.unit is Unit.RECORD else "what crosses the channel"
+    return (
+        f"{row.unit}",
+        f"{bracket} per {row.unit}",
+        epsilon_text(row.budget),
+        f"{row.delta:g}",
+        row.neighbouring_relation,
+        view,
+        f"{row.method}, {row.charges} events",
+        f"{row.parties:,}",
+    )
+
+
+def _so_far(facts: RunFacts, unit: Unit, number: int) -> str:
+    """What the journal says was spent by the end of a round, if it ended."""
+    found = next((row for row in facts.rounds if row.number == number), None)
+    if found is None:
+        return "round not finished"
+    value = found.epsilon_record if unit is Unit.RECORD else found.epsilon_device
+    return f"{epsilon_text(value)} per {unit}"
+
+
+def membership(facts: RunFacts) -> Section:
+    """Lower bounds, beside the upper ones."""
+    title = "Can anyone tell who was in?"
+    if facts.membership is None:
+        return Section(
+            "membership", title, (_UNAUDITED,), commands=(f"privkd audit membership {facts.path}",)
+        )
+    found = facts.membership.findings
+    table = Table(
+        "Membership attacks, by view",
+        columns(
+            "view",
+            "attack",
+            "verdict",
+            ">epsilon per record, attack",
+            ">epsilon per record, ledger",
+            ">AUC [95 %]",
+            ">TPR at 1 % FPR [95 %]",
+            ">TPR at 0.1 % FPR [95 %]",
+            ">guesses: members, others",
+            "estimator",
+        ),
+        tuple(_finding(finding) for finding in found),
+    )
+    words = (
+        f"Neighbouring relation: {found[0].unit.neighbouring_relation}; delta {found[0].delta:g}. All lower "
+        f"bounds hold together with confidence {100 * found[0].confidence:g} %: epsilon lies between the "
+        "lower bound and the ledger's. AUC 0.5, and a true-positive rate equal to the false-positive rate, "
+        "are chance.",
+        facts.membership.target,
+    )
+    return Section("membership", title, words, tables=(table,))
+
+
+def _finding(finding: Finding) -> tuple[str, ...]:
+    area = finding.auc
+    rates = dict.fromkeys((0.01, 0.001), "not measured")
+    for rate in finding.tpr_at_fpr:
+        rates[rate.fpr] = _rate(rate)
+    return (
+        finding.view,
+        finding.attack,
+        finding.verdict,
+        f"≥ {finding.epsilon_lower:.2f}",
+        f"≤ {epsilon_text(finding.epsilon_upper)}",
+        "no ranking" if area is None else f"{area.estimate:.3f} [{area.low:.3f}, {area.high:.3f}]",
+        rates[0.01],
+        rates[0.001],
+        f"{finding.members:,}, {finding.nonmembers:,}",
+        finding.estimator,
+    )
+
+
+def _rate(rate: TprAtFpr | Refused) -> str:
+    if isinstance(rate, Refused):
+        return "refused: too few"
+    return percent(Interval(rate.estimate, rate.low, rate.high, rate.members))
+
+
+def reconstruction(facts: RunFacts) -> Section:
+    """What could be rebuilt."""
+    title = "Can anyone rebuild what was on a device?"
+    found = facts.reconstruction
+    if found is None:
+        words = ("Not audited: no reconstruction was tried.",)
+        return Section(
+            "reconstruction", title, words, commands=(f"privkd audit reconstruction {facts.path}",)
+        )
+    table = Table(
+        "Reconstruction attacks, by view",
+        columns(
+            "view",
+            "attack",
+            "unit",
+            "what is rebuilt",
+            "prior",
+            ">picked right [interval]",
+            ">chance",
+            ">ceiling from the ledger",
+            ">trials",
+            "verdict",
+        ),
+        tuple(
+            (
+                row.view,
+                row.attack,
+                f"{row.unit}",
+                row.target,
+                row.prior,
+                f"{percent(row.success)} at {100 * row.success.confidence:g} %",
+                f"{100 * row.chance:.1f} %",
+                "none claimed" if row.ceiling is None else f"{100 * row.ceiling:.1f} %",
+                f"{row.success.n:,}",
+                row.verdict,
+            )
+            for row in found.findings
+        ),
+    )
+    grids = tuple(
+        Figure(name, "png", data, f"Targets and reconstructions: {name}") for name, data in found.grids
+    )
+    return Section("reconstruction", title, found.notes, tables=(table,), figures=grids)
+
+
+def gain(facts: RunFacts) -> Section:
+    """Accuracy, beside its controls."""
+    title = "What it was good for"
+    measured = facts.accuracies
+    if measured is None:
+        return Section("gain", title, (_no_accuracies(facts),))
+    table = Table(
+        f"Accuracy on the global test set ({measured.teacher.n:,} records, view: the cloud) [95 %]",
+        columns("model", ">accuracy", "what it is"),
+        tuple((name, percent(share), meaning) for name, share, meaning in _accuracies(measured)),
+    )
+    better = "better" if measured.gain.low > 0 else "not clearly better"
+    words = (
+        f"Through the devices the teacher gained {points(measured.gain)} over its control with zero devices: "
+        f"it is {better} at 95 % confidence. The students gained {points(measured.student_gain)} over public "
+        "distillation alone.",
+        "Both were measured on the same records; the intervals take them as independent, which widens them.",
+    )
+    return Section("gain", title, words, tables=(table,))
+
+
+def _no_accuracies(facts: RunFacts) -> str:
+    if not facts.finished:
+        return "The run is unfinished: there is no result yet."
+    return "The run does not say on how many test records it was measured, so no accuracy has an interval."
+
+
+def _accuracies(measured: Accuracies) -> list[tuple[str, Interval, str]]:
+    rows = [
+        ("teacher after the run", measured.teacher, "the result"),
+        ("teacher before", measured.before, "trained on public data alone"),
+        ("control: teacher, zero devices", measured.control, "self-distilled as often, without any device"),
+        ("students, mean", measured.students, "on the devices, after the run"),
+        ("students, public distillation only", measured.public_only, "before any private record"),
+    ]
+    if measured.direct_private is not None:
+        rows.append(
+            ("student trained directly, same budget", measured.direct_private, "not covered by the ledger")
+        )
+    if measured.direct is not None:
+        rows.append(("student trained directly, no DP", measured.direct, "not covered by the ledger"))
+    return rows
+
+
+def unprotected(facts: RunFacts) -> Section:
+    """What nobody promises."""
+    found = []
+    for unit in Unit:
+        if math.isinf(facts.spent(unit)):
+            row = facts.statement(unit)
+            why = "; ".join(row.reasons) if row else "nothing was charged"
+            thing = (
+                "a single record"
+                if unit is Unit.RECORD
+                else "a device as a whole, its labels and class histogram among it"
+            )
+            found.append(f"{thing}: no differential privacy ({why})")
+    found += [
+        "the number of devices, and which of them took part in a round",
+        "timing and traffic",
+        "what is learned by tuning settings on private data: only the runs themselves are accounted for",
+        "what is true of everybody's records: differential privacy hides who took part, not what all share",
+    ]
+    if facts.config.controls and facts.config.privacy.noise == "seeded":
+        found.append("the simulation's controls, which train on device records outside the ledger")
+    if facts.config.channel.kind == "secure":
+        found.append("answers from aggregators that all pool their shares, or that depart from the protocol")
+    if facts.config.privacy.noise == "seeded":
+        found.append("anything, from whoever knows the seed: this run's noise can be computed from it")
+    return Section("unprotected", "What is not protected", points=tuple(found))
+
+
+def provenance(facts: RunFacts) -> Section:
+    """What made the run, and what this report rests on."""
+    files = Table(
+        "SHA-256 of the files that this report was read from",
+        columns("file", "digest"),
+        tuple((file.name, file.digest) for file in facts.files),
+    )
+    versions = Table("Versions that computed the run", columns("library", "version"), facts.versions)
+    words = ("The command that starts an equal run:",)
+    tables = (files, versions) if facts.versions else (files,)
+    return Section("provenance", "Where it comes from", words, tables=tables, commands=(facts.command,))

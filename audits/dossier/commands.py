@@ -1,0 +1,77 @@
+"""What ``privkd report`` does, between the command line's parsing and the pages."""
+
+import json
+import sys
+from pathlib import Path
+
+from privkd.errors import AuditAlarm, RunError
+
+_RUNS = Path("runs")
+
+
+def report_command(path: Path | None, out: Path | None, *, as_json: bool) -> None:
+    """Write the report of the run or curve in ``path``, the latest by default, and print where it is.
+
+    Raises:
+        AuditAlarm: an audit in it is an alarm; all was written first.
+        RunError: neither a run nor a curve, or damaged.
+    """
+    from audits.dossier.composing import curve_page, run_page
+    from audits.dossier.html import as_html
+    from audits.dossier.markdown import as_markdown
+    from audits.dossier.registry import as_yaml
+    from audits.dossier.tree import curve_report_tree, run_tree
+    from audits.evidence.reading import read_run
+    from audits.tradeoff.curve import is_curve, read_curve
+
+    path = path or latest(_RUNS)
+    if is_curve(path):
+        curve = read_curve(path)
+        page, tree, registry = curve_page(curve), curve_report_tree(curve), ""
+        alarms = tuple(words for row in curve.rows if row.facts for words in row.facts.alarm_words)
+    else:
+        facts = read_run(path)
+        page, tree, registry = run_page(facts), run_tree(facts), as_yaml(facts)
+        alarms = facts.alarm_words
+    text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
+    files = {"report.html": as_html(page), "report.md": as_markdown(page), "report.json": text}
+    if registry:
+        files["registry.yaml"] = registry
+    _write(out or path, files)
+    if as_json:
+        sys.stdout.write(json.dumps(tree, allow_nan=False) + "\n")
+    else:
+        _print(page.verdict.word, page.verdict.sentences, [str((out or path) / name) for name in files])
+    if alarms:
+        raise AuditAlarm(f"{path}: {alarms[0]}; do not release")
+
+
+def latest(root: Path) -> Path:
+    """The run or curve under ``root`` that was written last.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = [*root.glob("*/journal.jsonl"), *root.glob("*/curve.json")] if root.is_dir() else []
+    if not found:
+        raise RunError(f"no run or curve under {root}/: name its folder, or start one with `privkd train`")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    from audits.files import write_whole
+
+    for name, text in files.items():
+        write_whole(folder / name, text.encode(errors="replace"))
+
+
+def _print(word: str, sentences: tuple[str, ...], files: list[str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(word, style="bold"))
+    for sentence in sentences:
+        console.print(Text(sentence))
+    for file in files:
+        console.print(file, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,196 @@
+"""The chapters of a curve's report."""
+
+import math
+
+from audits.dossier import chapters
+from audits.dossier.drawing import trust_of
+from audits.dossier.page import Figure, Section, Table, columns
+from audits.evidence.facts import RunFacts
+from audits.evidence.intervals import Interval
+from audits.evidence.wording import epsilon_text, percent, points
+from audits.tradeoff.curve import Curve, Row, cloud_view
+from audits.tradeoff.figures import FIGURES, draw_figures
+from audits.tradeoff.points import Point, points_of, seeds_note
+from privkd.events import Unit
+
+_NONE = "not measured"
+
+
+def curve_sections(curve: Curve) -> tuple[Section, ...]:
+    """In the order of a run's report, with the figures where their numbers are."""
+    figures = {
+        name: Figure(f"figures/{name}.svg", "svg", kinds["svg"], FIGURES[name])
+        for name, kinds in draw_figures(curve).items()
+    }
+    done = [row.facts for row in curve.rows if row.facts]
+    if not done:
+        return (_cells(curve),)
+    return (
+        _trust(curve, done),
+        _leak(curve, figures.get("leak")),
+        _ledger(curve, figures.get("theory")),
+        _gain(curve, figures.get("utility")),
+        _unprotected(done),
+        _cells(curve),
+        _provenance(curve, done),
+    )
+
+
+def _trust(curve: Curve, done: list[RunFacts]) -> Section:
+    """One drawing a channel."""
+    firsts = [next((f for f in done if f.config.channel.kind == c), None) for c in curve.request.channels]
+    drawings = tuple(trust_of(facts.config) for facts in firsts if facts)
+    words = tuple(f"{drawn.channel}: {' '.join(drawn.words)}" for drawn in drawings)
+    return Section("trust", "Who trusts whom", words, drawings)
+
+
+def _leak(curve: Curve, figure: Figure | None) -> Section:
+    title = "What is leaked for what is gained"
+    if figure is None:
+        words = ("The runs were not audited, so nothing is known of leaks but the ledger's upper bounds.",)
+        command = f"privkd curve --resume --audit membership --out {curve.path}"
+        return Section("leak", title, words, commands=(command,))
+    found = points_of(curve)
+    table = Table(
+        f"The cloud's view, by channel and budget; {seeds_note(found)}",
+        columns(
+            "channel",
+            "view",
+            ">budget, epsilon per record",
+            ">lower bound on epsilon, highest of all seeds",
+            ">TPR at 1 % FPR",
+            ">teacher gained over zero devices",
+            ">seeds",
+        ),
+        tuple(_leak_row(point) for point in found),
+    )
+    words = ("Lower bounds hold with 95 % confidence in each run. A true-positive rate of 1 % is chance.",)
+    return Section("leak", title, words, tables=(table,), figures=(figure,))
+
+
+def _leak_row(point: Point) -> tuple[str, ...]:
+    view = cloud_view(point.channel)
+    lowers = [finding.epsilon_lower for row in point.rows if (finding := row.lower(view))]
+    return (
+        point.channel,
+        view,
+        epsilon_text(point.epsilon),
+        f"≥ {max(lowers):.2f} per record" if lowers else _NONE,
+        _or_none(point.leak_rate(view)),
+        points(point.gain) if point.gain else _NONE,
+        f"{point.seeds}",
+    )
+
+
+def _or_none(interval: Interval | None) -> str:
+    return percent(interval) if interval else _NONE
+
+
+def _ledger(curve: Curve, figure: Figure | None) -> Section:
+    table = Table(
+        "Upper bounds by unit, over all rounds of a run; the largest of all seeds",
+        columns(
+            "channel",
+            ">budget, epsilon per record",
+            "unit",
+            ">epsilon, upper bound",
+            ">delta",
+            "neighbouring relation",
+            "composition",
+        ),
+        tuple(line for point in points_of(curve) for line in _ledger_rows(point)),
+    )
+    words = (
+        "DP-SGD protects a record, channel noise a device: the two are never added. Each run has a budget "
+        "of its own; who releases several runs on the same records spends up to the sum of their budgets.",
+    )
+    shown = (figure,) if figure else ()
+    return Section("ledger", "Privacy spent, and what attacks found", words, tables=(table,), figures=shown)
+
+
+def _ledger_rows(point: Point) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for unit in Unit:
+        rows = [row.facts.statement(unit) for row in point.rows if row.facts]
+        known = [row for row in rows if row]
+        if known:
+            worst = max(known, key=lambda row: row.epsilon.high)
+            low, high = epsilon_text(worst.epsilon.low), epsilon_text(worst.epsilon.high)
+            found.append(
+                (
+                    point.channel,
+                    epsilon_text(point.epsilon),
+                    f"{unit}",
+                    f"{high} [{low}, {high}] per {unit}",
+                    f"{worst.delta:g}",
+                    worst.neighbouring_relation,
+                    worst.method,
+                )
+            )
+    return found
+
+
+def _gain(curve: Curve, figure: Figure | None) -> Section:
+    found = points_of(curve)
+    table = Table(
+        f"Accuracy on the global test set; {seeds_note(found)}" if found else "Accuracy",
+        columns(
+            "channel",
+            ">budget, epsilon per record",
+            ">teacher",
+            ">control: zero devices",
+            ">students, mean",
+            ">students, public distillation only",
+        ),
+        tuple(
+            (
+                point.channel,
+                epsilon_text(point.epsilon),
+                _or_none(point.accuracy(lambda a: a.teacher)),
+                _or_none(point.accuracy(lambda a: a.control)),
+                _or_none(point.accuracy(lambda a: a.students)),
+                _or_none(point.accuracy(lambda a: a.public_only)),
+            )
+            for point in found
+        ),
+    )
+    return Section("gain", "What it was good for", tables=(table,), figures=(figure,) if figure else ())
+
+
+def _unprotected(done: list[RunFacts]) -> Section:
+    """What is unprotected in any of the runs, said once."""
+    said = dict.fromkeys(point for facts in done for point in chapters.unprotected(facts).points)
+    return Section("unprotected", "What is not protected, in some run or in all", points=tuple(said))
+
+
+def _cells(curve: Curve) -> Section:
+    table = Table(
+        "Runs",
+        columns("run", "channel", ">budget, epsilon per record", ">seed", "verdict", "why not done"),
+        tuple(_cell(row) for row in curve.rows),
+    )
+    return Section("cells", "The runs", tables=(table,))
+
+
+def _cell(row: Row) -> tuple[str, ...]:
+    cell, standing = row.cell, row.facts.standing if row.facts else "failed"
+    epsilon = "inf" if math.isinf(cell.epsilon) else f"{cell.epsilon:g}"
+    return (cell.folder, cell.channel, epsilon, f"{cell.seed}", standing, row.reason)
+
+
+def _provenance(curve: Curve, done: list[RunFacts]) -> Section:
+    digests = Table(
+        "SHA-256 of each run's ledger and result",
+        columns("run", "ledger.jsonl", "result.json"),
+        tuple((facts.path.name, *_digests(facts)) for facts in done),
+    )
+    versions = Table("Versions that computed the first run", columns("library", "version"), done[0].versions)
+    words = ("The command that makes an equal curve:",)
+    return Section(
+        "provenance", "Where it comes from", words, tables=(digests, versions), commands=(curve.command,)
+    )
+
+
+def _digests(facts: RunFacts) -> tuple[str, str]:
+    known = {file.name: file.digest for file in facts.files}
+    return known.get("ledger.jsonl", "missing"), known.get("result.json", "missing")

@@ -1,0 +1,55 @@
+"""The command that starts a run equal to the one that certain settings describe."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tomli_w
+
+from privkd.config import RunConfig, config_tree
+
+_FLAGS = {
+    "privacy.epsilon": "--epsilon",
+    "privacy.delta": "--delta",
+    "privacy.device_epsilon": "--device-epsilon",
+    "data.source": "--data",
+    "data.data_dir": "--data-dir",
+    "data.devices": "--devices",
+    "data.partition": "--partition",
+    "channel.kind": "--channel",
+    "rounds": "--rounds",
+    "seed": "--seed",
+}
+
+
+def command_of(config: RunConfig) -> str:
+    """``privkd train`` with all that differs from its defaults; budget, channel and seed in any case."""
+    given, usual = dict(_leaves(config_tree(config))), dict(_leaves(config_tree(RunConfig())))
+    stated = ("privacy.epsilon", "channel.kind", "seed")
+    words = ["privkd", "train"]
+    for name, value in given.items():
+        if value != usual.get(name) or name in stated:
+            words += [_FLAGS[name], _bare(value)] if name in _FLAGS else ["--set", f"{name}={_toml(value)}"]
+    return shlex.join(words)
+
+
+def settings_of(config: RunConfig) -> dict[str, str]:
+    """Every setting by its dotted name, as text."""
+    return {name: _bare(value) for name, value in _leaves(config_tree(config))}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _bare(value: Any) -> str:
+    return value if isinstance(value, str) else _toml(value)
+
+
+def _toml(value: Any) -> str:
+    text = tomli_w.dumps({"value": value}).partition("=")[2]
+    return " ".join(text.split())

@@ -1,0 +1,236 @@
+"""What is known of one run: plain frozen values, read once and never changed."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from audits.evidence.intervals import Interval, difference
+from audits.verdict import Finding, Verdict
+from privkd.config import RunConfig
+from privkd.events import PrivacyEvent, Unit
+from privkd.ledger import Statement
+
+Standing: TypeAlias = Literal["ALARM", "within bound", "no protection claimed", "not audited", "unfinished"]
+"""What the whole run comes to, worst first."""
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What the journal says of one committed round: its number from 0, which is before the first, and the
+    upper bounds on epsilon that were spent by its end."""
+
+    number: int
+    accepted: float
+    epsilon_record: float
+    epsilon_device: float
+
+
+@dataclass(frozen=True)
+class ChargeFacts:
+    """One kind of event that the ledger booked for ``parties`` devices in a round (from 1)."""
+
+    unit: Unit
+    round: int
+    parties: int
+    event: PrivacyEvent
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One model's accuracy on the global test set, beside what it is compared with."""
+
+    name: str
+    meaning: str
+    share: Interval
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """All accuracies of a finished run, each a share of the test set with its interval.
+
+    Attributes:
+        digest: SHA-256 of the test set; runs with different ones are not compared.
+        teacher: after the last round.
+        before: the teacher before any device.
+        control: the teacher self-distilled with zero devices.
+        students: mean over the devices.
+        public_only: likewise, after public distillation alone.
+        direct: students trained directly, no DP; ``None`` was not computed.
+        direct_private: students trained directly, same budget; likewise.
+    """
+
+    digest: str
+    teacher: Interval
+    before: Interval
+    control: Interval
+    students: Interval
+    public_only: Interval
+    direct: Interval | None
+    direct_private: Interval | None
+
+    @property
+    def gain(self) -> Interval:
+        """What the devices added: the teacher after the run against its zero-device control."""
+        return difference(self.teacher, self.control)
+
+    @property
+    def student_gain(self) -> Interval:
+        """What the private records added to the students."""
+        return difference(self.students, self.public_only)
+
+
+@dataclass(frozen=True)
+class MembershipFacts:
+    """The membership audit's findings, each beside the upper bound of the ledger as it is now."""
+
+    target: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The audited views, in order."""
+        return tuple(dict.fromkeys(finding.view for finding in self.findings))
+
+    def of(self, view: str) -> tuple[Finding, ...]:
+        """The findings on one view."""
+        return tuple(finding for finding in self.findings if finding.view == view)
+
+    def strongest(self, view: str) -> Finding:
+        """The view's highest lower bound. As all lower bounds hold together, so does the highest."""
+        return max(self.of(view), key=lambda finding: finding.epsilon_lower)
+
+
+@dataclass(frozen=True)
+class RebuiltFacts:
+    """One reconstruction attack on one view.
+
+    Attributes:
+        view: what the adversary sees.
+        attack: its name.
+        unit: of privacy, of the ceiling.
+        target: what is rebuilt, in words.
+        prior: of the adversary, in words.
+        success: share of the trials in which the true candidate was picked; its ``n`` are the trials.
+        chance: of an attack that sees nothing, under the same prior.
+        ceiling: most success that the ledger allows; ``None`` where it claims nothing.
+        verdict: as the audit gave it.
+    """
+
+    view: str
+    attack: str
+    unit: Unit
+    target: str
+    prior: str
+    success: Interval
+    chance: float
+    ceiling: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class ReconstructionFacts:
+    """The reconstruction audit's findings, its remarks, and its picture grids as PNG by name."""
+
+    findings: tuple[RebuiltFacts, ...]
+    notes: tuple[str, ...]
+    grids: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file of the run and its SHA-256."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run's folder.
+
+    Attributes:
+        path: the folder.
+        config: the settings it was started with.
+        command: that starts an equal run.
+        rounds: committed ones; the first is before any device.
+        statements: the ledger by unit, empty before the first charge.
+        charges: the ledger by unit and round.
+        accuracies: ``None`` for an unfinished run, or one older than the count of its test records.
+        finished: whether all rounds were played and the result written.
+        membership: ``None`` where no such audit was made; so is ``reconstruction``.
+        versions: of what computed the run, by name.
+        files: what the report rests on.
+        started: when the run was started, as the file system says, ``YYYY-MM-DD``.
+    """
+
+    path: Path
+    config: RunConfig
+    command: str
+    rounds: tuple[RoundFacts, ...]
+    statements: tuple[Statement, ...]
+    charges: tuple[ChargeFacts, ...]
+    accuracies: Accuracies | None
+    finished: bool
+    membership: MembershipFacts | None
+    reconstruction: ReconstructionFacts | None
+    versions: tuple[tuple[str, str], ...]
+    files: tuple[FileFacts, ...]
+    started: str
+
+    @property
+    def played(self) -> int:
+        """How many rounds were committed."""
+        return max(0, len(self.rounds) - 1)
+
+    def statement(self, unit: Unit) -> Statement | None:
+        """The ledger's row of one unit."""
+        return next((row for row in self.statements if row.unit is unit), None)
+
+    def spent(self, unit: Unit) -> float:
+        """The ledger's upper bound on one unit; infinite where nothing vouches for less."""
+        row = self.statement(unit)
+        return math.inf if row is None else row.epsilon.high
+
+    @property
+    def alarms(self) -> tuple[Finding | RebuiltFacts, ...]:
+        """Findings that the ledger rules out."""
+        guessed = self.membership.findings if self.membership else ()
+        rebuilt = self.reconstruction.findings if self.reconstruction else ()
+        both: tuple[Finding | RebuiltFacts, ...] = (*guessed, *rebuilt)
+        return tuple(finding for finding in both if finding.verdict == "ALARM")
+
+    @property
+    def audited(self) -> bool:
+        """Whether any audit was made."""
+        return self.membership is not None or self.reconstruction is not None
+
+    @property
+    def alarm_words(self) -> tuple[str, ...]:
+        """Each alarm in one sentence."""
+        return tuple(_in_words(alarm) for alarm in self.alarms)
+
+    @property
+    def standing(self) -> Standing:
+        """What the run comes to, in the order of what an officer must know first."""
+        if self.alarms:
+            return "ALARM"
+        if not self.finished:
+            return "unfinished"
+        if math.isinf(self.spent(Unit.RECORD)) and math.isinf(self.spent(Unit.DEVICE)):
+            return "no protection claimed"
+        return "within bound" if self.audited else "not audited"
+
+
+def _in_words(alarm: Finding | RebuiltFacts) -> str:
+    if isinstance(alarm, Finding):
+        return (
+            f"view {alarm.view}, attack {alarm.attack}: epsilon is at least {alarm.epsilon_lower:.4g} per "
+            f"{alarm.unit} (confidence {100 * alarm.confidence:g} %), but the ledger claims at most "
+            f"{alarm.epsilon_upper:.4g} at delta {alarm.delta:g}"
+        )
+    return (
+        f"view {alarm.view}, attack {alarm.attack}: the secret was picked in "
+        f"{100 * alarm.success.estimate:.3g} % of {alarm.success.n:,} trials, more than the ledger allows "
+        f"per {alarm.unit}"
+    )

@@ -1,0 +1,215 @@
+"""A run's folder, read as it lies there: nothing is trained, locked or written."""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from audits.estimators import Auc, TprAtFpr
+from audits.evidence.command import command_of
+from audits.evidence.facts import (
+    Accuracies,
+    ChargeFacts,
+    FileFacts,
+    MembershipFacts,
+    RoundFacts,
+    RunFacts,
+)
+from audits.evidence.intervals import Interval, share
+from audits.evidence.parsing import count, number, read_json, well_formed
+from audits.evidence.rebuilt import RECONSTRUCTION, read_reconstruction
+from audits.verdict import Finding, Refused
+from privkd.charges import decode_charge
+from privkd.config import load_config
+from privkd.errors import RunError
+from privkd.events import PrivacyEvent, Unit
+from privkd.journal import Journal
+from privkd.ledger import Ledger, Statement
+
+MEMBERSHIP = "audit/membership.json"
+_RECORDS = ("config.toml", "journal.jsonl", "ledger.jsonl", "result.json", "versions.json")
+_EVIDENCE = (*_RECORDS, MEMBERSHIP, RECONSTRUCTION)
+
+Value = TypeVar("Value")
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is the folder of a run."""
+    return (path / "journal.jsonl").is_file() and (path / "config.toml").is_file()
+
+
+def read_run(path: Path) -> RunFacts:
+    """All that the run in ``path`` says of itself.
+
+    Raises:
+        RunError: not a run, or a file of it is damaged or was changed; the message names the file.
+    """
+    if not is_run(path):
+        raise RunError(f"{path} is not the folder of a run: expected its config.toml and journal.jsonl")
+    journal = tuple(Journal(path / "journal.jsonl"))
+    _check_settings(path, journal)
+    config = load_config(path / "config.toml")
+    with well_formed(path / "journal.jsonl"):
+        rounds = tuple(_round(row) for row in journal if row.get("step") == "round")
+    ledger = Ledger.load(path / "ledger.jsonl") if (path / "ledger.jsonl").exists() else None
+    if ledger is None and len(rounds) > 1:
+        raise RunError(f"{path / 'ledger.jsonl'} is missing, so what the run spent is unknown: restore it")
+    finished = len(rounds) == config.rounds + 1 and (path / "result.json").exists()
+    statements = ledger.statement() if ledger else ()
+    return RunFacts(
+        path=path,
+        config=config,
+        command=command_of(config),
+        rounds=rounds,
+        statements=statements,
+        charges=_charges(path / "ledger.jsonl"),
+        accuracies=_accuracies(path, journal) if finished else None,
+        finished=finished,
+        membership=_membership(path / MEMBERSHIP, statements),
+        reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
+        versions=_versions(path / "versions.json"),
+        files=tuple(_file(path, name) for name in _EVIDENCE if (path / name).is_file()),
+        started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
+    )
+
+
+def _check_settings(path: Path, journal: tuple[Mapping[str, Any], ...]) -> None:
+    noted = journal[0].get("config") if journal else None
+    if noted != _digest(path / "config.toml"):
+        raise RunError(f"{path / 'config.toml'} was changed since the run was started: restore it")
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from None
+
+
+def _file(path: Path, name: str) -> FileFacts:
+    return FileFacts(name, _digest(path / name))
+
+
+def _round(row: Mapping[str, Any]) -> RoundFacts:
+    found = {name: number(row["figures"][name]) for name in ("accepted", "epsilon_record", "epsilon_device")}
+    return RoundFacts(number=int(row["round"]), **found)
+
+
+def _charges(path: Path) -> tuple[ChargeFacts, ...]:
+    """The ledger's events by unit and round, devices with equal ones together."""
+    if not path.exists():
+        return ()
+    parties: defaultdict[tuple[Unit, int, PrivacyEvent], int] = defaultdict(int)
+    with well_formed(path):
+        for batch in Journal(path):
+            for row in batch.get("charges", ()):
+                charge = decode_charge(row)
+                parties[charge.unit, charge.round, charge.event] += 1
+    rows = [ChargeFacts(unit, round + 1, count, event) for (unit, round, event), count in parties.items()]
+    return tuple(sorted(rows, key=lambda row: (row.unit is Unit.DEVICE, row.round)))
+
+
+def _accuracies(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Accuracies | None:
+    noted = [row.get("result") for row in journal if row.get("step") == "finished"]
+    if noted and noted[-1] != _digest(path / "result.json"):
+        raise RunError(f"{path / 'result.json'} was changed since the run finished: resume the run")
+    tree = read_json(path / "result.json")
+    with well_formed(path / "result.json"):
+        if "test" not in tree:
+            return None
+        records = count(tree["test"]["records"])
+        if records == 0:
+            return None
+
+        def measured(model: str, figure: str) -> Interval:
+            return share(number(tree[model][figure]), records)
+
+        def control(figure: str) -> Interval | None:
+            return None if tree["student"][figure] is None else measured("student", figure)
+
+        return Accuracies(
+            digest=str(tree["test"]["digest"]),
+            teacher=measured("teacher", "after"),
+            before=measured("teacher", "before"),
+            control=measured("teacher", "control"),
+            students=measured("student", "mean"),
+            public_only=measured("student", "public_only"),
+            direct=control("direct"),
+            direct_private=control("direct_private"),
+        )
+
+
+def _membership(path: Path, statements: tuple[Statement, ...]) -> MembershipFacts | None:
+    tree = _optional(path, dict)
+    if tree is None:
+        return None
+    upper = {row.unit: row.epsilon.high for row in statements}
+    with well_formed(path):
+        findings = tuple(
+            finding.against(upper.get(finding.unit, math.inf)) for finding in map(_finding, tree["views"])
+        )
+        if not findings:
+            raise ValueError("no finding")
+        return MembershipFacts(str(tree["target"]), findings)
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    area = row["auc"]
+    return Finding(
+        view=str(row["view"]),
+        attack=str(row["attack"]),
+        unit=Unit(row["unit"]),
+        auc=None
+        if area is None
+        else Auc(
+            estimate=number(area["estimate"]),
+            low=number(area["low"]),
+            high=number(area["high"]),
+            members=count(area["members"]),
+            nonmembers=count(area["nonmembers"]),
+            confidence=number(area["confidence"]),
+        ),
+        tpr_at_fpr=tuple(_rate(rate) for rate in row["tpr_at_fpr"]),
+        epsilon_lower=number(row["epsilon_lower"]),
+        epsilon_upper=number(row["epsilon_upper"]),
+        delta=number(row["delta"]),
+        confidence=number(row["confidence"]),
+        members=count(row["members"]),
+        nonmembers=count(row["nonmembers"]),
+        estimator=str(row["estimator"]),
+    )
+
+
+def _rate(row: Mapping[str, Any]) -> TprAtFpr | Refused:
+    if "reason" in row:
+        return Refused(number(row["fpr"]), str(row["reason"]))
+    return TprAtFpr(
+        estimate=number(row["estimate"]),
+        low=number(row["low"]),
+        high=number(row["high"]),
+        fpr=number(row["fpr"]),
+        threshold=number(row["threshold"]),
+        true_positives=count(row["true_positives"]),
+        members=count(row["members"]),
+        false_positives=count(row["false_positives"]),
+        nonmembers=count(row["nonmembers"]),
+        confidence=number(row["confidence"]),
+    )
+
+
+def _versions(path: Path) -> tuple[tuple[str, str], ...]:
+    tree = _optional(path, dict)
+    return tuple((str(name), str(version)) for name, version in (tree or {}).items())
+
+
+def _optional(path: Path, kind: type[Value]) -> Value | None:
+    """The value of a file that need not be there."""
+    if not path.exists():
+        return None
+    tree = read_json(path)
+    if not isinstance(tree, kind):
+        raise RunError(f"{path} is damaged or was changed (not a {kind.__name__}): restore it")
+    return tree

@@ -1,0 +1,147 @@
+"""One cell, in a process of its own: trained as ``privkd train`` does, then audited.
+
+A cell that crashes, or that the system kills for its memory, so takes nothing else with it.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from audits.tradeoff.request import Cell
+from privkd.errors import PrivkdError, RunError, one_line
+
+DONE = "cell.json"
+"""Written last: what determined the cell's finished audits."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a cell is at."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The cell is done; ``peak`` is the most memory that its process and its children held, in bytes."""
+
+    peak: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The cell could not be finished, and why, in one line."""
+
+    reason: str
+
+
+Message: TypeAlias = Stage | Finished | Failed
+
+
+class PipedProgress:
+    """Tells the parent each stage."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def stage(self, name: str) -> None:
+        """See `privkd.progress.Progress.stage`."""
+        self._pipe.send(Stage(name))
+
+    def advance(self, done: int, total: int) -> None:
+        """See `privkd.progress.Progress.advance`."""
+
+    def figures(self, **figures: float) -> None:
+        """See `privkd.progress.Progress.figures`."""
+
+
+def play_cell(cell: Cell, path: Path, pipe: Connection) -> None:
+    """The body of a worker process: one message a stage, and a last one."""
+    os.setsid()
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _train(cell, path, PipedProgress(pipe))
+        _audit(cell, path, PipedProgress(pipe))
+    except PrivkdError as error:
+        pipe.send(Failed(" ".join(str(error).split())))
+    except MemoryError:
+        pipe.send(Failed("out of memory: lower --jobs, or the size of the run"))
+    except KeyboardInterrupt:
+        # The parent stops; it asks nobody why.
+        return
+    except Exception as error:
+        pipe.send(Failed(one_line(error)))
+    else:
+        pipe.send(Finished(_peak()))
+
+
+def is_done(cell: Cell, path: Path) -> bool:
+    """Whether the cell in ``path`` was finished, audits and all, as it would be again."""
+    try:
+        return bool(json.loads((path / DONE).read_bytes())["key"] == cell.key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _train(cell: Cell, path: Path, progress: PipedProgress) -> None:
+    import torch
+
+    from privkd.federation import open_game
+    from privkd.result import train
+    from privkd.store import RunFolder
+
+    torch.set_num_threads(1)
+    config = cell.config()
+    started = (path / "journal.jsonl").exists() and (path / "config.toml").exists()
+    if not started:
+        # As for any run: what is wrong with the settings or the data shows before there is a folder.
+        open_game(config)
+    with RunFolder.resume(path) if started else RunFolder.create(path, config) as folder:
+        if folder.config != config:
+            raise RunError(f"{path} holds a run of other settings: remove it")
+        if not _is_finished(folder.journal):
+            train(config, folder, progress, resumed=started)
+
+
+def _is_finished(journal: Any) -> bool:
+    return any(record.get("step") == "finished" for record in journal)
+
+
+def _audit(cell: Cell, path: Path, progress: PipedProgress) -> None:
+    from privkd.store import RunFolder
+
+    request = cell.request
+    with RunFolder.resume(path) as folder:
+        if "membership" in request.audits:
+            from audits.membership import audit_membership
+            from audits.report import report_tree, write_curves
+            from audits.request import MembershipRequest
+
+            asked = MembershipRequest(shadows=request.shadows, targets=request.targets)
+            report = audit_membership(folder, asked, progress)
+            write_curves(folder, report.scored)
+            folder.write_json("audit/membership.json", report_tree(report))
+        folder.write_json(DONE, {"key": cell.key})
+
+
+def _peak() -> int:
+    """Peak resident memory of this process and of its largest child, in bytes."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return 1024 * (own + children)
+
+
+def _end_with_parent() -> None:
+    """Leave no orphan behind, however the parent ends: this process and all it started."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(os.getpgid(0), signal.SIGKILL)
