@@ -29,8 +29,8 @@ def finished_state(game: Game, folder: RunFolder) -> State:
         )
     if game.config.privacy.noise != "seeded":
         raise RunError(
-            f"{folder.path}: privacy.noise={game.config.privacy.noise!r}: the students of a deployment are on "
-            "their devices, and no seed brings them back; take a run with privacy.noise=seeded"
+            f"{folder.path}: privacy.noise={game.config.privacy.noise!r}: the students of a deployment are "
+            "on their devices, and no seed brings them back; take a run with privacy.noise=seeded"
         )
     teacher, _ = game.blank()
     published = load_teachers(folder, record, teacher)[:done]

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privkd.channel import ChannelBase, Release, contributions, noise_variance
-from privkd.config import ChannelConfig
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.noise import NoiseRoot
@@ -67,26 +66,6 @@ class ServiceOptions:
     def tls(self) -> ClientTls | None:
         """What to trust and to show."""
         return None if self.ca is None else ClientTls(self.ca, self.certificate, self.key)
-
-
-def service_options(
-    channel: ChannelConfig, run: bytes, votes: VoteRule | None = None
-) -> ServiceOptions | None:
-    """How a run's settings ask for services, if they do. ``run`` names the run among all others."""
-    if not channel.through_services:
-        return None
-    return ServiceOptions(
-        urls=channel.aggregator_urls,
-        ca=channel.ca,
-        certificate=channel.certificate,
-        key=channel.key,
-        pins=channel.aggregator_keys,
-        run=run,
-        minimum=channel.minimum_devices,
-        noise=channel.noise_from,
-        projections=channel.norm_projections,
-        votes=votes,
-    )
 
 
 @dataclass(frozen=True)
