@@ -104,9 +104,9 @@ def test_prices_bound_the_exact_divergence(counts: tuple[int, ...], rule: VoteRu
 
 
 def test_the_enumeration_would_catch_a_price_too_low() -> None:
-    """Its power: what a vote with ten times the variance costs is too little."""
+    """Its power: what a vote with twenty times the variance costs is too little."""
     counts, at = (30, 24, 1), int(np.argmin(np.abs(ORDERS - 4)))
-    stated = VoteRule(1, 20, Fraction(90), Fraction(160))
+    stated = VoteRule(1, 20, Fraction(180), Fraction(320))
     claimed = data_dependent_rdp(np.array([counts]), stated, parties=1)
     assert claimed is not None
     assert worst(counts, stated, 4.0) <= claimed[at]
