@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ from rig import (
 from privkd.errors import ChannelError, ConfigError
 from privkd.secure import local as local_module
 from privkd.secure.cloud import PartyGroup
-from privkd.secure.device import Upload, prepare, seal_integers, send
+from privkd.secure.device import Upload, prepare, relay, seal_integers, send
 from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError
+from privkd.secure.envelope import packed
 from privkd.secure.local import LocalParties
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms
@@ -134,6 +136,26 @@ def test_a_replay_counts_once_and_fresh_shares_are_refused(rig: Rig) -> None:
     total = rig.close(terms)
     np.testing.assert_array_equal(total.integers, sum_over(terms, terms.roster))
     assert not total.left_out
+
+
+def test_a_relay_carries_many_uploads_and_says_which_are_refused(rig: Rig) -> None:
+    terms = rig.open(devices=6, sigma2="400")
+    uploads = list(uploads_of(terms).values())
+    spoilt = replace(uploads[5], envelopes=tuple(flipped(e, len(e) - 1) for e in uploads[5].envelopes))
+    for _ in range(2):
+        refusals = relay([*uploads[:5], spoilt], rig.group.aggregators, deadline=soon())
+        assert len(refusals) == 2
+        assert all(reason.startswith("device-5: upload altered") for reason in refusals)
+    total = rig.close(terms)
+    assert total.devices == terms.roster[:5]
+    exact = sum_over(terms, total.devices) + rig.noise(terms, uploads[:5])
+    np.testing.assert_array_equal(total.integers, exact)
+    path = f"/v1/rounds/{terms.folder}/relay"
+    for body in (b"\x05\0\0", b"\x05\0\0\0abc"):
+        with pytest.raises(RefusedError, match="cut off"):
+            rig.group.aggregators[0].request("POST", path, body, deadline=soon())
+    late = relay([prepare(block(5), terms, "device-5")], rig.group.aggregators, deadline=soon())
+    assert all("is closed" in reason for reason in late)
 
 
 def test_a_forged_envelope_in_its_name_does_not_harm_a_device(rig: Rig) -> None:
@@ -295,7 +317,9 @@ def test_certificates_say_who_may_do_what(rig: Rig, tmp_path: Path) -> None:
     device.request("POST", f"{path}/uploads", uploads["device-0"].envelopes[0], deadline=soon())
     for action, body, words in [
         ("/uploads", uploads["device-1"].envelopes[0], "'device-0' may not upload for device-1"),
-        ("/share", b"{}", "may not open or close"),
+        ("/share", b"{}", "may not open, close or relay"),
+        ("/relay", packed([uploads["device-0"].envelopes[0]]), "may not open, close or relay"),
+        ("/abandon", b"{}", "may not open, close or relay"),
     ]:
         with pytest.raises(RefusedError, match=words):
             device.request("POST", path + action, body, deadline=soon())
@@ -521,7 +545,7 @@ def test_a_changed_spool_after_a_release_is_refused(inside: list[Service]) -> No
         folder = service.party.directory / "rounds" / terms.folder
         (folder / "share").unlink()
         service.rounds.seating.stop()
-        sorted((folder / "uploads").iterdir())[0].unlink()
+        os.truncate(folder / "uploads", (folder / "uploads").stat().st_size - 1)
     revived = [Service(service.party) for service in inside]
     for service in revived:
         with pytest.raises(ChannelError, match="the spool has changed since the round was closed"):
