@@ -22,7 +22,7 @@ from privkd.events import NoPrivacy, ZCdp
 from privkd.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.backend import LocalGroup, RingBackend
 from privkd.secure.cloud import PartyGroup
-from privkd.secure.device import Upload, prepare
+from privkd.secure.device import Upload, prepare, seal_integers
 from privkd.secure.endpoint import RefusedError
 from privkd.secure.envelope import upload_identifier
 from privkd.secure.local import LocalParties
@@ -154,6 +154,23 @@ def test_shares_of_two_sessions_are_never_put_together(rig: Rig) -> None:
     (rig.state(1) / "rounds" / terms.folder / "share").unlink()
     os.kill(local.pids[1], signal.SIGKILL)  # only one party has its share, of a session that is gone
     np.testing.assert_array_equal(rig.close(terms).integers, first.integers)
+
+
+def test_a_device_that_stuffs_the_ballot_fails_the_norm_check(rig: Rig) -> None:
+    """Honest votes are as long as allowed: each is rejected with probability 1.6e-4 at 256 projections."""
+    votes = votes_of(5, 100, 4)
+    votes[4] *= 3
+    devices, queries, classes = votes.shape
+    terms = rig.open(
+        devices, entries=queries * classes, bound=10, projections=256,
+        votes=VoteTerms(classes=classes, threshold=3, threshold_sigma2=None),
+    )  # fmt: skip
+    for block, device in zip(votes, terms.roster, strict=True):
+        rig.put(seal_integers(block.ravel(), terms, device))
+    total = rig.close(terms)
+    assert total.devices == terms.roster[:4]
+    counts = votes[:4].sum(axis=0)
+    np.testing.assert_array_equal(total.integers.reshape(counts.shape), tally(counts, counts, 3))
 
 
 def test_a_group_without_a_third_party_holds_no_vote(tmp_path: Path) -> None:
