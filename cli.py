@@ -103,6 +103,9 @@ def train(
     rounds: Annotated[Text, typer.Option(help="Number of rounds. [3]")] = None,
     channel: Annotated[Text, typer.Option(help="plain, noised or secure. [secure]")] = None,
     aggregators: Annotated[Text, typer.Option(help="Parties of the secure channel. [2]")] = None,
+    aggregation: Annotated[
+        Text, typer.Option(help="What the secure channel shows the cloud: mean, or votes. [mean]")
+    ] = None,
     aggregator_url: Annotated[
         list[str] | None, typer.Option(help="A running party of the secure channel; repeat for each.")
     ] = None,
@@ -140,6 +143,7 @@ def train(
         "rounds": rounds,
         "channel.kind": channel,
         "channel.aggregators": aggregators,
+        "channel.aggregation": aggregation,
         "channel.aggregator_urls": aggregator_url,
         "student.models": student.split(",") if student is not None else None,
         "teacher.model.name": teacher,
@@ -262,7 +266,7 @@ def keys(
     out: Annotated[str, typer.Option(help="Folder for keys, certificates and configurations.")],
     parties: Annotated[int, typer.Option(help="Number of aggregators.")] = 2,
     third_party: Annotated[
-        bool, typer.Option("--third-party", help="Also a third party, which norm checks need.")
+        bool, typer.Option("--third-party", help="Also a third party, which votes and norm checks need.")
     ] = False,
     host: Annotated[
         list[str] | None, typer.Option(help="Host of the services; repeat it for one each. [127.0.0.1]")

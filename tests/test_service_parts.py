@@ -1,9 +1,11 @@
 """Parts of the services: keys, settings, terms, spool, the device's side, noise splits, the channel."""
 
 import math
+import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +31,7 @@ from privkd.secure.party import load_party
 from privkd.secure.remote import ServiceOptions
 from privkd.secure.shares import reconstruct
 from privkd.secure.splits import distributed_rho, distributed_variance
-from privkd.secure.spool import RoundSpool, stored_rounds, upload_file
+from privkd.secure.spool import RoundSpool, spooled, stored_rounds
 from privkd.secure.terms import RoundTerms, set_digest
 
 ROOT = NoiseRoot.from_seed(4)
@@ -171,21 +173,74 @@ def test_given_entropy_an_upload_is_a_function_of_its_content(folder: Path, term
 
 def test_the_spool_takes_up_what_was_whole(tmp_path: Path, terms: RoundTerms) -> None:
     spool = RoundSpool.create(tmp_path / terms.folder, terms)
-    upload = prepare(np.ones(6), terms, "a")
-    envelope = upload.envelopes[0]
-    spool.add(header_of(envelope), envelope)
-    spool.add(header_of(envelope), envelope)
+    first, second = (prepare(np.ones(6), terms, device).envelopes[0] for device in ("a", "b"))
+    spool.add(header_of(first), first)
+    spool.add(header_of(first), first)
     with pytest.raises(ChannelError, match="same bytes"):
-        spool.add(header_of(envelope), envelope[:-1])
-    (upload_file(tmp_path / terms.folder, "b").with_suffix(".part")).write_bytes(envelope[:50])
+        spool.add(header_of(first), first[:-1])
+    assert spool.holds("a")
+    assert not spool.holds("b")
+    spool.sync()
     (tmp_path / "foreign").mkdir()
-    (again,) = stored_rounds(tmp_path)
-    assert set(again.held) == {"a"}
-    assert len(list((tmp_path / terms.folder / "uploads").iterdir())) == 1
+    log = tmp_path / terms.folder / "uploads"
+    whole = log.read_bytes()
+    spool.add(header_of(second), second)
+    both = log.read_bytes()
+    assert [device for device, _ in spooled(spool.folder)] == ["a", "b"]
+    # Whatever a crash leaves of the second, torn or not yet written, the first is there and no more.
+    for tail in (both[len(whole) : -1], both[len(whole) : len(whole) + 5], bytes(len(both) - len(whole)),
+                 flip_last(both[len(whole) :])):  # fmt: skip
+        log.write_bytes(whole + tail)
+        (again,) = stored_rounds(tmp_path)
+        assert set(again.held) == {"a"}
+        assert log.read_bytes() == whole
+        again.add(header_of(second), second)
+        assert set(again.held) == {"a", "b"}
+        assert log.read_bytes() == both
+        assert dict(spooled(again.folder)) == {"a": first, "b": second}
     assert again.terms == terms
     assert again.share is None
     again.keep_share(b"share")
     assert again.share == b"share"
+    again.drop_uploads()
+    assert not dict(spooled(again.folder))
+
+
+def flip_last(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_threads_share_syncs_and_none_is_acknowledged_before_its_own(
+    tmp_path: Path, terms: RoundTerms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = RoundSpool.create(tmp_path / terms.folder, terms)
+    envelopes = {f"d{i}": prepare(np.ones(6), terms, f"d{i}").envelopes[0] for i in range(40)}
+    durable: list[int] = [0]
+    acknowledged: list[bool] = []
+    fdatasync = os.fdatasync
+
+    def slow(descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        time.sleep(0.02)
+        fdatasync(descriptor)
+        durable.append(size)
+
+    monkeypatch.setattr("os.fdatasync", slow)
+
+    def put(device: str) -> None:
+        spool.add(header_of(envelopes[device]), envelopes[device])
+        end = spool._places[device].start + spool._places[device].size
+        spool.sync()
+        acknowledged.append(max(durable) >= end)
+
+    threads = [threading.Thread(target=put, args=(device,)) for device in envelopes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert acknowledged == [True] * 40
+    assert len(durable) < 20, "forty uploads, a handful of syncs"
+    assert {device: bytes(e) for device, e in spooled(spool.folder)} == envelopes
 
 
 @pytest.mark.parametrize("module", ["device", "service", "cloud", "commands", "local"])

@@ -10,101 +10,36 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from rig import (
+    ENTRIES,
+    LIMITS,
+    Rig,
+    block,
+    services_inside,
+    soon,
+    strike_at_start,
+    struck_rounds,
+    sum_over,
+    uploads_of,
+)
 
 from privkd.errors import ChannelError, ConfigError
-from privkd.journal import Journal
-from privkd.noise import NoiseRoot, discrete_gaussian
-from privkd.secure.cloud import PartyGroup, Total
-from privkd.secure.device import Upload, prepare, seal_integers, send
+from privkd.secure import local as local_module
+from privkd.secure.cloud import PartyGroup
+from privkd.secure.device import Upload, prepare, relay, seal_integers, send
 from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError
-from privkd.secure.envelope import upload_identifier
+from privkd.secure.envelope import packed
 from privkd.secure.local import LocalParties
-from privkd.secure.party import load_party
 from privkd.secure.service import Service
-from privkd.secure.terms import RoundTerms, set_digest
+from privkd.secure.terms import RoundTerms
 from privkd.secure.wire import Kind
-from privkd.secure.worker import Worker
-
-Integers = NDArray[np.int64]
-ENTRIES = 12
-SECONDS = 120.0
-LIMITS = {"request_seconds": 5.0, "step_seconds": 60.0, "hang_seconds": 5.0}
-
-
-def soon(seconds: float = SECONDS) -> float:
-    return time.monotonic() + seconds
-
-
-@dataclass
-class Rig:
-    """A running group, and rounds with names of their own."""
-
-    group: PartyGroup
-    noise_keys: tuple[bytes, ...]
-    state: Callable[[int], Path]
-    name: int = 0
-    kept: dict[str, object] = field(default_factory=dict)
-
-    def open(self, devices: int = 4, **changes: object) -> RoundTerms:
-        self.name += 1
-        fields: dict[str, object] = {
-            "round": self.name, "keys": self.group.keys(soon()), "entries": ENTRIES, "minimum": 2,
-            "fraction_bits": 0, "bound": 100_000, "sigma2": None, "expires": int(time.time()) + 600,
-            "roster": tuple(f"device-{i}" for i in range(devices)),
-        }  # fmt: skip
-        terms = RoundTerms(**(fields | changes))  # type: ignore[arg-type]
-        self.group.open(terms, soon())
-        return terms
-
-    def put(self, upload: Upload, *ranks: int) -> None:
-        """Send an upload's envelopes to these aggregators."""
-        for rank in ranks or range(len(upload.envelopes)):
-            self.post(rank, upload.round, upload.envelopes[rank])
-
-    def post(self, rank: int, round: int, envelope: bytes) -> None:
-        path = f"/v1/rounds/{round:016x}/uploads"
-        self.group.aggregators[rank].request("POST", path, envelope, deadline=soon())
-
-    def close(self, terms: RoundTerms) -> Total:
-        return self.group.close(terms, soon())
-
-    def journal(self, rank: int, event: str, terms: RoundTerms) -> list[dict[str, object]]:
-        records = Journal(self.state(rank) / "journal.jsonl")
-        return [r for r in records if r["event"] == event and r["round"] == terms.folder]
-
-    def noise(self, terms: RoundTerms, uploads: list[Upload]) -> Integers:
-        """What the aggregators add, by their keys."""
-        digest = set_digest(terms, [upload_identifier(u.round, u.device, u.upload_id) for u in uploads])
-        if terms.variance is None:
-            return np.zeros(terms.entries, np.int64)
-        return sum(
-            discrete_gaussian(
-                terms.variance, terms.entries, NoiseRoot(key).stream("service", terms.round, digest)
-            )
-            for key in self.noise_keys
-        )
-
-
-def block(seed: int, entries: int = ENTRIES) -> Integers:
-    return np.random.default_rng(seed).integers(-1000, 1000, entries)
-
-
-def uploads_of(terms: RoundTerms) -> dict[str, Upload]:
-    return {device: prepare(block(i), terms, device) for i, device in enumerate(terms.roster)}
-
-
-def sum_over(terms: RoundTerms, devices: tuple[str, ...]) -> Integers:
-    blocks = {device: block(i) for i, device in enumerate(terms.roster)}
-    return np.sum([blocks[device] for device in devices], axis=0)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +136,26 @@ def test_a_replay_counts_once_and_fresh_shares_are_refused(rig: Rig) -> None:
     total = rig.close(terms)
     np.testing.assert_array_equal(total.integers, sum_over(terms, terms.roster))
     assert not total.left_out
+
+
+def test_a_relay_carries_many_uploads_and_says_which_are_refused(rig: Rig) -> None:
+    terms = rig.open(devices=6, sigma2="400")
+    uploads = list(uploads_of(terms).values())
+    spoilt = replace(uploads[5], envelopes=tuple(flipped(e, len(e) - 1) for e in uploads[5].envelopes))
+    for _ in range(2):
+        refusals = relay([*uploads[:5], spoilt], rig.group.aggregators, deadline=soon())
+        assert len(refusals) == 2
+        assert all(reason.startswith("device-5: upload altered") for reason in refusals)
+    total = rig.close(terms)
+    assert total.devices == terms.roster[:5]
+    exact = sum_over(terms, total.devices) + rig.noise(terms, uploads[:5])
+    np.testing.assert_array_equal(total.integers, exact)
+    path = f"/v1/rounds/{terms.folder}/relay"
+    for body in (b"\x05\0\0", b"\x05\0\0\0abc"):
+        with pytest.raises(RefusedError, match="cut off"):
+            rig.group.aggregators[0].request("POST", path, body, deadline=soon())
+    late = relay([prepare(block(5), terms, "device-5")], rig.group.aggregators, deadline=soon())
+    assert all("is closed" in reason for reason in late)
 
 
 def test_a_forged_envelope_in_its_name_does_not_harm_a_device(rig: Rig) -> None:
@@ -362,7 +317,9 @@ def test_certificates_say_who_may_do_what(rig: Rig, tmp_path: Path) -> None:
     device.request("POST", f"{path}/uploads", uploads["device-0"].envelopes[0], deadline=soon())
     for action, body, words in [
         ("/uploads", uploads["device-1"].envelopes[0], "'device-0' may not upload for device-1"),
-        ("/share", b"{}", "may not open or close"),
+        ("/share", b"{}", "may not open, close or relay"),
+        ("/relay", packed([uploads["device-0"].envelopes[0]]), "may not open, close or relay"),
+        ("/abandon", b"{}", "may not open, close or relay"),
     ]:
         with pytest.raises(RefusedError, match=words):
             device.request("POST", path + action, body, deadline=soon())
@@ -493,46 +450,9 @@ def test_services_killed_between_the_steps_go_on_from_their_spools() -> None:
 
 @pytest.fixture
 def inside(tmp_path: Path) -> Iterator[list[Service]]:
-    """Two services in threads of this process, so that a test can strike their workers at a given step."""
-    from privkd.secure.commands import KeysRequest, keys_command
-
-    keys_command(KeysRequest(tmp_path, 2, False, ("127.0.0.1",), 0, (), tls=False))
-    services = []
-    for rank in range(2):
-        party = load_party(tmp_path / f"party-{rank}.toml")
-        limits = party.limits.model_copy(update={"hang_seconds": 3.0, "step_seconds": 60.0})
-        services.append(Service(party.model_copy(update={"limits": limits})))
-    for service in services:
-        threading.Thread(target=service.serve_forever, daemon=True).start()
-    yield services
-    for service in services:
-        service.stop()
-
-
-def strike(
-    monkeypatch: pytest.MonkeyPatch, victim: str, kind: Kind, blow: signal.Signals, *, after: bool
-) -> list[int]:
-    """Have the victim's worker hit once, right before or after its step of this kind."""
-    hit: list[int] = []
-    call = Worker.call
-
-    def struck(self: Worker, frame: object, **seconds: float) -> bytes:
-        def hits() -> bool:
-            return self.name == victim and getattr(frame, "kind", None) is kind and not hit
-
-        if hits() and not after:
-            hit.append(self.pid)
-            os.kill(self.pid, blow)
-        answer = call(self, frame, **seconds)  # type: ignore[arg-type]
-        if hits():
-            hit.append(self.pid)
-            os.kill(self.pid, blow)
-            if kind is Kind.SUM:
-                raise UnreachableError("the service fails before it keeps the share")
-        return answer
-
-    monkeypatch.setattr(Worker, "call", struck)
-    return hit
+    """Two services of this process."""
+    with services_inside(tmp_path) as services:
+        yield services
 
 
 STRIKES = [
@@ -545,27 +465,6 @@ STRIKES = [
     ("aggregator-0", Kind.SUM, signal.SIGKILL, True),
     ("aggregator-1", Kind.SUM, signal.SIGSTOP, True),
 ]
-
-
-def struck_rounds(
-    services: list[Service], strikes: list[tuple[str, Kind, signal.Signals, bool]]
-) -> Iterator[tuple[Rig, RoundTerms]]:
-    group = PartyGroup([service.url for service in services])
-    keys = tuple(service.party.noise_key.read_bytes() for service in services)
-    rig = Rig(group, keys, lambda rank: services[rank].party.directory)
-    for victim, kind, blow, after in strikes:
-        with pytest.MonkeyPatch.context() as patch:
-            terms = rig.open(sigma2="77")
-            uploads = uploads_of(terms)
-            for upload in uploads.values():
-                rig.put(upload)
-            hit = strike(patch, victim, kind, blow, after=after)
-            total = rig.close(terms)
-            assert len(hit) == 1
-        exact = sum_over(terms, terms.roster) + rig.noise(terms, list(uploads.values()))
-        np.testing.assert_array_equal(total.integers, exact)
-        yield rig, terms
-    group.disconnect()
 
 
 def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(inside: list[Service]) -> None:
@@ -583,6 +482,56 @@ def test_workers_killed_and_stopped_at_every_step(inside: list[Service]) -> None
             assert len(rig.journal(rank, "agreed", terms)) == 1
 
 
+CHECK_STRIKES = [
+    ("aggregator-0", Kind.CHECK, signal.SIGKILL, False),
+    ("aggregator-1", Kind.CHECK, signal.SIGSTOP, False),
+    ("aggregator-1", Kind.CHECK, signal.SIGKILL, True),
+    ("aggregator-0", Kind.CHECK, signal.SIGSTOP, True),
+]
+
+
+@pytest.mark.slow
+def test_workers_killed_and_stopped_at_the_norm_check(tmp_path: Path) -> None:
+    """The check is made again, with the same rows, and lets the same devices pass."""
+    with services_inside(tmp_path, third_party=True) as services:
+        for rig, terms in struck_rounds(services, CHECK_STRIKES, projections=64):
+            for rank in range(2):
+                assert len(rig.journal(rank, "agreed", terms)) == 1
+
+
+@pytest.mark.parametrize(
+    ("victim", "blow"),
+    [("aggregator-1", signal.SIGKILL), pytest.param("aggregator-0", signal.SIGSTOP, marks=pytest.mark.slow)],
+)
+def test_a_worker_lost_while_starting_is_replaced(
+    inside: list[Service], victim: str, blow: signal.Signals
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        hit = strike_at_start(patch, victim, blow)
+        other = "aggregator-0" if victim == "aggregator-1" else "aggregator-1"
+        (_,) = struck_rounds(inside, [(other, Kind.AGREE, signal.SIGCONT, False)])
+        assert len(hit) == 1
+
+
+def test_a_service_stopped_while_starting_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    launch = local_module._launch
+
+    def stopped(folder: Path, rank: int) -> "subprocess.Popen[bytes]":
+        process = launch(folder, rank)
+        launched.append(process.pid)
+        if rank == 1:
+            os.kill(process.pid, signal.SIGSTOP)
+        return process
+
+    monkeypatch.setattr(local_module, "_launch", stopped)
+    with pytest.raises(ChannelError, match="aggregator-1 is stopped or stuck"):
+        LocalParties(2, start_seconds=5.0)
+    for pid in launched:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 @pytest.mark.slow
 def test_a_changed_spool_after_a_release_is_refused(inside: list[Service]) -> None:
     """Shares lost and an upload gone: neither the other set nor new noise ever comes out."""
@@ -595,8 +544,8 @@ def test_a_changed_spool_after_a_release_is_refused(inside: list[Service]) -> No
     for service in inside:
         folder = service.party.directory / "rounds" / terms.folder
         (folder / "share").unlink()
-        service.rounds.stop()
-        sorted((folder / "uploads").iterdir())[0].unlink()
+        service.rounds.seating.stop()
+        os.truncate(folder / "uploads", (folder / "uploads").stat().st_size - 1)
     revived = [Service(service.party) for service in inside]
     for service in revived:
         with pytest.raises(ChannelError, match="the spool has changed since the round was closed"):

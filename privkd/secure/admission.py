@@ -1,9 +1,11 @@
 """What a party takes part in, and which uploads it takes: all that is refused for good."""
 
 import time
+from collections.abc import Container
 from fractions import Fraction
 
 from privkd.errors import ChannelError
+from privkd.events import PartyId
 from privkd.secure.envelope import Header
 from privkd.secure.party import PartyConfig
 from privkd.secure.terms import RoundTerms
@@ -49,7 +51,7 @@ def admit_terms(party: PartyConfig, terms: RoundTerms) -> None:
             )
 
 
-def admit_header(party: PartyConfig, terms: RoundTerms, header: Header) -> None:
+def admit_header(party: PartyConfig, roster: Container[PartyId], terms: RoundTerms, header: Header) -> None:
     """Hold an upload's outside to the round that it was sent to.
 
     Raises:
@@ -61,5 +63,5 @@ def admit_header(party: PartyConfig, terms: RoundTerms, header: Header) -> None:
         names = ("round", "aggregator", "number of aggregators", "number of entries")
         wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
         raise RefusalError(400, f"{header.device}: upload for another {wrong[0]}")
-    if header.device not in terms.roster:
+    if header.device not in roster:
         raise RefusalError(403, f"{header.device}: not on the roster of round {terms.folder}")

@@ -1,9 +1,10 @@
 """The device's side of a round: clip, encode, share, seal, upload. Without torch and without CrypTen."""
 
+import json
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,12 +15,13 @@ from privkd.errors import ChannelError
 from privkd.events import PartyId
 from privkd.noise import KEY_BYTES, NoiseRoot, discrete_gaussian
 from privkd.secure.endpoint import Endpoint, persistently
-from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, seal
+from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, packed, seal
 from privkd.secure.fixedpoint import FixedPoint, content_digest
 from privkd.secure.shares import split
 from privkd.secure.terms import RoundTerms
 
 _ATTEMPT_SECONDS = 15.0
+_RELAY_BYTES = 1 << 22
 _LENGTH = struct.Struct("<I")
 
 
@@ -135,3 +137,42 @@ def send(upload: Upload, endpoints: Sequence[Endpoint], *, deadline: float) -> N
             return endpoint.request("POST", path, envelope, deadline=by)
 
         persistently(attempt, deadline)
+
+
+def relay(uploads: Sequence[Upload], endpoints: Sequence[Endpoint], *, deadline: float) -> list[str]:
+    """Send many devices' uploads to one round, as a relay does that carries them blind; what was refused.
+
+    Args:
+        uploads: from ``prepare``, of one round.
+        endpoints: the aggregators, by rank; they must know the caller as the cloud.
+        deadline: on ``time.monotonic``.
+
+    Raises:
+        ChannelError: an aggregator cannot be reached in time.
+    """
+    refused: list[str] = []
+    for rank, endpoint in enumerate(endpoints):
+        for batch in _batches([(upload.round, upload.envelopes[rank]) for upload in uploads]):
+            path = f"/v1/rounds/{batch[0][0]:016x}/relay"
+            body = packed(envelope for _, envelope in batch)
+
+            def attempt(endpoint: Endpoint = endpoint, path: str = path, body: bytes = body) -> bytes:
+                by = min(deadline, time.monotonic() + _ATTEMPT_SECONDS)
+                return endpoint.request("POST", path, body, deadline=by)
+
+            refused += json.loads(persistently(attempt, deadline))["refused"]
+    return refused
+
+
+def _batches(envelopes: Sequence[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+    """Runs of envelopes that fit one request together."""
+    batch: list[tuple[int, bytes]] = []
+    size = 0
+    for round, envelope in envelopes:
+        if batch and size + len(envelope) > _RELAY_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((round, envelope))
+        size += len(envelope)
+    if batch:
+        yield batch

@@ -6,6 +6,7 @@ authenticated. The key serves one envelope only, so the nonce is constant.
 
 import hashlib
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
@@ -24,6 +25,7 @@ _VERSION = 1
 _FIXED = struct.Struct("<4sBBBBBIQ16sH")
 _PUBLIC_KEY_BYTES = 32
 _NONCE = bytes(12)
+_LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,26 @@ def _parse(envelope: bytes) -> tuple[Header, int]:
 def _key(secret: bytes, own_public: bytes, recipient: bytes, outside: bytes) -> bytes:
     info = b"privkd upload" + own_public + recipient + outside
     return HKDF(hashes.SHA256(), 32, None, info).derive(secret)
+
+
+def packed(envelopes: Iterable[bytes]) -> bytes:
+    """Many envelopes in one message, each behind its length."""
+    return b"".join(part for envelope in envelopes for part in (_LENGTH.pack(len(envelope)), envelope))
+
+
+def unpacked(message: bytes) -> list[bytes]:
+    """From ``packed``.
+
+    Raises:
+        ChannelError: cut off.
+    """
+    envelopes, position = [], 0
+    while position < len(message):
+        head = message[position : position + _LENGTH.size]
+        start = position + _LENGTH.size
+        if len(head) == _LENGTH.size:
+            position = start + _LENGTH.unpack(head)[0]
+        if len(head) < _LENGTH.size or position > len(message):
+            raise ChannelError("uploads that are cut off")
+        envelopes.append(message[start:position])
+    return envelopes

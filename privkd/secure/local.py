@@ -6,10 +6,12 @@ journal; only that one owner runs them all.
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 import weakref
 from collections.abc import Mapping
@@ -44,6 +46,7 @@ class LocalParties:
         tls: bool = True,
         limits: Mapping[str, Any] | None = None,
         noise_keys: tuple[bytes, ...] = (),
+        start_seconds: float = 60.0,
     ) -> None:
         """Make keys in a folder that ends with this object, and start the services.
 
@@ -53,6 +56,7 @@ class LocalParties:
             tls: whether they ask for and show certificates.
             limits: the ``[limits]`` of all.
             noise_keys: the parties' noise keys, by rank; fresh unless given.
+            start_seconds: that all services together may take to come up.
 
         Raises:
             ChannelError: a service does not come up.
@@ -71,7 +75,8 @@ class LocalParties:
         try:
             for rank in range(count):
                 self._processes.append(_launch(self.folder, rank))
-            self.urls = tuple(self._address(rank) for rank in range(count))
+            deadline = time.monotonic() + start_seconds
+            self.urls = tuple(self._address(rank, deadline) for rank in range(count))
         except BaseException:
             self.stop()
             raise
@@ -110,10 +115,13 @@ class LocalParties:
                 }
             (self.folder / f"party-{rank}.toml").write_text(tomli_w.dumps(settings))
 
-    def _address(self, rank: int) -> str:
+    def _address(self, rank: int, deadline: float) -> str:
         """Where a service listens, which it says first; from then on it keeps that port."""
         process = self._processes[rank]
         assert process.stdout is not None
+        # The line is written at once, so that whatever can be read is all of it.
+        if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise ChannelError(f"aggregator-{rank} is stopped or stuck: it did not come up in time")
         line = process.stdout.readline().decode()
         if not line:
             error = process.stderr.read().decode().strip() if process.stderr else ""

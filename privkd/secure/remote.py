@@ -20,7 +20,7 @@ from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.noise import NoiseRoot
 from privkd.secure.channel import checked_parties
 from privkd.secure.cloud import PartyGroup, Total
-from privkd.secure.device import prepare, send
+from privkd.secure.device import prepare, relay
 from privkd.secure.endpoint import ClientTls, RefusedError
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.local import LocalParties
@@ -266,16 +266,12 @@ class ServiceChannel(ChannelBase):
     def _upload(
         self, group: PartyGroup, blocks: NDArray[np.float64], terms: RoundTerms, deadline: float
     ) -> list[str]:
-        """Every device's work; what was refused is left to the parties to count."""
-        refused = []
-        for device, block in zip(terms.roster, blocks, strict=True):
-            entropy = self._root.subkey("device", device)
-            try:
-                upload = prepare(block, terms, device, entropy)
-                send(upload, group.aggregators, deadline=deadline)
-            except RefusedError as error:
-                refused.append(str(error))
-        return refused
+        """Every device's work, relayed; what was refused is left to the parties to count."""
+        uploads = [
+            prepare(block, terms, device, self._root.subkey("device", device))
+            for device, block in zip(terms.roster, blocks, strict=True)
+        ]
+        return relay(uploads, group.aggregators, deadline=deadline)
 
     def _name(self, round: int) -> int:
         """Names the round among all that these services will ever see."""

@@ -15,6 +15,7 @@ share of what it abandoned. So as long as one aggregator is honest, one attempt 
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from privkd.errors import ChannelError, ConfigError
@@ -26,7 +27,6 @@ from privkd.secure.keys import load_noise_key, load_sealing_key, public_hex
 from privkd.secure.party import PartyConfig
 from privkd.secure.posts import agreed_in, made_in, session_mark
 from privkd.secure.seating import Seating
-from privkd.secure.shares import Share
 from privkd.secure.spool import RoundSpool, stored_rounds
 from privkd.secure.standing import Standing
 from privkd.secure.terms import RoundTerms, attempt_label, set_digest
@@ -178,6 +178,23 @@ class Rounds:
             RefusalError: it is not accepted; the reason is kept for the journal.
         """
         state = self._opened(label)
+        device = self._take(state, envelope)
+        state.spool.sync()
+        return device
+
+    def upload_all(self, label: int, envelopes: Iterable[bytes]) -> list[str]:
+        """Take many uploads, durably and with one sync; why each that is not accepted is not."""
+        state = self._opened(label)
+        refused = []
+        for envelope in envelopes:
+            try:
+                self._take(state, envelope)
+            except RefusalError as refusal:
+                refused.append(str(refusal))
+        state.spool.sync()
+        return refused
+
+    def _take(self, state: Standing, envelope: bytes) -> PartyId:
         try:
             header = header_of(envelope)
         except ChannelError as error:
@@ -185,23 +202,22 @@ class Rounds:
         try:
             self._admit(state, header, envelope)
         except RefusalError as refusal:
-            known = header.device in state.spool.terms.roster or len(state.refused) < _MAX_STRANGERS
+            known = header.device in state.roster or len(state.refused) < _MAX_STRANGERS
             # A device whose upload is held is not besmirched by what others send in its name.
-            if known and header.device not in state.spool.held:
+            if known and not state.spool.holds(header.device):
                 state.refused[header.device] = str(refusal)
             raise
         return header.device
 
     def _admit(self, state: Standing, header: Header, envelope: bytes) -> None:
         terms = state.spool.terms
-        admit_header(self.party, terms, header)
+        admit_header(self.party, state.roster, terms, header)
         try:
-            share: Share = unseal(envelope, self._sealing_key)[1]
-            share.expand(terms.entries)
+            unseal(envelope, self._sealing_key)[1].check(terms.entries)
         except ChannelError as error:
             raise RefusalError(400, str(error)) from error
         with state.lock:
-            if header.device not in state.spool.held:
+            if not state.spool.holds(header.device):
                 if state.closed is not None or state.failure is not None:
                     raise RefusalError(409, f"{header.device}: round {terms.folder} is closed")
                 if terms.expires <= time.time():

@@ -8,7 +8,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from privkd.secure.normcheck import NormTest, challenge_key, project, rows
 from privkd.secure.posts import sum_post, vote_post
 from privkd.secure.serving import Step, serve
 from privkd.secure.shares import to_ring
-from privkd.secure.spool import upload_file
+from privkd.secure.spool import spooled
 from privkd.secure.terms import RoundTerms, set_digest
 from privkd.secure.wire import Frame, Kind, Link
 from privkd.secure.worker import Task, WorkerSetup
@@ -67,7 +67,8 @@ class Seat:
     def _check(self, task: Task) -> bytes:
         """A byte a device, in the task's order: 1 where its norm is within the bound."""
         terms = RoundTerms.unpack(task.terms.encode())
-        opened = [self._opened(task, terms, device) for device in task.devices]
+        found = dict(self._opened(task, terms))
+        opened = [found[device] for device in task.devices]
         # Unpredictable to the devices, whose uploads are fixed; the same again when the step is repeated.
         fixed = set_digest(terms, [identifier for identifier, _ in opened])
         own = self._noise_root.subkey("challenge", terms.round, fixed)
@@ -118,21 +119,25 @@ class Seat:
         """
         identifiers: list[bytes] = []
         sums: list[NDArray[np.uint32]] = []
-        for number, device in enumerate(task.devices):
-            header, share = self._opened(task, terms, device)
-            identifiers.append(header)
+        for number, (_, (identifier, share)) in enumerate(self._opened(task, terms)):
+            identifiers.append(identifier)
             if number % _CHUNK == 0:
                 sums.append(np.zeros(terms.entries, np.uint32))
             sums[-1] += share
         return identifiers, sums
 
-    def _opened(self, task: Task, terms: RoundTerms, device: PartyId) -> tuple[bytes, NDArray[np.uint32]]:
-        try:
-            envelope = upload_file(Path(task.folder), device).read_bytes()
-        except OSError as error:
-            raise ChannelError(f"{device}: its upload is gone from the spool ({error.strerror})") from error
-        header, share = unseal(envelope, self._sealing_key)
-        return header.identifier, share.expand(terms.entries)
+    def _opened(
+        self, task: Task, terms: RoundTerms
+    ) -> Iterator[tuple[PartyId, tuple[bytes, NDArray[np.uint32]]]]:
+        """Each of the task's devices with its upload's identifier and share ``[entry]``, as they came."""
+        wanted = set(task.devices)
+        for device, envelope in spooled(Path(task.folder)):
+            if device in wanted:
+                wanted.remove(device)
+                header, share = unseal(envelope, self._sealing_key)
+                yield device, (header.identifier, share.expand(terms.entries))
+        if wanted:
+            raise ChannelError(f"{min(wanted)}: its upload is gone from the spool")
 
 
 def _join(body: bytes, listener: socket.socket | None) -> tuple[Frame, Step]:

@@ -4,12 +4,13 @@
     POST /v1/session                  {"session", "port"}: start a worker for a group of workers
     PUT  /v1/rounds/<name>            the round's terms; GET what is public of it
     POST /v1/rounds/<name>/uploads    one sealed upload
+    POST /v1/rounds/<name>/relay      many sealed uploads, each behind its length; why some are refused
     POST /v1/rounds/<name>/share      {"session", "agree", "kept"}: close the round; this party's post
     POST /v1/rounds/<name>/abandon    never release anything of the round
 
 Refusals carry ``{"error": ...}``: 4xx are final, 503 may be tried again. Every request has a deadline in all,
 not one for each read, and a limit on its size. With client certificates only the common name ``cloud``
-opens, closes and relays; a device uploads under its own name alone.
+opens, closes, relays and abandons; a device uploads under its own name alone.
 """
 
 import contextlib
@@ -20,18 +21,19 @@ import socket
 import ssl
 import threading
 import time
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 from privkd.errors import ChannelError, ConfigError, PrivkdError
 from privkd.secure.admission import RefusalError
-from privkd.secure.envelope import header_of
+from privkd.secure.envelope import header_of, unpacked
 from privkd.secure.keys import CLOUD
 from privkd.secure.party import PartyConfig
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 
-_ROUND = re.compile(r"/v1/rounds/([0-9a-f]{16})(/uploads|/share|/abandon)?")
+_ROUND = re.compile(r"/v1/rounds/([0-9a-f]{16})(/uploads|/relay|/share|/abandon)?")
 _MAX_JSON = 1 << 24
 
 
@@ -122,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, answer)
 
-    @property
+    @cached_property
     def _caller(self) -> str | None:
         """The common name of the client's certificate; none where no certificates are asked for."""
         if not self._service.knows_clients:
@@ -212,6 +214,8 @@ class Service(ThreadingHTTPServer):
                 return json.dumps(self.rounds.status(label)).encode()
             case "PUT", None:
                 self.rounds.open(_terms(body, label))
+            case "POST", "/relay":
+                return json.dumps({"refused": self.rounds.upload_all(label, _relayed(body))}).encode()
             case "POST", "/share":
                 fields = _parse(body)
                 session, agree = str(fields.get("session", "")), fields.get("agree") is not False
@@ -287,7 +291,7 @@ def _server_context(party: PartyConfig) -> ssl.SSLContext | None:
 
 def _only_cloud(caller: str | None) -> None:
     if caller not in (None, CLOUD):
-        raise RefusalError(403, f"{caller!r} may not open or close rounds")
+        raise RefusalError(403, f"{caller!r} may not open, close or relay rounds")
 
 
 def _only_own(caller: str | None, envelope: bytes) -> None:
@@ -299,6 +303,13 @@ def _only_own(caller: str | None, envelope: bytes) -> None:
         raise RefusalError(400, str(error)) from error
     if caller != device:
         raise RefusalError(403, f"{caller!r} may not upload for {device}")
+
+
+def _relayed(body: bytes) -> list[bytes]:
+    try:
+        return unpacked(body)
+    except ChannelError as error:
+        raise RefusalError(400, str(error)) from error
 
 
 def _parse(body: bytes) -> dict[str, Any]:

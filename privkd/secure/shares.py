@@ -45,11 +45,15 @@ class Share:
         Raises:
             ChannelError: the share's length does not fit ``entries``.
         """
+        self.check(entries)
+        data = Keystream(self.data).read(entries * _WORD.itemsize) if self.form is Form.SEED else self.data
+        return np.frombuffer(data, _WORD).astype(np.uint32, copy=False)
+
+    def check(self, entries: int) -> None:
+        """Raise ``ChannelError`` if the share's length does not fit ``entries``."""
         expected = KEY_BYTES if self.form is Form.SEED else entries * _WORD.itemsize
         if len(self.data) != expected:
             raise ChannelError(f"share of {len(self.data)} bytes: expected {expected}")
-        data = Keystream(self.data).read(entries * _WORD.itemsize) if self.form is Form.SEED else self.data
-        return np.frombuffer(data, _WORD).astype(np.uint32, copy=False)
 
 
 def split(integers: NDArray[np.int64], parties: int, stream: Keystream | None = None) -> list[Share]:

@@ -1,16 +1,18 @@
 """Sealed uploads on disk: what was accepted outlives the process, and nothing is ever accepted twice.
 
-One folder a round: ``terms.json``, ``uploads/`` with one file a device, and ``share`` once it is made. Each
-file is written aside, synced and then renamed, so it is there whole or not at all.
+One folder a round: ``terms.json``, the log ``uploads``, and ``share`` once it is made. The log takes one
+envelope after the other, each behind its length and checksum, so that many become durable with one sync; what
+a crash cut short at its end was never acknowledged. The other files are written aside, synced and then
+renamed, so each is there whole or not at all.
 """
 
-import hashlib
 import os
-import shutil
+import struct
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from privkd.errors import ChannelError
@@ -19,77 +21,141 @@ from privkd.secure.envelope import Header, header_of
 from privkd.secure.terms import RoundTerms
 
 _UPLOADS, _TERMS, _SHARE = "uploads", "terms.json", "share"
+_RECORD = struct.Struct("<II")
 
 
-def upload_file(folder: Path, device: PartyId) -> Path:
-    """Where a device's upload lies in a round's ``folder``; any name of a device is safe."""
-    return folder / _UPLOADS / hashlib.sha256(device.encode()).hexdigest()
+@dataclass(frozen=True)
+class _Place:
+    """Where an envelope lies in the log."""
+
+    header: Header
+    start: int
+    size: int
 
 
 class RoundSpool:
-    """What one party holds of one round."""
+    """What one party holds of one round. Safe to call from many threads."""
 
     def __init__(self, folder: Path, terms: RoundTerms) -> None:
+        """Take up what the folder holds.
+
+        Raises:
+            ChannelError: the log cannot be read or mended.
+        """
         self.folder = folder
         self.terms = terms
+        self._log = folder / _UPLOADS
         self._lock = threading.Lock()
-        self._held: dict[PartyId, Header] = {}
-        for path in sorted((folder / _UPLOADS).iterdir()):
-            if path.suffix:
-                path.unlink()  # a write that a crash cut short was never acknowledged
-                continue
-            header = header_of(path.read_bytes())
-            self._held[header.device] = header
+        self._syncing = threading.Lock()
+        self._places: dict[PartyId, _Place] = {}
+        self._end = 0
+        try:
+            for start, envelope in _records(self._log, checked=True):
+                header = header_of(envelope)
+                self._places[header.device] = _Place(header, start, len(envelope))
+                self._end = start + len(envelope)
+            if self._log.stat().st_size > self._end:
+                os.truncate(self._log, self._end)
+        except OSError as error:
+            raise ChannelError(f"spool {folder}: {error.strerror or error}") from error
+        self._durable = self._end
 
     @classmethod
     def create(cls, folder: Path, terms: RoundTerms) -> "RoundSpool":
         """A new round's spool."""
-        (folder / _UPLOADS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / _TERMS, terms.pack())
+        (folder / _UPLOADS).touch()
+        sync_folder(folder)
         sync_folder(folder.parent)
         return cls(folder, terms)
 
     @property
     def held(self) -> dict[PartyId, Header]:
-        """The header of each device's upload."""
+        """The header of each device's upload; all of them are durable."""
+        self.sync()
         with self._lock:
-            return dict(self._held)
+            return {device: place.header for device, place in self._places.items()}
+
+    def holds(self, device: PartyId) -> bool:
+        """Whether there is an upload of this device."""
+        with self._lock:
+            return device in self._places
 
     def add(self, header: Header, envelope: bytes) -> None:
-        """Keep a device's upload, whose header was checked. The same bytes again change nothing.
+        """Keep a device's upload, whose header was checked; to be acknowledged after ``sync`` only.
+
+        The same bytes again change nothing.
 
         Raises:
-            ChannelError: other bytes of this device are held already.
+            ChannelError: other bytes of this device are held already, or the disk is full or not writable.
         """
-        path = upload_file(self.folder, header.device)
         with self._lock:
-            if header.device in self._held:
-                if path.read_bytes() != envelope:
-                    raise ChannelError(
-                        f"{header.device}: another upload in this round was accepted before; "
-                        "a retry sends the same bytes"
-                    )
+            place = self._places.get(header.device)
+            try:
+                if place is None:
+                    self._append(header, envelope)
+                    return
+                kept = self._read(place)
+            except OSError as error:
+                raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
+        if kept != envelope:
+            raise ChannelError(
+                f"{header.device}: another upload in this round was accepted before; "
+                "a retry sends the same bytes"
+            )
+
+    def _append(self, header: Header, envelope: bytes) -> None:
+        record = _RECORD.pack(len(envelope), _checksum(envelope)) + envelope
+        with self._log.open("r+b", buffering=0) as log:
+            # Whatever a failed write left behind the end is overwritten.
+            written = os.pwrite(log.fileno(), record, self._end)
+            if written != len(record):
+                raise OSError(f"{written} of {len(record)} bytes were written")
+        start = self._end + _RECORD.size
+        self._places[header.device] = _Place(header, start, len(envelope))
+        self._end = start + len(envelope)
+
+    def _read(self, place: _Place) -> bytes:
+        with self._log.open("rb", buffering=0) as log:
+            return os.pread(log.fileno(), place.size, place.start)
+
+    def sync(self) -> None:
+        """Make all that was added durable. Threads that wait for one sync share the next.
+
+        Raises:
+            ChannelError: the disk failed.
+        """
+        with self._lock:
+            wanted = self._end
+        with self._syncing:
+            if self._durable >= wanted:
                 return
-            write_durably(path, envelope)
-            self._held[header.device] = header
+            with self._lock:
+                reached = self._end
+            try:
+                with self._log.open("r+b", buffering=0) as log:
+                    os.fdatasync(log.fileno())
+            except OSError as error:
+                raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
+            self._durable = reached
 
     @property
     def share(self) -> bytes | None:
-        """This party's posted share, once it was made."""
+        """This party's post, once it was made."""
         try:
             return (self.folder / _SHARE).read_bytes()
         except FileNotFoundError:
             return None
 
     def keep_share(self, share: bytes) -> None:
-        """Keep the share for as long as the round's folder."""
+        """Keep the post for as long as the round's folder."""
         write_durably(self.folder / _SHARE, share)
 
     def drop_uploads(self) -> None:
         """Delete the sealed uploads of a finished round."""
-        with self._lock, suppress(FileNotFoundError):
-            shutil.rmtree(self.folder / _UPLOADS)
-            (self.folder / _UPLOADS).mkdir()
+        with self._lock:
+            os.truncate(self._log, 0)
 
 
 def stored_rounds(directory: Path) -> Iterator[RoundSpool]:
@@ -97,6 +163,37 @@ def stored_rounds(directory: Path) -> Iterator[RoundSpool]:
     for folder in sorted(directory.iterdir()):
         if (folder / _TERMS).is_file():
             yield RoundSpool(folder, RoundTerms.unpack((folder / _TERMS).read_bytes()))
+
+
+def spooled(folder: Path) -> Iterator[tuple[PartyId, bytes]]:
+    """Each device's sealed upload in a round's ``folder``, as they came.
+
+    Raises:
+        ChannelError: the log cannot be read.
+    """
+    try:
+        for _, envelope in _records(folder / _UPLOADS, checked=False):
+            yield header_of(envelope).device, envelope
+    except OSError as error:
+        raise ChannelError(f"spool {folder}: {error.strerror or error}") from error
+
+
+def _records(log: Path, *, checked: bool) -> Iterator[tuple[int, bytes]]:
+    """Where each envelope starts, and the envelope; up to the first cut off or, if ``checked``, damaged."""
+    with log.open("rb") as file:
+        position = 0
+        while len(head := file.read(_RECORD.size)) == _RECORD.size:
+            size, checksum = _RECORD.unpack(head)
+            envelope = file.read(size)
+            if len(envelope) != size or (checked and _checksum(envelope) != checksum):
+                return
+            yield position + _RECORD.size, envelope
+            position += _RECORD.size + size
+
+
+def _checksum(envelope: bytes) -> int:
+    # Of the length too: a run of zeros, as a crash may leave behind, is then no record.
+    return zlib.crc32(envelope, zlib.crc32(len(envelope).to_bytes(4, "little")))
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from privkd.events import PartyId
@@ -39,6 +40,11 @@ class Standing:
     pruned: bool = False
     refused: dict[PartyId, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @cached_property
+    def roster(self) -> frozenset[PartyId]:
+        """The devices that may contribute."""
+        return frozenset(self.spool.terms.roster)
 
     def recall(self, record: dict[str, Any]) -> None:
         """Take up one record of the journal."""
