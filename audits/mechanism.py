@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from audits.gradient import DpSgdStep, bound_many_trials, dirac_scores
+from audits.processes import (
+    AGGREGATORS,
+    CLIP_NORM,
+    RHO,
+    OpenChannel,
+    RunningChannel,
+    bound_canaries,
+    secure_channel,
+)
 from audits.release import Floats, ring_mean
-from audits.verdict import Finding
+from audits.verdict import Check, Finding
 from audits.worlds import (
     Bounded,
     DpSgdGame,
@@ -37,8 +46,6 @@ from privkd.student import Mechanism, train_private
 
 _DELTA = 1e-5
 _CONFIDENCE = 0.95
-_CLIP_NORM = 2.0
-_AGGREGATORS = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,20 @@ class Level:
     confidence: float = _CONFIDENCE
 
 
-def audit_mechanisms(seed: int, progress: Progress) -> tuple[Finding, ...]:
-    """Audit all mechanisms as they are installed. All lower bounds hold together with 95 % confidence."""
+@dataclass(frozen=True)
+class MechanismReport:
+    """All lower bounds beside the ledger's prices, and what the running secure channel was asked."""
+
+    findings: tuple[Finding, ...]
+    checks: tuple[Check, ...]
+
+
+def audit_mechanisms(seed: int, progress: Progress, opened: OpenChannel = secure_channel) -> MechanismReport:
+    """Audit all mechanisms as they are installed. All lower bounds hold together with 95 % confidence.
+
+    ``opened`` is the secure channel with its processes, which start while the rest is audited.
+    """
+    running = RunningChannel(opened, seed)
     checks: Sequence[Callable[[Level], Finding]] = (
         lambda level: audit_dirac(train_cohort, "DP-SGD, cohort", level, seed, canaries=100_000),
         lambda level: audit_dirac(one_by_one, "DP-SGD, Opacus", level, seed, canaries=10_000),
@@ -60,21 +79,23 @@ def audit_mechanisms(seed: int, progress: Progress) -> tuple[Finding, ...]:
         lambda level: audit_channel(
             secure_release(RHO, seed), "secure channel, ring", level, seed, runs=4_000
         ),
+        lambda level: audit_running(running, level),
     )
     level = Level(confidence=1 - (1 - _CONFIDENCE) / len(checks))
     findings = []
-    for number, check in enumerate(checks):
-        progress.stage(f"mechanism audit {number + 1} of {len(checks)}")
-        findings.append(check(level))
-    return tuple(findings)
+    try:
+        for number, check in enumerate(checks):
+            progress.stage(f"mechanism audit {number + 1} of {len(checks)}")
+            findings.append(check(level))
+        return MechanismReport(tuple(findings), running.checks())
+    finally:
+        running.close()
 
 
 FULL_BATCH = DpSgdGame(noise_multiplier=2.0, sampling_rate=1.0, steps=4, base=4, runs=3000)
 """Exactly Gaussian: mu = sqrt(steps) / noise multiplier = 1."""
 
 SUBSAMPLED = DpSgdGame(noise_multiplier=2.0, sampling_rate=0.5, steps=8, base=0, runs=3000)
-RHO = 0.5
-"""Of one release: mu = 1 for a Gaussian of the same sensitivity."""
 
 
 def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level, seed: int) -> Finding:
@@ -108,16 +129,24 @@ def audit_channel(
     release: ReleaseMany, name: str, level: Level, seed: int, *, runs: int, rho: float = RHO
 ) -> Finding:
     """One device's block is far too long, or zero; see `channel_worlds`."""
-    worlds = channel_worlds(release, clip_norm=_CLIP_NORM, runs=runs)
+    worlds = channel_worlds(release, clip_norm=CLIP_NORM, runs=runs)
     bounded = bound_worlds(
         worlds, gaussian_curve=True, delta=level.delta, confidence=level.confidence, seed=seed
     )
     return _finding(name, "huge block or none", ZCdp(rho), bounded, level, "gaussian")
 
 
+def audit_running(running: RunningChannel, level: Level) -> Finding:
+    """Orthogonal devices through the secure channel's processes, for a cloud that no aggregator helps."""
+    scores = running.canaries()
+    lower = bound_canaries(scores, delta=level.delta, confidence=level.confidence)
+    bounded = Bounded(lower, min(len(scores.members), len(scores.nonmembers)))
+    return _finding("secure channel, running", "orthogonal devices", ZCdp(RHO), bounded, level, "gaussian")
+
+
 def noised_release(rho: float | None, seed: int) -> ReleaseMany:
     """The noised channel's own code; each run is a device of its own, which draws noise of its own."""
-    channel = NoisedChannel(_CLIP_NORM, rho, NoiseRoot.from_seed(seed))
+    channel = NoisedChannel(CLIP_NORM, rho, NoiseRoot.from_seed(seed))
 
     def release(blocks: Tensor) -> Floats:
         names = [f"run-{number}" for number in range(len(blocks))]
@@ -138,11 +167,11 @@ def secure_release(rho: float | None, seed: int) -> ReleaseMany:
             [
                 ring_mean(
                     torch.stack([block, torch.zeros_like(block)]),
-                    _CLIP_NORM,
+                    CLIP_NORM,
                     rho,
-                    _AGGREGATORS,
+                    AGGREGATORS,
                     NoiseRoot(root.subkey("run", run, float(block.sum()).hex())),
-                    colluding=_AGGREGATORS - 1,
+                    colluding=AGGREGATORS - 1,
                 )[0]
                 for run, block in enumerate(blocks)
             ]
