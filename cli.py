@@ -336,7 +336,9 @@ def membership(
             "what the run has but teacher, which takes long."
         ),
     ] = "all",
-    attack: Annotated[str, typer.Option(help="One attack of the view, such as lira-online, or all.")] = "all",
+    attack: Annotated[
+        str, typer.Option(help="One attack of the view, such as lira-online or label-distribution, or all.")
+    ] = "all",
     shadows: Annotated[int, typer.Option(help="Shadow devices that the attacks learn from.")] = 64,
     targets: Annotated[int, typer.Option(help="Audited replays, each with its own coins.")] = 16,
     canaries: Annotated[str, typer.Option(help="natural, mislabelled or crafted.")] = "natural",

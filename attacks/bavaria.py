@@ -1,4 +1,9 @@
-"""BaVarIA: LiRA with a normal-inverse-gamma prior on each sample's mean and variance (arXiv 2603.11799).
+"""LiRA with a normal-inverse-gamma prior on each sample's mean and variance, in the manner of BaVarIA.
+
+From the source (arXiv 2603.11799) is the idea alone, of which its abstract tells: LiRA, RMIA and BASE are one
+log-likelihood ratio, and such a prior on its variances helps where shadow models are few. The predictive law
+is the textbook's. **How the prior is fitted is ours**, not the paper's, whose choice was not at hand: figures
+of this score are no reproduction of its.
 
 A few shadow models give a poor variance per sample, and one variance for all is wrong in another way. The
 conjugate prior lies between: with little data each sample borrows from all, with much it stands alone. The

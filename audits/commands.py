@@ -43,16 +43,17 @@ def mechanism_command(*, seed: int, as_json: bool) -> None:
     """Audit the channel and the DP-SGD step as they are installed, and print. Raises as above."""
     from audits.mechanism import audit_mechanisms
     from audits.report import mechanism_tree, print_mechanisms
-    from audits.verdict import raise_alarm
+    from audits.verdict import raise_alarm, raise_failed
     from privkd.console import progress_on_stderr
 
     with progress_on_stderr() as progress:
-        findings = audit_mechanisms(seed, progress)
+        report = audit_mechanisms(seed, progress)
     if as_json:
-        _print_json(mechanism_tree(findings))
+        _print_json(mechanism_tree(report))
     else:
-        print_mechanisms(findings)
-    raise_alarm(findings)
+        print_mechanisms(report)
+    raise_alarm(report.findings)
+    raise_failed(report.checks)
 
 
 def latest_run(root: Path) -> Path:

@@ -5,15 +5,25 @@ lower bound beside. A sound mechanism comes near it from below; a broken one goe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from audits.gradient import DpSgdStep, bound_many_trials, dirac_scores
+from audits.processes import (
+    AGGREGATORS,
+    CLIP_NORM,
+    RHO,
+    OpenChannel,
+    RunningChannel,
+    bound_canaries,
+    secure_channel,
+)
 from audits.release import Floats, ring_mean
-from audits.verdict import Finding
+from audits.verdict import Check, Finding
 from audits.worlds import (
     Bounded,
     DpSgdGame,
@@ -37,8 +47,6 @@ from privkd.student import Mechanism, train_private
 
 _DELTA = 1e-5
 _CONFIDENCE = 0.95
-_CLIP_NORM = 2.0
-_AGGREGATORS = 2
 
 
 @dataclass(frozen=True)
@@ -49,32 +57,51 @@ class Level:
     confidence: float = _CONFIDENCE
 
 
-def audit_mechanisms(seed: int, progress: Progress) -> tuple[Finding, ...]:
-    """Audit all mechanisms as they are installed. All lower bounds hold together with 95 % confidence."""
-    checks: Sequence[Callable[[Level], Finding]] = (
+@dataclass(frozen=True)
+class MechanismReport:
+    """All lower bounds beside the ledger's prices, and what the running secure channel was asked."""
+
+    findings: tuple[Finding, ...]
+    checks: tuple[Check, ...]
+
+
+def audit_mechanisms(seed: int, progress: Progress, opened: OpenChannel = secure_channel) -> MechanismReport:
+    """Audit all mechanisms as they are installed. All lower bounds hold together with 95 % confidence.
+
+    ``opened`` is the secure channel with its processes, which start while the rest is audited.
+    """
+    running = RunningChannel(opened, seed)
+    checks: list[Callable[[Level], Finding]] = [
         lambda level: audit_dirac(train_cohort, "DP-SGD, cohort", level, seed, canaries=100_000),
         lambda level: audit_dirac(one_by_one, "DP-SGD, Opacus", level, seed, canaries=10_000),
-        lambda level: audit_dp_sgd(observed(train_cohort), FULL_BATCH, "DP-SGD, cohort", level, seed),
-        lambda level: audit_dp_sgd(observed(train_cohort), SUBSAMPLED, "DP-SGD, cohort", level, seed),
+        *(partial(_audit_cohort, game, seed=seed) for game in GAMES),
         lambda level: audit_channel(noised_release(RHO, seed), "noised channel", level, seed, runs=20_000),
         lambda level: audit_channel(
             secure_release(RHO, seed), "secure channel, ring", level, seed, runs=4_000
         ),
-    )
+        lambda level: audit_running(running, level),
+    ]
     level = Level(confidence=1 - (1 - _CONFIDENCE) / len(checks))
     findings = []
-    for number, check in enumerate(checks):
-        progress.stage(f"mechanism audit {number + 1} of {len(checks)}")
-        findings.append(check(level))
-    return tuple(findings)
+    try:
+        for number, check in enumerate(checks):
+            progress.stage(f"mechanism audit {number + 1} of {len(checks)}")
+            findings.append(check(level))
+        return MechanismReport(tuple(findings), running.checks())
+    finally:
+        running.close()
 
 
 FULL_BATCH = DpSgdGame(noise_multiplier=2.0, sampling_rate=1.0, steps=4, base=4, runs=3000)
 """Exactly Gaussian: mu = sqrt(steps) / noise multiplier = 1."""
 
 SUBSAMPLED = DpSgdGame(noise_multiplier=2.0, sampling_rate=0.5, steps=8, base=0, runs=3000)
-RHO = 0.5
-"""Of one release: mu = 1 for a Gaussian of the same sensitivity."""
+GAMES = (FULL_BATCH, replace(FULL_BATCH, base=1), SUBSAMPLED)
+"""One other record, which the canary just outweighs, shows what is clipped after the average."""
+
+
+def _audit_cohort(game: DpSgdGame, level: Level, *, seed: int) -> Finding:
+    return audit_dp_sgd(observed(train_cohort), game, "DP-SGD, cohort", level, seed)
 
 
 def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level, seed: int) -> Finding:
@@ -85,7 +112,8 @@ def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level,
         worlds, gaussian_curve=full, delta=level.delta, confidence=level.confidence, seed=seed
     )
     claim = DpSgd(game.noise_multiplier, game.sampling_rate, game.steps)
-    label = f"canary and {game.base} records, q={game.sampling_rate:g}"
+    others = "1 record" if game.base == 1 else f"{game.base} records"
+    label = f"canary and {others}, q={game.sampling_rate:g}"
     return _finding(name, label, claim, bounded, level, "gaussian" if full else "clopper_pearson")
 
 
@@ -108,16 +136,24 @@ def audit_channel(
     release: ReleaseMany, name: str, level: Level, seed: int, *, runs: int, rho: float = RHO
 ) -> Finding:
     """One device's block is far too long, or zero; see `channel_worlds`."""
-    worlds = channel_worlds(release, clip_norm=_CLIP_NORM, runs=runs)
+    worlds = channel_worlds(release, clip_norm=CLIP_NORM, runs=runs)
     bounded = bound_worlds(
         worlds, gaussian_curve=True, delta=level.delta, confidence=level.confidence, seed=seed
     )
     return _finding(name, "huge block or none", ZCdp(rho), bounded, level, "gaussian")
 
 
+def audit_running(running: RunningChannel, level: Level) -> Finding:
+    """Orthogonal devices through the secure channel's processes, for a cloud that no aggregator helps."""
+    scores = running.canaries()
+    lower = bound_canaries(scores, delta=level.delta, confidence=level.confidence)
+    bounded = Bounded(lower, min(len(scores.members), len(scores.nonmembers)))
+    return _finding("secure channel, running", "orthogonal devices", ZCdp(RHO), bounded, level, "gaussian")
+
+
 def noised_release(rho: float | None, seed: int) -> ReleaseMany:
     """The noised channel's own code; each run is a device of its own, which draws noise of its own."""
-    channel = NoisedChannel(_CLIP_NORM, rho, NoiseRoot.from_seed(seed))
+    channel = NoisedChannel(CLIP_NORM, rho, NoiseRoot.from_seed(seed))
 
     def release(blocks: Tensor) -> Floats:
         names = [f"run-{number}" for number in range(len(blocks))]
@@ -138,11 +174,11 @@ def secure_release(rho: float | None, seed: int) -> ReleaseMany:
             [
                 ring_mean(
                     torch.stack([block, torch.zeros_like(block)]),
-                    _CLIP_NORM,
+                    CLIP_NORM,
                     rho,
-                    _AGGREGATORS,
+                    AGGREGATORS,
                     NoiseRoot(root.subkey("run", run, float(block.sum()).hex())),
-                    colluding=_AGGREGATORS - 1,
+                    colluding=AGGREGATORS - 1,
                 )[0]
                 for run, block in enumerate(blocks)
             ]

@@ -13,7 +13,9 @@ from rich.text import Text
 from audits.curves import Roc, draw, roc
 from audits.estimators import TprAtFpr
 from audits.labels import LabelFinding
+from audits.mechanism import MechanismReport
 from audits.membership import MembershipReport, Scored
+from audits.processes import FALSE_ALARM
 from audits.request import LABELS
 from audits.verdict import Finding, Refused
 from privkd.events import Unit
@@ -183,13 +185,17 @@ def _verdict(finding: Finding) -> Text:
     return Text(words[finding.verdict], style=_STYLES[finding.verdict])
 
 
-def mechanism_tree(findings: Sequence[Finding]) -> dict[str, Any]:
+def mechanism_tree(report: MechanismReport) -> dict[str, Any]:
     """What ``privkd audit mechanism --json`` prints."""
-    return {"mechanisms": [plain(finding_tree(finding)) for finding in findings]}
+    return {
+        "mechanisms": [plain(finding_tree(finding)) for finding in report.findings],
+        "checks": [asdict(check) for check in report.checks],
+        "false_alarm": FALSE_ALARM,
+    }
 
 
-def print_mechanisms(findings: Sequence[Finding]) -> None:
-    """One row for each mechanism and game."""
+def print_mechanisms(report: MechanismReport) -> None:
+    """One row for each mechanism and game, then the checks of the running channel."""
     title = "Mechanism audit: worst-case inputs through the installed code"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("mechanism", "game", "unit"):
@@ -197,7 +203,7 @@ def print_mechanisms(findings: Sequence[Finding]) -> None:
     for name in ("runs", "eps >=", "eps <="):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for finding in findings:
+    for finding in report.findings:
         table.add_row(
             finding.view,
             finding.attack,
@@ -209,11 +215,13 @@ def print_mechanisms(findings: Sequence[Finding]) -> None:
         )
     console = wide_console()
     console.print(table)
-    first = findings[0]
+    first = report.findings[0]
+    bounds = f"All lower bounds hold together with confidence {100 * first.confidence:g} %; "
+    console.print(Text(f"{bounds}delta {first.delta:g}."), highlight=False)
     console.print(
-        Text(
-            f"All lower bounds hold together with confidence {100 * first.confidence:g} %; "
-            f"delta {first.delta:g}."
-        ),
+        f"Secure channel, running; a sound one fails a check in {100 * FALSE_ALARM:g} % of seeds:",
         highlight=False,
     )
+    for check in report.checks:
+        word, style = ("holds", "green") if check.passed else ("FAILS", "bold red")
+        console.print(Text(f"  {word}: {check.name} ({check.seen})", style=style), highlight=False)

@@ -1,6 +1,7 @@
 """The membership game: coins, canaries, replays, views, verdicts, and the command that plays it."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +14,16 @@ import torch
 from typer.testing import CliRunner
 
 import audits.membership
+from attacks.scores import rescaled_logit
 from audits.canaries import draw_pool
 from audits.commands import latest_run
 from audits.curves import draw, roc
 from audits.game import DeviceSide, draw_halves, flip_coins, shard_of
+from audits.labels import draw_uneven, infer_labels
 from audits.membership import audit_membership, views_of
 from audits.release import Crowd, per_client, ring_mean
-from audits.request import MembershipRequest
+from audits.request import MODEL_ATTACKS, MembershipRequest
+from audits.scoring import Features
 from audits.traces import Cache, GameKey, traces
 from audits.verdict import Refused
 from cli import app
@@ -261,6 +265,78 @@ def test_the_command_prints_one_object_and_draws_curves(plain: Path) -> None:
     table = CliRunner().invoke(app, [*arguments, "--shadows", "8", "--targets", "2"])
     assert "no bound" in table.stdout
     assert "replay" in table.stdout
+
+
+def test_the_table_keeps_its_verdicts_in_a_pipe(plain: Path) -> None:
+    arguments = ["audit", "membership", str(plain), "--view", "student", "--shadows", "8", "--targets", "2"]
+    lines = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).stdout.splitlines()
+    rows = [line for line in lines if line.strip().startswith(MODEL_ATTACKS)]
+    assert len(rows) == len(MODEL_ATTACKS)
+    assert all(row.rstrip().endswith("no bound") for row in rows)
+
+
+def test_quantile_regression_reads_public_features_alone(side: tuple[RunFolder, DeviceSide]) -> None:
+    _, device = side
+    pool = draw_pool(device.game.scenario, 0, "natural", 0)
+    features = Features.of(device.starts[-1][0], pool)
+    classes = device.game.scenario.classes
+    assert features.candidates.shape == (len(pool.candidates), 2 * classes + 1)
+    assert features.population.shape == (len(pool.population), 2 * classes + 1)
+    labels = pool.candidates.labels.numpy()
+    assert (features.candidates[:, classes:-1].argmax(axis=1) == labels).all()
+    np.testing.assert_allclose(
+        features.candidates[:, -1], rescaled_logit(features.candidates[:, :classes], labels)
+    )
+
+
+def test_classes_are_guessed_through_the_command(finished: Path) -> None:
+    arguments = ["audit", "membership", str(finished), "--attack", "label-distribution"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    tree = json.loads(result.stdout)
+    assert tree["views"] == []
+    wires = ["secure_sum", "secure_sum_colluding"] if finished.name == "secure" else ["per_client_logits"]
+    assert [found["view"] for found in tree["label_distributions"]] == wires
+    for found in tree["label_distributions"]:
+        assert found["low"] <= found["gain"] <= found["high"]
+        assert found["gain"] == pytest.approx(found["blind"] - found["divergence"])
+        assert (found["unit"], found["epsilon_upper"]) == ("device", "inf")
+    # Without any noise or privacy the answers show what a device mostly holds.
+    assert finished.name == "secure" or tree["label_distributions"][0]["reveals"]
+    table = CliRunner().invoke(app, arguments)
+    assert "label-distribution" in table.stdout
+
+
+def test_labels_are_no_attack_on_students(plain: Path) -> None:
+    arguments = [str(plain), "--view", "student", "--attack", "label-distribution"]
+    result = CliRunner().invoke(app, ["audit", "membership", *arguments])
+    assert result.exit_code == 2
+    assert "view student takes one of" in result.stderr
+
+
+def test_uneven_devices_hold_about_half_of_the_records_and_never_none() -> None:
+    """Wished shares sum to half; what a class lacks is missing, so half is the most on average."""
+    labels = np.repeat(np.arange(10), 28)
+    inside = draw_uneven(labels, 10, 500, seed=0)
+    assert inside.any(axis=1).all()
+    assert 0.35 < inside.mean() < 0.5
+    shares = inside @ np.eye(10)[labels] / inside.sum(axis=1, keepdims=True)
+    assert shares.std(axis=0).min() > 0.05
+    assert inside.tolist() == draw_uneven(labels, 10, 500, seed=0).tolist()
+
+
+def test_noise_is_not_believed_when_classes_are_guessed() -> None:
+    """Bayes-optimal answers tell the shares; pure noise ends in the blind guess, whatever it says."""
+    rng = np.random.default_rng(0)
+    shares = [rng.dirichlet(np.ones(4), size=200) for _ in range(2)]
+    evidence = torch.from_numpy(rng.normal(size=(1, 1, 30, 4)))
+    telling = [torch.from_numpy(np.log(part))[:, None, None, :] + evidence for part in shares]
+    found = infer_labels("v", (shares[0], telling[0]), (shares[1], telling[1]), math.inf)
+    assert found.reveals
+    assert found.divergence < 0.4 * found.blind
+    noise = [torch.from_numpy(rng.normal(size=(200, 1, 30, 4))) for _ in range(2)]
+    nothing = infer_labels("v", (shares[0], noise[0]), (shares[1], noise[1]), 1.0)
+    assert nothing.divergence == pytest.approx(nothing.blind, rel=0.1)
 
 
 def test_a_run_whose_mechanism_is_broken_ends_in_exit_code_3(

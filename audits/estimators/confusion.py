@@ -7,13 +7,14 @@ a threshold that was chosen on these same samples give no bound: see ``audits.es
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial, update_wrapper
+from functools import lru_cache, partial
 from typing import SupportsIndex
 
 from scipy.special import betaincinv, ndtri
 
 from audits.estimators.gaussian_dp import epsilon_of_mu
 from audits.estimators.validation import checked_confidence, checked_delta, checked_share
+from audits.estimators.wrapping import Estimator
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,11 @@ def upper_confidence_bound(successes: int, trials: int, *, error: float) -> floa
     return float(betaincinv(successes + 1, trials - successes, 1 - error))
 
 
-class ConfusionEstimator:
+class ConfusionEstimator(Estimator[Callable[[ErrorRates, float], float]]):
     """An epsilon lower bound from the counts at one threshold: ``clopper_pearson`` or ``gaussian``.
 
     It wraps what makes a bound of the error rates and ``delta``, and checks the counts.
     """
-
-    def __init__(self, bound: Callable[[ErrorRates, float], float], *, zero_delta: bool) -> None:
-        update_wrapper(self, bound)
-        # The signature is that of the call below, not that of what it wraps.
-        del self.__wrapped__
-        self._bound = bound
-        self._zero_delta = zero_delta
-
-    __wrapped__: object
-    __name__: str
 
     def __call__(
         self,

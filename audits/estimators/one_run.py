@@ -7,7 +7,7 @@ alike, and abstains on the rest. How many guesses to make is settled before the 
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial, update_wrapper
+from functools import lru_cache, partial
 from typing import SupportsIndex
 
 import numpy as np
@@ -17,27 +17,18 @@ from scipy.special import betainc, betaincinv, gammaln, log_expit, logit, ndtr, 
 
 from audits.estimators.gaussian_dp import epsilon_of_mu
 from audits.estimators.validation import checked_confidence, checked_count, checked_delta, checked_share
+from audits.estimators.wrapping import Estimator
 from privkd.errors import InputError
 
 _MU_TOLERANCE = 1e-9
 
 
-class OneRunEstimator:
+class OneRunEstimator(Estimator[Callable[[int, int, int, float, float], float]]):
     """An epsilon lower bound from the guesses of one run: ``one_run`` or ``f_dp_one_run``.
 
     It wraps what makes a bound of canaries, guesses, right guesses, ``delta`` and the error probability, and
     checks the counts.
     """
-
-    def __init__(self, bound: Callable[[int, int, int, float, float], float], *, zero_delta: bool) -> None:
-        update_wrapper(self, bound)
-        # The signature is that of the call below, not that of what it wraps.
-        del self.__wrapped__
-        self._bound = bound
-        self._zero_delta = zero_delta
-
-    __wrapped__: object
-    __name__: str
 
     def __call__(
         self,
