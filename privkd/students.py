@@ -1,16 +1,21 @@
-"""A finished run with its students: the one place that knows where they come from."""
+"""A finished run with its students, which no run folder keeps: they are trained again from the seed."""
+
+from dataclasses import replace
 
 from privkd.errors import RunError
 from privkd.federation import Game
-from privkd.state import State, load_state, saved
+from privkd.state import State, load_state, load_teachers, saved
 from privkd.store import RunFolder
 
 
 def finished_state(game: Game, folder: RunFolder) -> State:
-    """The last state of the run in ``folder``, whose settings ``game`` was opened with.
+    """The last state of the simulation in ``folder``, whose settings ``game`` was opened with.
+
+    The students repeat their last round with the run's own randomness, so nothing new is released or spent.
 
     Raises:
-        RunError: the run is not finished, is damaged, or keeps no students.
+        RunError: the run is not finished, is damaged, or is a deployment, whose students are on their devices
+            and whose noise nobody can repeat.
     """
     record = saved(folder)
     done = max(len(record.rounds) - 1, 0)
@@ -19,4 +24,12 @@ def finished_state(game: Game, folder: RunFolder) -> State:
             f"{folder.path}: {done} of {game.plan.rounds} rounds are finished; "
             f"go on with `privkd train --resume {folder.path}`"
         )
-    return load_state(folder, record, *game.blank())
+    if game.config.privacy.noise != "seeded":
+        raise RunError(
+            f"{folder.path} is a deployment (privacy.noise='system') and holds no students: each is on its "
+            "device alone, where privkd.export.export.export_model writes it; or name a simulation's folder"
+        )
+    blank = game.blank()[0]
+    teachers = load_teachers(folder, record, blank)
+    students = game.students_after(teachers[: game.plan.rounds])
+    return replace(load_state(folder, record, blank), students=students)
