@@ -58,10 +58,9 @@ def print_reconstruction(report: ReconstructionReport) -> None:
     """The table, what it means, and where the grids are."""
     console = Console()
     console.print(_table(report))
-    first = report.findings[0]
     remarks = [
-        f"Picked: the share of the trials in which the secret was told from the other candidates (95 % "
-        f"interval), over {first.success.trials:,} trials or as stated; chance is a guess without the release.",
+        "Picked: the share of the trials in which the secret was told from all others, with its 95 % "
+        f"interval ({_trials(report)}); chance is a guess without the release.",
         "Ceiling: the most that the ledger allows under the same prior (reconstruction robustness).",
         "Public: SSIM to the target of the public image that is nearest to the reconstruction.",
         REPLAY_NOTE,
@@ -73,11 +72,16 @@ def print_reconstruction(report: ReconstructionReport) -> None:
         console.print(f"grid: {report.run}/{name}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _trials(report: ReconstructionReport) -> str:
+    counts = sorted({finding.success.trials for finding in report.findings})
+    return " or ".join(f"{count:,}" for count in counts) + " trials"
+
+
 def _table(report: ReconstructionReport) -> Table:
     title = f"Reconstruction audit of {report.run}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("attack", no_wrap=True)
-    for name in ("picked", "chance", "ceiling", f"TPR@{100 * FALSE_POSITIVE_RATE:g}%", "SSIM/public"):
+    for name in ("picked", "chance", "ceiling", f"TPR@{100 * FALSE_POSITIVE_RATE:g}%", "SSIM/ public"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("verdict", no_wrap=True, min_width=len("no bound"))
     view = ""
