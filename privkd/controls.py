@@ -4,6 +4,7 @@ Controls belong to simulations. They use private records beside the run itself, 
 covered by its ledger, and a deployment must not compute them.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from privkd.data.scenario import LabelledSet
+from privkd.data.scenario import Device, LabelledSet
 from privkd.fitting import accuracy
 from privkd.fleet import Fleet
 from privkd.progress import Progress
@@ -89,6 +90,19 @@ def measure_controls(
 def mean_accuracy(models: Sequence[nn.Module], test: LabelledSet) -> float:
     """Mean over ``models`` of the accuracy on ``test``."""
     return statistics.fmean(accuracy(model, test.inputs, test.labels) for model in models)
+
+
+def personal_accuracy(students: Sequence[nn.Module], devices: Sequence[Device]) -> float:
+    """Mean over ``students`` of the accuracy on their devices' own test sets; NaN where no device has one.
+
+    No ledger covers it: it belongs to simulations.
+    """
+    found = [
+        accuracy(student, device.test.inputs, device.test.labels)
+        for student, device in zip(students, devices, strict=True)
+        if len(device.test)
+    ]
+    return statistics.fmean(found) if found else math.nan
 
 
 def latency_ms(model: Callable[[Tensor], Tensor], inputs: Tensor, *, repeats: int = 51) -> float:

@@ -7,8 +7,6 @@ overspent stops the run before it starts.
 """
 
 import math
-import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -18,7 +16,8 @@ from torch.nn import functional as F
 
 from privkd.channel import Channel, PlainChannel, open_channel
 from privkd.config import ModelConfig, RunConfig
-from privkd.controls import Controls, mean_accuracy, measure_controls
+from privkd.controls import Controls, mean_accuracy, measure_controls, personal_accuracy
+from privkd.credentials import noise_root, service_options
 from privkd.data import build_scenario
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
@@ -39,7 +38,6 @@ from privkd.randomness import (
     seeded_layers,
 )
 from privkd.reverse import bounded_answers, choose_queries, targets_of
-from privkd.secure.remote import ServiceOptions
 from privkd.state import (
     RoundFigures,
     State,
@@ -101,7 +99,7 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress, *, resumed: bo
 def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
     """The rounds that are left, each committed before the next."""
     config, plan = game.config, game.plan
-    root = _noise_root(config, folder)
+    root = noise_root(config, folder)
     check_same_records(folder, game.scenario, root)
     with open_channel(
         config.channel.kind,
@@ -110,7 +108,7 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
         rho=plan.rho,
         aggregators=config.channel.aggregators,
         deadline=config.channel.deadline,
-        services=_services(config, folder),
+        services=service_options(config, folder),
     ) as channel:
         channel.start()
         game = replace(game, channel=channel, root=root)
@@ -359,19 +357,10 @@ class Game:
             accepted=accepted,
             epsilon_record=self.ledger.spent(Unit.RECORD).high,
             epsilon_device=self.ledger.spent(Unit.DEVICE).high,
-            personal=self._personal(students),
+            personal=personal_accuracy(students, self.scenario.devices) if self._simulated else math.nan,
         )
         self.progress.figures(**asdict(figures))
         return figures
-
-    def _personal(self, students: Sequence[nn.Module]) -> float:
-        """Mean accuracy on the devices' own test sets: of a simulation alone, as no ledger covers it."""
-        found = [
-            accuracy(student, device.test.inputs, device.test.labels)
-            for student, device in zip(students, self.scenario.devices, strict=True)
-            if self._simulated and len(device.test)
-        ]
-        return statistics.fmean(found) if found else math.nan
 
     @property
     def _simulated(self) -> bool:
@@ -402,27 +391,3 @@ def torch_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': this machine has no CUDA device; take cpu or auto")
     return torch.device(name)
-
-
-def _services(config: RunConfig, folder: RunFolder) -> ServiceOptions | None:
-    channel = config.channel
-    if not channel.through_services:
-        return None
-    return ServiceOptions(
-        urls=channel.aggregator_urls,
-        ca=channel.ca,
-        certificate=channel.certificate,
-        key=channel.key,
-        pins=channel.aggregator_keys,
-        # Services outlive runs: their rounds need names that no other run has.
-        run=folder.secret("run.name", os.urandom(16)),
-        minimum=channel.minimum_devices,
-        noise=channel.noise_from,
-        projections=channel.norm_projections,
-    )
-
-
-def _noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:
-    if config.privacy.noise == "seeded":
-        return NoiseRoot.from_seed(config.seed)
-    return NoiseRoot(folder.secret("noise.key", NoiseRoot.from_system().key))

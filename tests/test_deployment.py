@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from running import StopAt, Trained, Watching, outcome, play, resume, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
+import privkd.federation
 from privkd.errors import RunError
 from privkd.events import Unit
 from privkd.federation import open_game
+from privkd.noise import Keystream, NoiseRoot
 from privkd.result import Result, epsilon_of
 from privkd.state import load_transcript
 from privkd.store import RunFolder
@@ -107,6 +110,36 @@ class TestDeployment:
             load_file(tmp_path / n / "rounds" / "001" / "wire.safetensors")["answers"] for n in ("one", "two")
         ]
         assert float((wires[0] - wires[1]).abs().min()) > 0
+
+    @pytest.mark.parametrize("kind", ["noised", "secure"])
+    def test_all_streams_grow_from_the_systems_key_whatever_the_seed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        """Samples, DP-SGD's noise, the channel's noise and shares; a seeded twin shows what would be seen."""
+        key, used, inner, opened = bytes(range(32)), [], NoiseRoot.stream, []
+        open_channel = privkd.federation.open_channel
+        monkeypatch.setattr(NoiseRoot, "from_system", classmethod(lambda cls: cls(key)))
+
+        def stream(root: NoiseRoot, *labels: Any) -> Keystream:
+            used.append(root.key)
+            return inner(root, *labels)
+
+        def opening(*arguments: Any, **named: Any) -> Any:
+            opened.append(named["root"].key)
+            return open_channel(*arguments, **named)
+
+        monkeypatch.setattr(NoiseRoot, "stream", stream)
+        monkeypatch.setattr("privkd.federation.open_channel", opening)
+        noised = (f"channel.kind={kind}", "privacy.device_epsilon=8", "rounds=1")
+        for seed in (0, 1):
+            play(tmp_path / f"{seed}", *self.SYSTEM, *noised, f"seed={seed}")
+        assert opened == [key, key]
+        assert used
+        assert kind == "secure" or set(used) == {key}
+        seeded = {NoiseRoot.from_seed(seed).key for seed in (0, 1)}
+        assert not seeded & {*used, *opened}
+        play(tmp_path / "twin", *noised)
+        assert opened[-1] in seeded
 
     def test_the_key_does_not_outlive_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         keys: list[bytes] = []

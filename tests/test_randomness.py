@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor, nn
 
+from privkd.cohort import train_cohort
+from privkd.config import DpSgdConfig
+from privkd.data.scenario import LabelledSet
 from privkd.noise import NoiseRoot
 from privkd.randomness import SeededRandomness, SystemRandomness, derive_seed, seeded_generator
+from privkd.student import Mechanism, train_private
 
 
 class TestSeeds:
@@ -95,3 +100,33 @@ class TestSystemRandomness:
             assert source.noise(size).dtype == torch.float64
             assert source.sample(size, 0.5).shape == (size,)
             assert source.sample(size, 0.5).dtype == torch.bool
+
+
+class TestPrecision:
+    """Noise meets the clipped sum in float64, and the sum alone is rounded (Mironov 2012)."""
+
+    SCALE = 1.1 * 0.7
+
+    def stepped(self, source: SystemRandomness, engine: str) -> Tensor:
+        """Weights of a student after one step of rate 1 from zero on no records: the noised sum, negated."""
+        model = nn.Linear(200, 50, bias=False)
+        nn.init.zeros_(model.weight)
+        recipe = DpSgdConfig(steps=1, sampling_rate=0.5, clip_norm=0.7, learning_rate=1.0)
+        mechanism = Mechanism(recipe, 1.1, expected_batch_size=1.0, alpha=0.0, temperature=1.0)
+        shard = LabelledSet(torch.zeros(0, 200), torch.zeros(0, dtype=torch.int64))
+        if engine == "opacus":
+            return train_private(model, shard, None, mechanism, source).weight.detach().flatten()
+        return train_cohort([model], [shard], None, mechanism, [source])[0].weight.detach().flatten()
+
+    @pytest.mark.parametrize("engine", ["opacus", "cohort"])
+    def test_the_noised_sum_is_rounded_once(self, engine: str) -> None:
+        root = NoiseRoot.from_seed(3)
+        draws = SystemRandomness(root, "d").noise(200 * 50)
+        weights = self.stepped(SystemRandomness(root, "d"), engine)
+        assert torch.equal(weights, -(self.SCALE * draws).float())
+        early = -(self.SCALE * draws.float())
+        assert float((weights != early).double().mean()) > 0.1, "noise rounded before would show"
+
+    def test_draws_hold_more_than_float32_does(self) -> None:
+        draws = SystemRandomness(NoiseRoot.from_system(), "d").noise(10_000)
+        assert float((draws != draws.float().double()).double().mean()) > 0.999

@@ -1,0 +1,38 @@
+"""What a run keeps over an interruption and nobody else may see: its noise key, its name at services."""
+
+import os
+
+from privkd.config import RunConfig
+from privkd.noise import NoiseRoot
+from privkd.secure.remote import ServiceOptions
+from privkd.store import RunFolder
+
+
+def noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:
+    """Where the run's protective noise comes from: the seed in a simulation, else a secret of the folder.
+
+    Raises:
+        RunError: the secret is gone or was changed.
+    """
+    if config.privacy.noise == "seeded":
+        return NoiseRoot.from_seed(config.seed)
+    return NoiseRoot(folder.secret("noise.key", NoiseRoot.from_system().key))
+
+
+def service_options(config: RunConfig, folder: RunFolder) -> ServiceOptions | None:
+    """How to reach the secure channel's services, if the run goes through any. Raises as `noise_root`."""
+    channel = config.channel
+    if not channel.through_services:
+        return None
+    return ServiceOptions(
+        urls=channel.aggregator_urls,
+        ca=channel.ca,
+        certificate=channel.certificate,
+        key=channel.key,
+        pins=channel.aggregator_keys,
+        # Services outlive runs: their rounds need names that no other run has.
+        run=folder.secret("run.name", os.urandom(16)),
+        minimum=channel.minimum_devices,
+        noise=channel.noise_from,
+        projections=channel.norm_projections,
+    )
