@@ -70,7 +70,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Membership:
-    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``."""
+    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``; coins by the run's seed."""
 
     view: str
     attack: str = "all"
@@ -86,7 +86,11 @@ class Membership:
         from audits.request import MembershipRequest
 
         request = MembershipRequest(
-            view=self.view, attack=self.attack, shadows=effort.shadows, targets=effort.targets
+            view=self.view,
+            attack=self.attack,
+            shadows=effort.shadows,
+            targets=effort.targets,
+            seed=folder.config.seed,
         )
         figures: dict[str, float] = {}
         for finding in audit_membership(folder, request, progress).findings:
@@ -103,7 +107,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """``privkd audit reconstruction`` on one ``view``, with one ``attack`` of it."""
+    """``privkd audit reconstruction`` on one ``view``, with one ``attack`` of it; secrets by the run's seed."""
 
     view: str
     attack: str
@@ -117,7 +121,9 @@ class Reconstruction:
         from audits.reconstruction.audit import audit_reconstruction
         from audits.reconstruction.request import ReconstructionRequest
 
-        request = ReconstructionRequest(view=self.view, attack=self.attack, trials=effort.trials)
+        request = ReconstructionRequest(
+            view=self.view, attack=self.attack, trials=effort.trials, seed=folder.config.seed
+        )
         figures: dict[str, float] = {}
         for finding in audit_reconstruction(folder, request, progress).findings:
             start = f"{finding.view}.{finding.attack}"
