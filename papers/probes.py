@@ -70,7 +70,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Membership:
-    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``; coins by the run's seed."""
+    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``, seeded as the run."""
 
     view: str
     attack: str = "all"
@@ -107,7 +107,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """``privkd audit reconstruction`` on one ``view``, with one ``attack`` of it; secrets by the run's seed."""
+    """``privkd audit reconstruction`` on one ``view``, with one ``attack`` of it, seeded as the run."""
 
     view: str
     attack: str
