@@ -70,7 +70,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Membership:
-    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``, seeded as the run."""
+    """``privkd audit membership`` on one ``view``, with one ``attack`` or ``all``, seeded as the run."""
 
     view: str
     attack: str = "all"
