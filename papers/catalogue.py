@@ -2,7 +2,7 @@
 
 import difflib
 
-from papers.studies import device_level, du2022, membership, personalisation, training
+from papers.studies import device_level, du2022, membership, personalisation, reconstruction, training
 from papers.study import Study
 from privkd.errors import ConfigError
 
@@ -16,6 +16,8 @@ STUDIES: tuple[Study, ...] = (
     membership.ZARIFZADEH,
     membership.STEINKE,
     membership.NASR,
+    reconstruction.HAYES,
+    reconstruction.TAKAHASHI,
 )
 
 

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much an audit may do: its shadow devices and audited replays."""
+    """How much an audit may do: a membership audit's shadow devices and audited replays, and the trials of a
+    reconstruction audit's games."""
 
     shadows: int = 64
     targets: int = 16
+    trials: int = 50
 
 
 FULL = Effort()
@@ -68,7 +70,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Membership:
-    """``privkd audit membership`` on one ``view``, with one ``attack`` of it or ``all``."""
+    """``privkd audit membership`` on one ``view``, with one ``attack`` or ``all``, seeded as the run."""
 
     view: str
     attack: str = "all"
@@ -84,7 +86,11 @@ class Membership:
         from audits.request import MembershipRequest
 
         request = MembershipRequest(
-            view=self.view, attack=self.attack, shadows=effort.shadows, targets=effort.targets
+            view=self.view,
+            attack=self.attack,
+            shadows=effort.shadows,
+            targets=effort.targets,
+            seed=folder.config.seed,
         )
         figures: dict[str, float] = {}
         for finding in audit_membership(folder, request, progress).findings:
@@ -96,4 +102,34 @@ class Membership:
             for rate in finding.tpr_at_fpr:
                 if isinstance(rate, TprAtFpr):
                     figures[f"{start}.tpr_at_{rate.fpr:g}"] = rate.estimate
+        return figures
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """``privkd audit reconstruction`` on one ``view``, with one ``attack`` of it, seeded as the run."""
+
+    view: str
+    attack: str
+
+    def name(self, effort: Effort) -> str:
+        """See `Probe.name`."""
+        return f"reconstruction-{self.view}-{self.attack}-{effort.trials}"
+
+    def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
+        """See `Probe.measure`."""
+        from audits.reconstruction.audit import audit_reconstruction
+        from audits.reconstruction.request import ReconstructionRequest
+
+        request = ReconstructionRequest(
+            view=self.view, attack=self.attack, trials=effort.trials, seed=folder.config.seed
+        )
+        figures: dict[str, float] = {}
+        for finding in audit_reconstruction(folder, request, progress).findings:
+            start = f"{finding.view}.{finding.attack}"
+            figures[f"{start}.success"] = finding.success.estimate
+            figures[f"{start}.chance"] = finding.success.chance
+            figures[f"{start}.ceiling"] = finding.ceiling
+            if finding.images is not None:
+                figures[f"{start}.ssim"] = finding.images.ssim
         return figures

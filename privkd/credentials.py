@@ -33,8 +33,8 @@ def service_options(
         certificate=channel.certificate,
         key=channel.key,
         pins=channel.aggregator_keys,
-        # Services outlive runs: their rounds need names that no other run has. A group that is started for the
-        # run knows no other, so it needs no name, and a seeded run repeats.
+        # Services outlive runs: their rounds need names that no other run has. A group that is started for
+        # the run knows no other, so it needs no name, and a seeded run repeats.
         run=folder.secret("run.name", os.urandom(16)) if channel.aggregator_urls else b"",
         minimum=channel.minimum_devices,
         noise=channel.noise_from,

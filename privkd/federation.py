@@ -180,8 +180,8 @@ class Game:
         A resumed run draws the same randomness, so they come out the same and show nothing new.
         """
         students: Sequence[nn.Module] = ()
-        each = list(enumerate(teachers))
-        for round, teacher in each if self.config.student.start == "own" else each[-1:]:
+        first = 0 if self.config.student.start == "own" else len(teachers) - 1
+        for round, teacher in list(enumerate(teachers))[first:]:
             with seeded_layers(self.config.seed, "round", round):
                 students = self._train_students(teacher, students, round)
         return tuple(students)

@@ -1,8 +1,4 @@
-"""A finished run with its students: the one place that knows where they come from.
-
-A run's folder holds what the cloud holds, so no student. In a simulation the seed decides them: they are
-trained again, from the teachers that were published. In a deployment they are on their devices alone.
-"""
+"""A finished run with its students, which no run folder keeps: they are trained again from the seed."""
 
 from dataclasses import replace
 
@@ -13,12 +9,13 @@ from privkd.store import RunFolder
 
 
 def finished_state(game: Game, folder: RunFolder) -> State:
-    """The last state of the run in ``folder``, whose settings ``game`` was opened with.
+    """The last state of the simulation in ``folder``, whose settings ``game`` was opened with.
 
-    Training the students again repeats randomness that was paid for: it shows nothing new.
+    The students repeat their last round with the run's own randomness, so nothing new is released or spent.
 
     Raises:
-        RunError: the run is not finished, is damaged, or was a deployment.
+        RunError: the run is not finished, is damaged, or is a deployment, whose students are on their devices
+            and whose noise nobody can repeat.
     """
     record = saved(folder)
     done = max(len(record.rounds) - 1, 0)
@@ -29,9 +26,10 @@ def finished_state(game: Game, folder: RunFolder) -> State:
         )
     if game.config.privacy.noise != "seeded":
         raise RunError(
-            f"{folder.path}: privacy.noise={game.config.privacy.noise!r}: the students of a deployment are "
-            "on their devices, and no seed brings them back; take a run with privacy.noise=seeded"
+            f"{folder.path} is a deployment (privacy.noise='system') and holds no students: each is on its "
+            "device alone, where privkd.export.export.export_model writes it; or name a simulation's folder"
         )
-    teacher, _ = game.blank()
-    published = load_teachers(folder, record, teacher)[:done]
-    return replace(load_state(folder, record, teacher), students=game.students_after(published))
+    blank = game.blank()[0]
+    teachers = load_teachers(folder, record, blank)
+    students = game.students_after(teachers[: game.plan.rounds])
+    return replace(load_state(folder, record, blank), students=students)

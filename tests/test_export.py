@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from running import play, small
 from torch import Tensor, nn
 
 from cli import app
+from privkd.controls import mean_accuracy
 from privkd.data.sources import load
 from privkd.errors import ModelError
 from privkd.export import export as exporting
@@ -70,10 +73,11 @@ class TestAnswers:
         with torch.no_grad():
             original = student(records)
         assert torch.allclose(answers, original, rtol=TOLERANCE, atol=TOLERANCE)
-        assert exported.check.difference <= TOLERANCE
-        assert exported.size_bytes == out.stat().st_size > 4 * exported.parameters
-        assert (exported.device, exported.round, exported.divisor) == (f"device-{device:04d}", 2, 16.0)
-        assert exported.latency_ms > 0
+        artefact = exported.artefact
+        assert artefact.check.difference <= TOLERANCE
+        assert artefact.size_bytes == out.stat().st_size > 4 * artefact.parameters
+        assert (exported.device, exported.round, artefact.divisor) == (f"device-{device:04d}", 2, 16.0)
+        assert artefact.latency_ms > 0
 
     def test_are_those_of_that_device(self, run: Path) -> None:
         """The students of two devices differ, so a swapped index would be seen."""
@@ -96,6 +100,26 @@ class TestAnswers:
             texts = [archive.read(name) for name in archive.namelist()]
         assert not any(text.startswith((b"\x80", b"PK")) for text in texts)
         assert not any(b".py" in text for text in texts)
+
+
+class TestStudents:
+    def test_trained_again_are_those_of_the_run(self, tmp_path: Path) -> None:
+        """Their accuracy is what the run reported, whether a round starts from the teacher or their own."""
+        for start in ("teacher", "own"):
+            result = play(tmp_path / start, f"student.start={start}")
+            with RunFolder.resume(tmp_path / start) as folder:
+                game = open_game(folder.config)
+                students = finished_state(game, folder).students
+            assert mean_accuracy(students, game.scenario.test) == result.student.mean
+
+    def test_were_the_ones_that_answered(self, run: Path) -> None:
+        """Over the plain channel the last release is what the students of the last round said."""
+        with RunFolder.resume(run) as folder:
+            game = open_game(folder.config)
+            state = finished_state(game, folder)
+        wire = state.wires[-1]
+        answers = game.fleet.answer(state.students, game.scenario.proxy[wire.queries]).softmax(-1)
+        assert torch.allclose(answers, wire.answers, atol=1e-4)
 
 
 class TestPreprocessing:
@@ -209,6 +233,11 @@ class TestRefusals:
         RunFolder.create(tmp_path / "run", small()).close()
         assert "0 of 2 rounds are finished" in self.one_line(capsys, tmp_path / "run")
 
+    def test_a_deployment(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """Its students are on their devices, and its noise cannot be drawn again."""
+        play(tmp_path / "run", "privacy.noise=system")
+        assert "each is on its device alone" in self.one_line(capsys, tmp_path / "run")
+
     def test_a_student_no_exporter_follows(self, tmp_path: Path) -> None:
         play(tmp_path / "run", "student.models=['test_export:Branching']", "student.engine=opacus")
         with RunFolder.resume(tmp_path / "run") as folder, pytest.raises(ModelError, match="take another"):
@@ -217,6 +246,17 @@ class TestRefusals:
 
 
 class TestCommand:
+    def test_answers_a_typo_before_it_loads_torch(self) -> None:
+        code = (
+            "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
+            "from cli import app; app(['export', 'run', '--format', 'pickle'])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 2
+        assert done.stdout.strip() == "False"
+
     def test_says_it_all_as_json(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         before = {path: path.read_bytes() for path in run.rglob("*.json*") if "export" not in str(path)}
         capsys.readouterr()

@@ -37,5 +37,5 @@ QUICK = Scale(
         "reverse.fit.steps=60",
     ),
     seeds=2,
-    effort=Effort(shadows=8, targets=4),
+    effort=Effort(shadows=8, targets=4, trials=10),
 )

@@ -1,1 +1,4 @@
-"""A device's student with its preprocessing as one artefact, in the form that a device runs."""
+"""A device's student with its preprocessing as one artefact, in the form that a device runs.
+
+`export.export_model` is what a device calls; `export.export_student` takes the student of a simulation.
+"""

@@ -1,5 +1,6 @@
 """``privkd export``: from a finished run to one device's student as an artefact that answers as it does."""
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from privkd.controls import latency_ms
 from privkd.errors import ModelError, RunError, one_line
@@ -23,28 +24,22 @@ _CHECKED = 256
 
 
 @dataclass(frozen=True)
-class Exported:
+class Artefact:
     """What was written.
 
     Attributes:
-        run: the run's folder.
-        device: whose student.
-        round: after which round, from 1.
-        format: of the artefact.
+        format: see `formats`.
         file: where it lies.
         size_bytes: its size.
         parameters: of the student.
         input_shape: of one raw record, float32; the artefact divides it by ``divisor`` itself.
         divisor: see `data.source.Source`.
         classes: number of logits.
-        check: how the artefact was found equal to the student of the run.
+        check: how the artefact was found equal to the student.
         latency_ms: of the artefact for one record, on one CPU thread, median.
-        original_ms: of the student in the run's own form.
+        original_ms: of the student as torch runs it.
     """
 
-    run: str
-    device: str
-    round: int
     format: str
     file: str
     size_bytes: int
@@ -57,55 +52,86 @@ class Exported:
     original_ms: float
 
 
-def export_student(folder: RunFolder, form: str, device: int, out: Path | None) -> Exported:
-    """Write the student of device number ``device`` in the format ``form``, whole or not at all.
+@dataclass(frozen=True)
+class Exported:
+    """An ``artefact`` of the student that ``device`` had after ``round`` rounds of the run ``run``."""
 
-    The artefact is read back and put beside the student on public records before it gets its name. ``out``
-    is replaced if it exists; ``None`` is ``export/<device><suffix>`` in the run's folder.
+    run: str
+    device: str
+    round: int
+    artefact: Artefact
+
+
+def export_student(folder: RunFolder, form: str, device: int, out: Path | None) -> Exported:
+    """Write the student of device number ``device`` of a finished simulation as `export_model` does.
+
+    ``out`` is ``export/<device><suffix>`` in the run's folder where it is ``None``.
 
     Raises:
         ConfigError: an unknown format, or one whose packages are missing.
         ModelError: the student cannot be exported, or the artefact answers otherwise.
-        RunError: the run is unfinished or damaged, has no such device, or ``out`` cannot be written.
+        RunError: the run is unfinished, damaged or a deployment, has no such device, or ``out`` cannot be
+            written.
     """
-    writer = format_named(form)
+    suffix = format_named(form).suffix
     game = open_game(folder.config)
     scenario = game.scenario
     count = len(scenario.devices)
     if device >= count:
         raise RunError(f"device-index {device}: {folder.path} has {count} devices, 0 to {count - 1}")
     state = finished_state(game, folder)
-    student, name = state.students[device].cpu().eval(), scenario.devices[device].name
-    path = out or folder.path / "export" / f"{name}{writer.suffix}"
-    scaled = scenario.public.inputs[:_CHECKED].cpu()
-    raw = raw_of(scaled, scenario.divisor)
-    with _replacing(path) as temporary:
-        answer = written(writer, Deployable(student, scenario.divisor), raw, temporary)
-        check = check_equal(student, answer, scaled, raw)
-        latency, original = latency_ms(answer, raw), latency_ms(student, scaled)
-    exported = Exported(
-        run=str(folder.path),
-        device=name,
-        round=state.round,
-        format=form,
-        file=str(path),
-        size_bytes=path.stat().st_size,
-        parameters=parameter_count(student),
-        input_shape=scenario.input_shape,
-        divisor=scenario.divisor,
-        classes=scenario.classes,
-        check=check,
-        latency_ms=latency,
-        original_ms=original,
-    )
+    name = scenario.devices[device].name
+    path = out or folder.path / "export" / f"{name}{suffix}"
+    artefact = export_model(state.students[device], scenario.public.inputs, scenario.divisor, form, path)
+    exported = Exported(str(folder.path), name, state.round, artefact)
     folder.write_json(f"export/{name}-{form}.json", exported_tree(exported))
     return exported
 
 
+def export_model(student: nn.Module, records: Tensor, divisor: float, form: str, path: Path) -> Artefact:
+    """Write ``student`` with its preprocessing to ``path``, whole or not at all: what a device calls.
+
+    The artefact is read back and put beside the student before it takes the place of ``path``.
+
+    Args:
+        student: from scaled records to logits.
+        records: public ones, scaled as for training, float32 ``[record, *shape]``, at least one.
+        divisor: what raw whole numbers were divided by, 1 for nothing; see `data.source.Source`.
+        form: ``torch``, ``onnx`` or ``executorch``.
+        path: of the artefact.
+
+    Raises:
+        ConfigError: an unknown format, or one whose packages are missing.
+        ModelError: the student cannot be exported, or the artefact answers otherwise.
+        RunError: ``path`` cannot be written.
+    """
+    writer = format_named(form)
+    student = copy.deepcopy(student).cpu().eval()
+    scaled = records[:_CHECKED].cpu()
+    raw = raw_of(scaled, divisor)
+    with _replacing(path) as temporary:
+        answer = written(writer, Deployable(student, divisor), raw, temporary)
+        check = check_equal(student, answer, scaled, raw)
+        latency, original = latency_ms(answer, raw), latency_ms(student, scaled)
+    return Artefact(
+        format=form,
+        file=str(path),
+        size_bytes=path.stat().st_size,
+        parameters=parameter_count(student),
+        input_shape=tuple(raw.shape[1:]),
+        divisor=divisor,
+        classes=answer(raw[:1]).shape[-1],
+        check=check,
+        latency_ms=latency,
+        original_ms=original,
+    )
+
+
 def exported_tree(exported: Exported) -> dict[str, Any]:
     """What ``privkd export --json`` prints, and what is kept in the run's folder."""
-    tree: dict[str, Any] = plain(asdict(exported))
-    return tree
+    tree = asdict(exported)
+    tree |= tree.pop("artefact")
+    return {key: plain(value) for key, value in tree.items()}
 
 
 def raw_of(scaled: Tensor, divisor: float) -> Tensor:

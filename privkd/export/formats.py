@@ -3,13 +3,14 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeAlias
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from privkd.errors import ConfigError
 
-Answering: TypeAlias = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Answering: TypeAlias = "Callable[[Tensor], Tensor]"
 """Raw records ``[record, *shape]`` to logits ``[record, class]``, through the artefact."""
 
 
@@ -18,7 +19,7 @@ class Format(Protocol):
 
     suffix: str
 
-    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+    def write(self, model: "nn.Module", example: "Tensor", path: Path) -> None:
         """Write ``model``, traced on ``example`` ``[2, *shape]``, to ``path``."""
         ...
 
