@@ -13,8 +13,9 @@ from torch import Tensor
 from audits.canaries import Pool
 from audits.game import DeviceSide, Report, Role, draw_halves, flip_coins, shard_of
 from audits.release import Floats
+from privkd.data.scenario import LabelledSet
 from privkd.errors import RunError
-from privkd.store import RunFolder
+from privkd.store import RunFolder, versions
 
 _FORMAT = 2
 """Raised whenever the same key would name other arrays."""
@@ -58,7 +59,8 @@ class Cache:
     ) -> dict[str, Tensor]:
         """The tensors of ``what``, read back where they were computed before."""
         text = json.dumps(
-            {**what, "game": vars(self.key), "format": _FORMAT, "run": self._run()}, sort_keys=True
+            {**what, "game": vars(self.key), "format": _FORMAT, "run": self._run(), "with": versions()},
+            sort_keys=True,
         )
         name = f"audit/{what['what']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         digest = self.folder.path / f"{name}.sha256"
@@ -91,7 +93,8 @@ def traces(side: DeviceSide, pool: Pool, cache: Cache, role: Role, models: int, 
             "population": answer(replayed.students, pool.population.inputs),
         }
 
-    found = cache.tensors({"what": role, "models": models}, compute)
+    records = _digest(pool.candidates, pool.always, pool.population)
+    found = cache.tensors({"what": role, "models": models, "records": records}, compute)
     return Traces(inside, found["answers"], _floats(found["candidates"]), _floats(found["population"]))
 
 
@@ -108,7 +111,17 @@ def others_answers(side: DeviceSide, cache: Cache, report: Report) -> Tensor:
         exchanges = side.transcript.exchanges
         query, classes = len(exchanges[0].queries), side.game.scenario.classes
         return torch.zeros((0, len(exchanges), query, classes))
-    return cache.tensors({"what": "others"}, compute)["answers"]
+    records = _digest(*(devices[number].train for number in chosen))
+    return cache.tensors({"what": "others", "records": records}, compute)["answers"]
+
+
+def _digest(*sets: LabelledSet) -> str:
+    """Of the records that are replayed: those under the run's settings may have changed since the run."""
+    digest = hashlib.sha256()
+    for tensor in (tensor for records in sets for tensor in (records.inputs, records.labels)):
+        digest.update(str((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _floats(values: Tensor) -> Floats:

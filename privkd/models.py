@@ -132,13 +132,18 @@ def trained_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:
     """The parameters of the ``part`` that is trained privately, in the model's order.
 
     The head is the last child that holds parameters; the last block is the child before it and the head.
-    A model that wraps a single child is looked into.
+    A model that wraps a single child is looked into. Parameters that are frozen (``requires_grad`` is false)
+    stay so and are left out.
     """
+    return [parameter for parameter in _parameters_of(model, part) if parameter.requires_grad]
+
+
+def _parameters_of(model: nn.Module, part: Part) -> list[nn.Parameter]:
     if part == "all":
         return list(model.parameters())
     children = [child for child in model.children() if any(True for _ in child.parameters())]
     if len(children) == 1 and any(True for _ in children[0].children()):
-        return trained_parameters(children[0], part)
+        return _parameters_of(children[0], part)
     kept = children[-1:] if part == "head" else children[-2:]
     return [parameter for child in kept for parameter in child.parameters()] or list(model.parameters())
 

@@ -8,9 +8,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from opacus import GradSampleModule
+from opacus.grad_sample import AbstractGradSampleModule, GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
@@ -22,6 +24,10 @@ from privkd.errors import ModelError
 from privkd.fitting import fit
 from privkd.models import trained_parameters
 from privkd.randomness import Randomness, SeededRandomness
+
+GradSampleMode = Literal["ew", "hooks", "functorch"]
+"""How Opacus computes per-example gradients: torch's expanded weights, a hook and a rule for each layer, or
+`torch.func` for each layer."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ def train_private(
     teacher_logits: Tensor | None,
     mechanism: Mechanism,
     randomness: Randomness,
+    *,
+    mode: GradSampleMode | None = None,
 ) -> nn.Module:
     """Train a copy of ``model`` on a device's private ``shard`` with DP-SGD, and return it.
 
@@ -119,13 +127,21 @@ def train_private(
         teacher_logits: the frozen teacher's answers on the shard ``[record, class]``, or ``None``.
         mechanism: the public parameters.
         randomness: source of the samples and of the noise.
+        mode: how per-example gradients are computed; by default the fastest, see `fastest_mode`. All modes
+            compute the same.
+
+    Raises:
+        ModelError: every parameter of the part in training is frozen.
     """
     recipe = mechanism.recipe
     trained = copy.deepcopy(model).train()
+    frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
     kept = {id(parameter) for parameter in trained_parameters(trained, recipe.part)}
     for parameter in trained.parameters():
         parameter.requires_grad_(id(parameter) in kept)
-    wrapped = GradSampleModule(trained, loss_reduction="sum")
+    if not kept:
+        raise ModelError(f"the student has nothing to train: part={recipe.part!r} is frozen or empty")
+    wrapped = _wrapped(trained, mode or fastest_mode(trained, shard.inputs))
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = _SuppliedNoiseOptimizer(_plain_optimizer(parameters, recipe), mechanism, randomness)
     average = TailAverage(parameters, steps=recipe.steps, share=recipe.averaging)
@@ -137,10 +153,33 @@ def train_private(
         average.update(parameters)
     average.write(parameters)
     wrapped.to_standard_module()
-    for parameter in trained.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in trained.named_parameters():
+        parameter.requires_grad_(name not in frozen)
         parameter.grad = None
     return trained.eval()
+
+
+def fastest_mode(model: nn.Module, inputs: Tensor) -> GradSampleMode:
+    """``ew`` where torch's expanded weights know every layer in training, else ``hooks``.
+
+    A fixed rule, so that runs repeat; ``benchmarks/cohort.py`` measures it. Expanded weights refuse what
+    they cannot do, so one backward pass on made-up records like ``inputs`` ``[record, *shape]`` tells.
+    Ghost clipping is left out: it is slower but for wide dense layers.
+    """
+    probed = copy.deepcopy(model)
+    try:
+        with torch.random.fork_rng():
+            _wrapped(probed, "ew")(inputs.new_zeros((2, *inputs.shape[1:]))).sum().backward()
+    except Exception:  # whatever a model raises here, the hooks take it or say why not
+        return "hooks"
+    known = all(getattr(p, "grad_sample", None) is not None for p in probed.parameters() if p.requires_grad)
+    return "ew" if known else "hooks"
+
+
+def _wrapped(model: nn.Module, mode: GradSampleMode) -> AbstractGradSampleModule:
+    if mode == "ew":
+        return GradSampleModuleExpandedWeights(model, loss_reduction="sum")
+    return GradSampleModule(model, loss_reduction="sum", force_functorch=mode == "functorch")
 
 
 def train_unprotected(
@@ -177,7 +216,7 @@ def _plain_optimizer(parameters: Sequence[nn.Parameter], recipe: DpSgdConfig) ->
 
 
 def _per_example_gradients(
-    wrapped: GradSampleModule,
+    wrapped: AbstractGradSampleModule,
     parameters: Sequence[nn.Parameter],
     shard: LabelledSet,
     teacher_logits: Tensor | None,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import audits.membership
 from attacks.scores import rescaled_logit
-from audits.canaries import draw_pool
+from audits.canaries import Pool, draw_pool
 from audits.commands import latest_run
 from audits.curves import draw, roc
 from audits.game import DeviceSide, draw_halves, flip_coins, shard_of
@@ -143,6 +143,27 @@ def test_shadows_are_never_trained_twice(side: tuple[RunFolder, DeviceSide]) -> 
     other = Cache(folder, GameKey("natural", 0, 1))
     traces(device, pool, other, "shadow", 3, lambda done, of: calls.append(done))
     assert len(calls) > trained
+
+
+def test_the_cache_knows_the_records_and_the_libraries(
+    side: tuple[RunFolder, DeviceSide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, device = side
+    pool = draw_pool(device.game.scenario, 0, "natural", 0)
+    cache = Cache(folder, GameKey("natural", 0, 7))
+    calls: list[int] = []
+
+    def trained(records: Pool) -> bool:
+        before = len(calls)
+        traces(device, records, cache, "target", 1, lambda done, of: calls.append(done))
+        return len(calls) > before
+
+    assert trained(pool)
+    assert not trained(pool)
+    brighter = replace(pool.candidates, inputs=pool.candidates.inputs + 0.1)
+    assert trained(replace(pool, candidates=brighter))
+    monkeypatch.setattr("audits.traces.versions", lambda: {"torch": "of tomorrow"})
+    assert trained(pool)
 
 
 def test_a_damaged_cache_is_computed_again(side: tuple[RunFolder, DeviceSide]) -> None:

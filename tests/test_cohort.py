@@ -15,6 +15,7 @@ from privkd.cohort import (
     same_architecture,
     train_cohort,
 )
+from privkd.cohort.clipping import ghost_norms
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
 from privkd.fitting import logits_of
@@ -134,6 +135,52 @@ def test_other_architectures_equal_opacus(make: object) -> None:
     mechanism = mechanism_of(recipe)
     ours = train_cohort(models, held, None, mechanism, [SeededRandomness(3, "d", i) for i in range(2)])
     assert farthest(ours, by_opacus(models, held, None, mechanism)) < 1e-5
+
+
+@pytest.mark.parametrize("frozen", ["block1", "block3.1.bias"])
+def test_frozen_parameters_stay_frozen(frozen: str) -> None:
+    """A whole layer, and one of a layer's two parameters; as a factory may leave them."""
+    models, held = students("cnn", 2), shards((20, 9))
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+    mechanism = mechanism_of(DpSgdConfig(steps=10, sampling_rate=0.6, learning_rate=0.3))
+    ours = train_cohort(models, held, None, mechanism, [SeededRandomness(3, "d", i) for i in range(2)])
+    assert farthest(ours, by_opacus(models, held, None, mechanism)) < 1e-5
+    for before, after in zip(models, ours, strict=True):
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+            assert old.requires_grad == new.requires_grad
+            assert torch.equal(old, new) == name.startswith(frozen)
+
+
+def product_norms(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The twin of a ghost norm: the gradients themselves, in double precision."""
+    a = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=2).double()
+    return torch.bmm(outputs.double().transpose(1, 2), a).flatten(1).square().sum(1)
+
+
+def test_ghost_norms_equal_the_gradients_norms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((50, 9, 30), generator=generator)
+    outputs = torch.randn((50, 9, 20), generator=generator)
+    found = ghost_norms(inputs, outputs, bias=True)
+    torch.testing.assert_close(found.double(), product_norms(inputs, outputs), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("left_over", [1e-2, 3e-4, 1e-5, 0.0])
+def test_a_record_whose_positions_cancel_is_not_clipped_too_little(left_over: float) -> None:
+    """Positions with almost the same input and opposite output gradients: adversarial for float32."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 10 + left_over * torch.randn((200, 8, 30), generator=generator)
+    half = torch.randn((200, 4, 20), generator=generator)
+    outputs = torch.cat([half, -half], dim=1)
+    exact = product_norms(inputs, outputs)
+    safe = ghost_norms(inputs, outputs, bias=True).double()
+    assert (safe >= 0.999 * exact).all()
+    gram = torch.bmm(inputs, inputs.transpose(1, 2)) + 1
+    bare = (gram * torch.bmm(outputs, outputs.transpose(1, 2))).sum((1, 2)).double()
+    if 0 < left_over < 1e-3:  # the test's power: float32 alone falls far below
+        assert (bare < 0.5 * exact).any()
 
 
 def test_chunks_change_nothing() -> None:

@@ -21,9 +21,11 @@ from privkd.models import build, trained_parameters
 from privkd.noise import NoiseRoot
 from privkd.randomness import SeededRandomness, SystemRandomness
 from privkd.student import (
+    GradSampleMode,
     Mechanism,
     TailAverage,
     check_trainable,
+    fastest_mode,
     quieted,
     seconds_per_step,
     train_private,
@@ -31,6 +33,7 @@ from privkd.student import (
 )
 
 SHAPE, CLASSES = (1, 6, 6), 3
+MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ew")
 
 
 @dataclass
@@ -429,6 +432,66 @@ def around(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(64, CLASSES))
 
 
+class TestModes:
+    @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
+    @pytest.mark.parametrize("part", ["all", "head"])
+    def test_every_mode_computes_the_same(self, name: str, part: str) -> None:
+        how = mechanism(part=part)
+        by_mode = [
+            flat(train_private(student(name), shard(), teacher_logits(), how, supplied(3), mode=mode))
+            for mode in MODES
+        ]
+        for other in by_mode[1:]:
+            torch.testing.assert_close(other, by_mode[0], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_an_empty_sample_and_a_broken_record_in_every_mode(self, mode: GradSampleMode) -> None:
+        data = shard()
+        data.inputs[2] = math.inf
+        source = replace(supplied(3), samples=[torch.arange(64) < limit for limit in (0, 9, 3)])
+        trained = train_private(student("mlp"), data, None, mechanism(), source, mode=mode)
+        rest = [i for i in range(9) if i != 2]
+        without = replace(supplied(3), samples=[torch.arange(64) < limit for limit in (0, 8, 2)])
+        sane = LabelledSet(data.inputs[rest], data.labels[rest])
+        expected = train_private(student("mlp"), sane, None, mechanism(), without, mode=mode)
+        torch.testing.assert_close(flat(trained), flat(expected), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("model", "expected"),
+        [
+            (student("cnn"), "ew"),
+            (around(nn.GroupNorm(2, 4)), "ew"),
+            (around(nn.PReLU()), "hooks"),
+            (Recurrent(DPLSTM), "hooks"),
+        ],
+    )
+    def test_the_fastest_that_knows_the_layers(self, model: nn.Module, expected: str) -> None:
+        before = torch.get_rng_state()
+        assert fastest_mode(model.train(), shard().inputs) == expected
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
+
+
+class TestFrozenParameters:
+    @pytest.mark.parametrize("frozen", ["block1.1.weight", "block1.1", "block3"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_stay_frozen(self, frozen: str, mode: GradSampleMode) -> None:
+        model = student("cnn")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        trained = train_private(model, shard(), teacher_logits(), mechanism(), supplied(3), mode=mode)
+        for (name, before), after in zip(model.named_parameters(), trained.parameters(), strict=True):
+            assert before.requires_grad == after.requires_grad
+            assert torch.equal(before, after) == name.startswith(frozen)
+
+    def test_a_part_without_anything_to_train_is_refused(self) -> None:
+        model = student("mlp")
+        for parameter in model.get_submodule("head").parameters():
+            parameter.requires_grad_(False)
+        with pytest.raises(ModelError, match="nothing to train"):
+            check_trainable(model, input_shape=SHAPE, classes=CLASSES, recipe=recipe(part="head"))
+
+
 class TestCheckTrainable:
     def check(self, model: nn.Module, **changes: Any) -> None:
         check_trainable(model, input_shape=SHAPE, classes=CLASSES, recipe=recipe(**changes))
@@ -438,7 +501,8 @@ class TestCheckTrainable:
         [
             (around(nn.BatchNorm2d(4)), r"layer '1' \(BatchNorm2d\): use GroupNorm"),
             (around(nn.SyncBatchNorm(4)), r"layer '1' \(SyncBatchNorm\): use GroupNorm"),
-            (around(nn.ReLU(inplace=True)), r"layer '1' \(ReLU\) works in place: set inplace=False"),
+            (nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.PReLU(), nn.Flatten(),
+                           nn.Linear(64, CLASSES)), r"layer '1' \(ReLU\) works in place: set inplace=False"),
             (around(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
              r"layer '1' \(InstanceNorm2d\): set track_running_stats=False"),
             (Recurrent(nn.LSTM), r"layer 'cells' \(LSTM\): use opacus.layers.DPLSTM"),
@@ -447,7 +511,7 @@ class TestCheckTrainable:
             (nn.Sequential(nn.InstanceNorm2d(1), Recurrent(nn.LSTM)), r"layer '1.cells' \(LSTM\)"),
             (Mixing(), "depends on the other records of the batch"),
             (Raising(), "failed one DP-SGD step on made-up records: only made for answering"),
-            (nn.Flatten(), "made-up records"),
+            (nn.Flatten(), "nothing to train"),
         ],
     )  # fmt: skip
     def test_names_the_layer_and_the_cure(self, model: nn.Module, expected: str) -> None:
@@ -460,6 +524,7 @@ class TestCheckTrainable:
         [
             around(nn.GroupNorm(2, 4)),
             around(nn.ReLU()),
+            around(nn.ReLU(inplace=True)),
             around(nn.InstanceNorm2d(4)),
             around(nn.Dropout(0.5)),
             Recurrent(DPLSTM),

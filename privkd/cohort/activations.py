@@ -43,7 +43,9 @@ class Activations:
         if self.folded:
             return self
         _, records, _, height, width = self.tensor.shape
-        merged = self.tensor.permute(1, 3, 4, 0, 2).contiguous().view(records, height, width, -1)
+        spread = self.tensor.permute(1, 3, 4, 0, 2)
+        # Of a single channel, torch may keep strides that its kernels take for the other memory format.
+        merged = spread.new_empty(spread.shape).copy_(spread).view(records, height, width, -1)
         return Activations(merged.permute(0, 3, 1, 2), self.students, folded=True)
 
     def images(self) -> Tensor:

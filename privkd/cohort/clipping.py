@@ -14,6 +14,11 @@ from torch import Tensor
 _GHOST_PENALTY = 2
 """How many times slower a ghost norm's operations run than a product's, as measured on CPUs."""
 
+_DOUBTFUL = 0.03
+_LOWEST = 1e-4
+"""Ghost norms are trusted only above these shares of the norm without any cancellation among positions, see
+`ghost_norms`."""
+
 
 class Book(Protocol):
     """One layer's part in clipping."""
@@ -72,11 +77,28 @@ def ghost_norms(inputs: Tensor, outputs: Tensor, *, bias: bool) -> Tensor:
     """Squared norms ``[example]`` of a dense layer's gradients as ``<A A^T, G G^T>`` (ghost norm).
 
     Takes inputs ``[example, position, input]`` and output gradients ``[example, position, output]``.
+
+    Where positions cancel, the float32 sum of squares keeps little but rounding, and a norm that is too small
+    would let its record through unclipped. So what lies below ``_DOUBTFUL`` of ``sum_l |a_l| |g_l|``, the
+    norm without cancellation, is computed again in double precision, and no norm is taken below ``_LOWEST``
+    of it: the clipped sum rounds at that scale too. The second only ever clips such a record more.
     """
+    squares = _gram_products(inputs, outputs, bias=bias).clamp_(min=0.0)
+    lengths = torch.linalg.vector_norm(inputs, dim=2).square_()
+    uncancelled = (lengths + 1.0 if bias else lengths).sqrt_() * torch.linalg.vector_norm(outputs, dim=2)
+    limits = uncancelled.sum(1).square_()
+    doubtful = squares < _DOUBTFUL**2 * limits
+    if doubtful.any():
+        again = _gram_products(inputs[doubtful].double(), outputs[doubtful].double(), bias=bias)
+        squares[doubtful] = again.clamp_(min=0.0).to(squares.dtype)
+    return torch.maximum(squares, _LOWEST**2 * limits)
+
+
+def _gram_products(inputs: Tensor, outputs: Tensor, *, bias: bool) -> Tensor:
     gram = torch.bmm(inputs, inputs.transpose(1, 2))
     if bias:
         gram += 1.0
-    return gram.mul_(torch.bmm(outputs, outputs.transpose(1, 2))).sum((1, 2)).clamp_(min=0.0)
+    return gram.mul_(torch.bmm(outputs, outputs.transpose(1, 2))).sum((1, 2))
 
 
 def dense_sums(inputs: Tensor, outputs: Tensor, *, bias: bool) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -186,14 +187,21 @@ def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationNa
     return "bookkeeping" if isinstance(chosen, BookKeeping) else "vmap"
 
 
-def choose(model: nn.Module, input_shape: tuple[int, ...], *, training: bool) -> Formulation | None:
-    """The fastest formulation that agrees with ``model`` on made-up records; ``None`` for a loop."""
+def choose(
+    model: nn.Module, input_shape: tuple[int, ...], *, training: bool, trained: Collection[str] | None = None
+) -> Formulation | None:
+    """The fastest formulation that agrees with ``model`` on made-up records; ``None`` for a loop.
+
+    ``trained`` names the parameters in training, by default all.
+    """
     parameters = list(model.parameters())
     if len({(p.dtype, p.device) for p in parameters}) != 1 or any(True for _ in model.buffers()):
         return None
     candidates: list[Formulation] = [Vmapped(copy.deepcopy(model).train(training))]
     with contextlib.suppress(UnsupportedError):
-        candidates.insert(0, BookKeeping(graph_of(model)))
+        graph = graph_of(model)
+        if trained is None or not any(layer.is_split(trained) for layer in graph.layers):
+            candidates.insert(0, BookKeeping(graph))
     probe = _Probe.of(model, input_shape)
     return next((candidate for candidate in candidates if probe.agrees(candidate)), None)
 

@@ -6,7 +6,7 @@ never differentiated.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, bmm, channels_last
@@ -41,6 +41,10 @@ class Layer(ABC):
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in the module's order."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def is_split(self, trained: Collection[str]) -> bool:
+        """Whether ``trained`` names one of weight and bias alone: a book holds both."""
+        return 0 < len(set(self.names).intersection(trained)) < len(self.names)
 
     @abstractmethod
     def arrange(self, x: Activations) -> Activations:

@@ -113,7 +113,7 @@ class Students:
         model = self.models[0]
         kept = {id(parameter) for parameter in trained(model)}
         names = frozenset(name for name, p in model.named_parameters() if id(p) in kept)
-        formulation = choose(model, self.input_shape, training=True) if names else None
+        formulation = choose(model, self.input_shape, training=True, trained=names) if names else None
         if formulation is None:
             return None
         gradients = Gradients(formulation, objective, clip_norm, names)
