@@ -18,9 +18,15 @@ addEventListener("load", () => {
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
     .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+  };
   const style = (element) => getComputedStyle(element);
-  const solid = (text) => { const n = numbers(text); return n.length >= 3 && (n.length < 4 || n[3] > 0) ? n : null; };
+  const solid = (text) => {
+    const n = numbers(text);
+    return n.length >= 3 && (n.length < 4 || n[3] > 0) ? n : null;
+  };
   const behind = (element) => {
     if (element.closest("svg")) {
       const badge = element.classList.contains("badge") && element.previousElementSibling;
@@ -48,16 +54,19 @@ addEventListener("load", () => {
   for (const one of document.body.querySelectorAll("*")) {
     if (one.closest(".scroll") && !one.matches(".scroll")) continue;
     const box = one.getBoundingClientRect();
-    if (box.width && (box.right > root.clientWidth + 0.5 || box.left < -0.5)) out.push(one.outerHTML.slice(0, 60));
+    const wide = box.right > root.clientWidth + 0.5 || box.left < -0.5;
+    if (box.width && wide) out.push(one.outerHTML.slice(0, 60));
   }
   for (const label of document.querySelectorAll("svg.trust text")) {
     const box = label.getBoundingClientRect(), inside = label.closest("svg").getBoundingClientRect();
-    if (box.right > inside.right + 0.5 || box.left < inside.left - 0.5) out.push(label.textContent);
+    if (box.right > inside.right + 0.5) out.push(label.textContent);
     const party = label.closest("g.party");
-    if (party && box.right > party.querySelector("rect").getBoundingClientRect().right) out.push(label.textContent);
+    const edge = party && party.querySelector("rect").getBoundingClientRect().right;
+    if (party && box.right > edge) out.push(label.textContent);
   }
   const pictures = [...document.images].filter((one) => !one.complete || !one.naturalWidth).length;
-  const result = { width: root.clientWidth, scroll: root.scrollWidth, page: style(document.body).backgroundColor,
+  const page = style(document.body).backgroundColor;
+  const result = { width: root.clientWidth, scroll: root.scrollWidth, page,
     texts, low, out, pictures, height: root.scrollHeight };
   const pre = document.createElement("pre"); pre.id = "measured"; pre.textContent = JSON.stringify(result);
   document.body.append(pre);
@@ -104,12 +113,9 @@ def measure(page: Path, scratch: Path, *, width: int, dark: bool) -> Measured:
     # The window is the frame's: a headless one is never narrower than 500, a frame in it may be.
     frame = scratch / "frame.html"
     frame.write_text(_FRAME.format(width=width, page=copy.name))
-    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += [
-        f"--user-data-dir={scratch / 'profile'}",
-        "--virtual-time-budget=20000",
-        "--window-size=1500,2000",
-    ]
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={scratch / 'profile'}"]
+    command += ["--window-size=1500,2000"]
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     found = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout, re.DOTALL)
@@ -120,9 +126,9 @@ def measure(page: Path, scratch: Path, *, width: int, dark: bool) -> Measured:
 _FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <iframe id="page" src="{page}" style="width: {width}px; height: 2000px; border: 0"></iframe>
 <script>
-const wait = setInterval(() => {{
+addEventListener("load", () => {{
   const found = document.getElementById("page").contentDocument.getElementById("measured");
-  if (found) {{ clearInterval(wait); document.body.append(document.importNode(found, true)); }}
-}}, 20);
+  document.body.append(document.importNode(found, true));
+}});
 </script>
 """
