@@ -162,7 +162,7 @@ def train(
 @app.command()
 def curve(
     epsilons: Annotated[
-        Text, typer.Option(help="Record-level budgets, comma-separated; inf is no DP. [1,3,8,inf]")
+        Text, typer.Option(help="Record-level budgets, comma-separated; inf is no DP. [1,3,inf]")
     ] = None,
     channels: Annotated[
         Text, typer.Option(help="Of plain, noised, secure, comma-separated. [plain,noised,secure]")
@@ -335,6 +335,46 @@ def membership(
         seed=seed,
     )
     membership_command(Path(run) if run is not None else None, request, as_json=json_)
+
+
+@audit.command()
+def reconstruction(
+    run: Annotated[Text, typer.Argument(help="The run's folder. [the latest under runs/]")] = None,
+    view: Annotated[
+        str,
+        typer.Option(
+            help="per_client_logits, secure_sum, secure_sum_colluding, teacher, student, gradient; all is "
+            "what the run has but teacher, which takes long."
+        ),
+    ] = "all",
+    attack: Annotated[
+        str,
+        typer.Option(
+            help="paired-logits, training-based, class-prototype, prior-matching, informed-adversary, or all."
+        ),
+    ] = "all",
+    trials: Annotated[int, typer.Option(help="Audited replays of each game, each with its own secret.")] = 50,
+    shadows: Annotated[int, typer.Option(help="Replays of each candidate that the attacks learn from.")] = 4,
+    candidates: Annotated[int, typer.Option(help="Records among which the secret one is drawn.")] = 10,
+    device: Annotated[int, typer.Option(help="Number of the audited device.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the secrets and the replays.")] = 0,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Rebuild what a device held, from what each view of a run shows. Exit code 3 is an alarm."""
+    from audits.commands import ReconstructionRequest, reconstruction_command
+
+    request = ReconstructionRequest(
+        view=view,
+        attack=attack,
+        trials=trials,
+        shadows=shadows,
+        candidates=candidates,
+        device=device,
+        seed=seed,
+    )
+    reconstruction_command(Path(run) if run is not None else None, request, as_json=json_)
 
 
 @audit.command()

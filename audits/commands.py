@@ -5,10 +5,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from audits.reconstruction.request import ReconstructionRequest
 from audits.request import MembershipRequest
 from privkd.errors import RunError
 
-__all__ = ["MembershipRequest", "latest_run", "mechanism_command", "membership_command"]
+__all__ = [
+    "MembershipRequest",
+    "ReconstructionRequest",
+    "latest_run",
+    "mechanism_command",
+    "membership_command",
+    "reconstruction_command",
+]
 
 _RUNS = Path("runs")
 
@@ -37,6 +45,31 @@ def membership_command(run: Path | None, request: MembershipRequest, *, as_json:
     else:
         print_report(report, curves)
     raise_alarm(report.findings)
+
+
+def reconstruction_command(run: Path | None, request: ReconstructionRequest, *, as_json: bool) -> None:
+    """Try to rebuild what the devices of ``run`` held, the latest by default, and print.
+
+    Raises:
+        AuditAlarm: a success rate lies above what the ledger allows; it was printed first.
+        PrivkdError: see its tree; the message is for people.
+    """
+    from audits.reconstruction.audit import audit_reconstruction
+    from audits.reconstruction.finding import raise_reconstruction_alarm
+    from audits.reconstruction.report import print_reconstruction, reconstruction_tree
+    from privkd.console import progress_on_stderr
+    from privkd.store import RunFolder
+
+    with RunFolder.resume(run or latest_run(_RUNS)) as folder:
+        with progress_on_stderr() as progress:
+            report = audit_reconstruction(folder, request, progress)
+        tree = reconstruction_tree(report)
+        folder.write_json("audit/reconstruction.json", tree)
+    if as_json:
+        _print_json(tree)
+    else:
+        print_reconstruction(report)
+    raise_reconstruction_alarm(report.findings)
 
 
 def mechanism_command(*, seed: int, as_json: bool) -> None:

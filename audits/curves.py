@@ -42,11 +42,11 @@ def draw(curves: Mapping[str, Sequence[Roc]], least_rate: float) -> dict[str, by
         curves: by view; must not be empty.
         least_rate: the lowest rate that the axes show, such as one over the number of non-members.
     """
-    figure = Figure(figsize=(_INCHES * len(curves), _INCHES + 0.9), layout="constrained")
+    figure = blank(_INCHES * len(curves), _INCHES + 0.9)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for panel, (view, attacks) in zip(panels, curves.items(), strict=True):
         _panel(panel, view, attacks, least_rate)
-    return {kind: _rendered(figure, kind) for kind in ("svg", "png")}
+    return {kind: rendered(figure, kind) for kind in ("svg", "png")}
 
 
 def _panel(panel: Axes, view: str, attacks: Sequence[Roc], least_rate: float) -> None:
@@ -77,7 +77,13 @@ def _thinned(points: int) -> NDArray[np.int64]:
     return np.unique(np.geomspace(1, points, min(points, _POINTS)).round().astype(np.int64)) - 1
 
 
-def _rendered(figure: Figure, kind: str) -> bytes:
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The figure as ``svg`` or ``png``."""
     buffer = BytesIO()
     # Without a date, equal curves are equal files.
     metadata = {"Date": None} if kind == "svg" else None

@@ -24,6 +24,7 @@ from dp_accounting import dp_event
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
+from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from privkd.composition import MAX_NOISE, Composition, compose
@@ -96,6 +97,19 @@ def price(events: Sequence[PrivacyEvent], delta: float) -> Bound:
 def upper_bound(events: Sequence[PrivacyEvent], delta: float) -> float:
     """``price(events, delta).high`` alone, which is cheaper. Raises as ``price`` does."""
     return _high(compose(events), _checked_delta(delta))[0]
+
+
+def delta_curve(events: Sequence[PrivacyEvent], epsilons: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Upper bounds on the delta at each of ``epsilons``, also negative ones, by privacy loss distributions.
+
+    A delta is 1 where they cannot carry the events: without sampling, with zCDP, or too many or too strong.
+    """
+    composed = compose(events)
+    priced = composed.sampled and not composed.infinite and not composed.rho
+    distribution = _distribution(composed, pessimistic=True) if priced else None
+    if distribution is None:
+        return np.ones_like(epsilons)
+    return np.minimum(np.asarray(distribution.get_delta_for_epsilon(epsilons)) + _slack(composed), 1.0)
 
 
 def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:

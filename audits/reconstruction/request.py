@@ -13,7 +13,9 @@ INFORMED = "informed-adversary"
 
 CHANNEL_VIEWS = ("per_client_logits", "secure_sum", "secure_sum_colluding")
 VIEWS = (*CHANNEL_VIEWS, "teacher", "student", "gradient")
-CLASS_ATTACKS = (PAIRED, TRAINING_BASED, PROTOTYPE)
+DECODERS = (PAIRED, TRAINING_BASED)
+"""They draw images, and nothing else."""
+CLASS_ATTACKS = (*DECODERS, PROTOTYPE)
 """They draw the class that the public set lacks."""
 ATTACKS_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(CHANNEL_VIEWS, (*CLASS_ATTACKS, MATCHING)),
@@ -42,7 +44,7 @@ class ReconstructionRequest:
     view: str = "all"
     attack: str = "all"
     trials: int = 50
-    shadows: int = 8
+    shadows: int = 4
     candidates: int = 10
     device: int = 0
     seed: int = 0

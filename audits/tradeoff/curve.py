@@ -1,13 +1,13 @@
 """A finished (or half finished) curve: its request, and what became of each cell."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from audits.estimators import TprAtFpr
-from audits.evidence.facts import RunFacts
+from audits.evidence.facts import RebuiltFacts, RunFacts
 from audits.evidence.parsing import read_json
 from audits.evidence.reading import is_run, read_run
 from audits.tradeoff.request import Cell, CurveRequest, command_of, request_of
@@ -49,6 +49,11 @@ class Row:
         rates = lead.tpr_at_fpr if lead else ()
         return next((r for r in rates if isinstance(r, TprAtFpr) and math.isclose(r.fpr, LEAK_FPR)), None)
 
+    def rebuilt(self, view: str) -> RebuiltFacts | None:
+        """The reconstruction attack on ``view``, the first if there are several."""
+        found = self.facts.reconstruction.findings if self.facts and self.facts.reconstruction else ()
+        return next((one for one in found if one.view == view), None)
+
     def lower(self, view: str) -> Finding | None:
         """The finding with the highest lower bound on ``view``."""
         membership = self.facts.membership if self.facts else None
@@ -82,7 +87,17 @@ class Curve:
     def views(self) -> tuple[str, ...]:
         """Every view that was audited in some cell, in the order of their first cell."""
         found = (row.facts.membership for row in self.rows if row.facts)
-        return tuple(dict.fromkeys(view for facts in found if facts for view in facts.views))
+        return _each_once(view for facts in found if facts for view in facts.views)
+
+    @property
+    def rebuilt_views(self) -> tuple[str, ...]:
+        """Every view from which a reconstruction was tried, likewise."""
+        found = (row.facts.reconstruction for row in self.rows if row.facts)
+        return _each_once(one.view for facts in found if facts for one in facts.findings)
+
+
+def _each_once(views: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(views))
 
 
 def cloud_view(channel: str) -> str:
