@@ -20,7 +20,16 @@ def rows_of(curve: Curve) -> list[Mapping[str, Value]]:
 
     Accuracies and rates are shares from 0 to 1, gains are in percentage points.
     """
-    return [{**_cell(row), **_bounds(row), **_utility(row), **_leaks(row, curve.views), **_rebuilt(row, curve.rebuilt_views)} for row in curve.rows]
+    return [
+        {
+            **_cell(row),
+            **_bounds(row),
+            **_utility(row),
+            **_leaks(row, curve.views),
+            **_rebuilt(row, curve.rebuilt_views),
+        }
+        for row in curve.rows
+    ]
 
 
 def as_csv(rows: Sequence[Mapping[str, Value]]) -> str:
