@@ -13,7 +13,7 @@ from typing import Any
 import cells as bodies
 import numpy as np
 import pytest
-from evidence import audited, finding
+from evidence import audited, finding, rebuilt
 from running import SMALL, StopAt
 from typer.testing import CliRunner
 
@@ -77,6 +77,7 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Curve:
         )
         audited(folder, finding("per_client_logits", "distillation-lira"), finding(lower=0.1), *gradient)
         (folder / DONE).write_text(json.dumps({"key": cell.key}))
+    rebuilt(path / CELLS / done[0].folder)
     record = {"format": 1, "request": request_tree(request), "failed": {lost.folder: "out of luck"}}
     (path / "curve.json").write_text(json.dumps(record))
     return read_curve(path)
@@ -223,6 +224,9 @@ def test_the_table_has_a_row_a_cell_and_all_its_bounds(curve: Curve) -> None:
     assert low < mid < high
     assert float(first["student_epsilon_lower"]) == 0.1
     assert first["per_client_logits_tpr_at_fpr_0.01"] == "0.02"
+    assert first["secure_sum_picked"] == "0.12"
+    assert first["secure_sum_picked_ceiling"] == "0.8"
+    assert rows[1]["secure_sum_picked"] == ""
     assert all(len(row) == len(first) for row in rows)
 
 
