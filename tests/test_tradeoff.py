@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,6 +229,15 @@ def test_the_table_has_a_row_a_cell_and_all_its_bounds(curve: Curve) -> None:
     assert first["secure_sum_picked_ceiling"] == "0.8"
     assert rows[1]["secure_sum_picked"] == ""
     assert all(len(row) == len(first) for row in rows)
+
+
+def test_a_damaged_cell_costs_no_other(curve: Curve, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(curve.path, tmp_path / "copy"))
+    ledger = path / CELLS / curve.rows[0].cell.folder / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace("dp_sgd", "dp_sgx", 1))
+    found = read_curve(path)
+    assert len(found.done) == len(curve.done) - 1
+    assert "ledger.jsonl" in found.failed[0].reason
 
 
 def test_points_join_seeds(curve: Curve) -> None:

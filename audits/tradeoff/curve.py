@@ -13,7 +13,7 @@ from audits.evidence.reading import is_run, read_run
 from audits.tradeoff.request import Cell, CurveRequest, command_of, request_of
 from audits.tradeoff.worker import is_done
 from audits.verdict import Finding
-from privkd.errors import ConfigError, RunError
+from privkd.errors import ConfigError, PrivkdError, RunError
 
 RECORD = "curve.json"
 CELLS = "cells"
@@ -134,7 +134,7 @@ def read_curve(path: Path) -> Curve:
     """All that lies in the folder of a curve.
 
     Raises:
-        RunError: not a curve, or a file of it is damaged.
+        RunError: not a curve, or its request is damaged. A cell that is damaged has failed.
     """
     request, reasons = read_request(path)
     return Curve(path, request, tuple(_row(path, cell, reasons) for cell in request.cells))
@@ -143,6 +143,10 @@ def read_curve(path: Path) -> Curve:
 def _row(path: Path, cell: Cell, reasons: Mapping[str, str]) -> Row:
     folder = path / CELLS / cell.folder
     if is_done(cell, folder):
-        return Row(cell, read_run(folder), "")
+        try:
+            return Row(cell, read_run(folder), "")
+        except PrivkdError as error:
+            # The other cells are worth no less for it.
+            return Row(cell, None, " ".join(str(error).split()))
     started = "was interrupted: go on with --resume" if is_run(folder) else "was not started"
     return Row(cell, None, reasons.get(cell.folder, started))

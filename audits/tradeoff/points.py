@@ -96,13 +96,13 @@ def pareto_front(gains: Sequence[float], leaks: Sequence[float]) -> list[int]:
     return front[::-1]
 
 
-def seeds_note(points: Sequence[Point]) -> str:
-    """What the bars are, in words."""
+def seeds_note(points: Sequence[Point], mark: str = "bars") -> str:
+    """What a figure rests on, and what its ``mark`` (bars, or brackets) is."""
     counts = sorted({point.seeds for point in points})
     if counts == [1]:
-        return "one seed; bars: 95 % interval of its own test set or members"
+        return f"one seed; {mark}: 95 % interval of its own test set or members"
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"means over {many} seeds; bars: 95 % interval over seeds (Student's t)"
+    return f"means over {many} seeds; {mark}: 95 % interval over seeds (Student's t)"
 
 
 def _share(interval: Interval | None) -> Interval | None:
