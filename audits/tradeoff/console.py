@@ -86,9 +86,9 @@ def print_curve(curve: Curve, files: tuple[str, ...]) -> None:
     if points:
         console.print(_table(points))
         console.print(
-            f"Accuracies in %, gain in points over zero devices; {seeds_note(points, 'brackets')}. Epsilon per "
-            "record: mean lower bound of attacks on what the cloud sees (95 % confidence in each run), and the "
-            "ledger's upper bound.",
+            f"Accuracies in %, gain in points over zero devices; {seeds_note(points, 'brackets')}. "
+            "Epsilon per record: mean lower bound of attacks on what the cloud sees (95 % confidence in each "
+            "run), and the ledger's upper bound.",
             highlight=False,
         )
     for row in curve.failed:
