@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privkd.channel import Channel, PlainChannel, open_channel
 from privkd.config import ModelConfig, RunConfig
 from privkd.controls import Controls, mean_accuracy, measure_controls
 from privkd.data import build_scenario
-from privkd.data.scenario import Scenario
+from privkd.data.scenario import LabelledSet, Scenario
 from privkd.errors import ConfigError
 from privkd.events import PartyId, PrivacyEvent, Unit
 from privkd.fitting import accuracy, logits_of
@@ -51,16 +51,17 @@ class Run:
     """A finished run: its last state and what it is measured against.
 
     ``public_only`` is the mean accuracy of the students after public distillation alone, ``personal`` the
-    mean on each device's own test set (NaN without any, and in a deployment).
+    mean on each device's own test set (NaN without any, and in a deployment), ``example`` one public input.
     """
 
     plan: Plan
     state: State
-    scenario: Scenario
+    example: Tensor
     public_only: float
     personal: float
     controls: Controls
     ledger: Ledger
+    test: LabelledSet
 
 
 def run(config: RunConfig, folder: RunFolder, progress: Progress, *, resumed: bool = False) -> Run:
@@ -249,11 +250,12 @@ class Game:
         return Run(
             self.plan,
             state,
-            scenario=self.scenario,
+            example=self.scenario.public.inputs[:1],
             public_only=state.figures[0].students,
             personal=statistics.fmean(personal) if personal else math.nan,
             controls=controls,
             ledger=self.ledger,
+            test=self.scenario.test,
         )
 
     def blank(self) -> tuple[nn.Module, list[nn.Module]]:

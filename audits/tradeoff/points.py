@@ -31,7 +31,7 @@ class Point:
         """The largest upper bound on record epsilon among the runs."""
         return max(row.facts.spent(Unit.RECORD) for row in self.rows if row.facts)
 
-    def accuracy(self, figure: Callable[[Accuracies], Interval]) -> Interval | None:
+    def accuracy(self, figure: Callable[[Accuracies], Interval | None]) -> Interval | None:
         """Mean of one accuracy."""
         return _share(self._measured(figure))
 
@@ -40,10 +40,11 @@ class Point:
         """Accuracy that the teacher gained over its zero-device control."""
         return self._measured(lambda measured: measured.gain)
 
-    def _measured(self, figure: Callable[[Accuracies], Interval]) -> Interval | None:
+    def _measured(self, figure: Callable[[Accuracies], Interval | None]) -> Interval | None:
         """Mean of one figure; a difference is so paired over seeds."""
         measured = [row.facts.accuracies for row in self.rows if row.facts]
-        return _over_seeds([figure(one) for one in measured if one])
+        found = [figure(one) for one in measured if one]
+        return _over_seeds([interval for interval in found if interval])
 
     def leak_rate(self, view: str) -> Interval | None:
         """TPR at 1 % FPR."""
