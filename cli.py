@@ -166,7 +166,7 @@ def train(
 @app.command()
 def curve(
     epsilons: Annotated[
-        Text, typer.Option(help="Record-level budgets, comma-separated; inf is no DP. [1,3,8,inf]")
+        Text, typer.Option(help="Record-level budgets, comma-separated; inf is no DP. [1,3,inf]")
     ] = None,
     channels: Annotated[
         Text, typer.Option(help="Of plain, noised, secure, comma-separated. [plain,noised,secure]")

@@ -19,7 +19,7 @@ from privkd.config import ModelConfig, RunConfig
 from privkd.controls import Controls, mean_accuracy, measure_controls, personal_accuracy
 from privkd.credentials import noise_root, service_options
 from privkd.data import build_scenario
-from privkd.data.scenario import Scenario
+from privkd.data.scenario import LabelledSet, Scenario
 from privkd.errors import ConfigError
 from privkd.events import PartyId, PrivacyEvent, Unit
 from privkd.fitting import accuracy, logits_of
@@ -59,16 +59,17 @@ class Run:
     """A finished run: its last state and what it is measured against.
 
     ``public_only`` is the mean accuracy of the students after public distillation alone, ``student`` an
-    untrained one.
+    untrained one, ``example`` one public input.
     """
 
     plan: Plan
     state: State
     student: nn.Module
-    scenario: Scenario
+    example: Tensor
     public_only: float
     controls: Controls
     ledger: Ledger
+    test: LabelledSet
 
 
 def run(game: "Game", folder: RunFolder, progress: Progress, *, resumed: bool = False) -> Run:
@@ -274,10 +275,11 @@ class Game:
             self.plan,
             state,
             student=fresh[0],
-            scenario=self.scenario,
+            example=self.scenario.public.inputs[:1],
             public_only=state.figures[0].students,
             controls=controls,
             ledger=self.ledger,
+            test=self.scenario.test,
         )
 
     def blank(self) -> tuple[nn.Module, list[nn.Module]]:

@@ -100,12 +100,11 @@ def result_tree(result: Result) -> dict[str, Any]:
 
 def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Result:
     state, controls, figures = finished.state, finished.controls, finished.state.figures
-    example = finished.scenario.public.inputs[:1]
     teacher = TeacherResult(
         before=figures[0].teacher,
         after=figures[-1].teacher,
         control=figures[-1].control,
-        latency_ms=latency_ms(state.teacher, example),
+        latency_ms=latency_ms(state.teacher, finished.example),
         parameters=parameter_count(state.teacher),
     )
     student = StudentResult(
@@ -114,14 +113,14 @@ def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Resul
         direct=controls.direct,
         direct_private=controls.direct_private,
         public_only=finished.public_only,
-        latency_ms=latency_ms(finished.student, example),
+        latency_ms=latency_ms(finished.student, finished.example),
         parameters=parameter_count(finished.student),
     )
     return Result(
         run=str(path),
         seed=config.seed,
         channel=config.channel.kind,
-        test=_test_set(finished.scenario.test),
+        test=_test_set(finished.test),
         teacher=teacher,
         student=student,
         ledger=finished.ledger.statement(),

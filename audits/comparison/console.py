@@ -47,7 +47,8 @@ def print_curves(comparison: CurveComparison) -> None:
     title = f"B - A, paired over common seeds, {100 * CONFIDENCE:g} % intervals"
     table = _table(title, "channel", ">epsilon", ">seeds", ">teacher", ">students", ">gain over zero devices")
     for point in comparison.points:
-        changes = (points(point.teacher), points(point.students), points(point.gain))
+        students = points(point.students) if point.students else "-"
+        changes = (points(point.teacher), students, points(point.gain))
         table.add_row(point.channel, spelt(point.epsilon), str(point.seeds), *changes)
     console.print(table)
     for point in comparison.points:

@@ -17,7 +17,7 @@ class PointComparison:
         seeds: common to both.
         teacher: ``second - first`` of the teacher's accuracy, paired over seeds; a single seed has the
             interval of its test set.
-        students: likewise.
+        students: likewise; ``None`` where it was not measured.
         gain: likewise, of what was gained over zero devices.
         runs: the pairs themselves.
     """
@@ -26,7 +26,7 @@ class PointComparison:
     epsilon: float
     seeds: int
     teacher: Interval
-    students: Interval
+    students: Interval | None
     gain: Interval
     runs: tuple[RunComparison, ...]
 
@@ -81,12 +81,16 @@ def _point(channel: str, epsilon: float, runs: list[RunComparison]) -> PointComp
         channel,
         epsilon,
         len(runs),
-        teacher=_paired([one["teacher after the run"] for one in changes]),
-        students=_paired([one["students, mean"] for one in changes]),
-        gain=_paired([run.gain.change for run in runs]),
+        teacher=_mean([one["teacher after the run"] for one in changes]),
+        students=_paired([one["students, mean"] for one in changes if "students, mean" in one]),
+        gain=_mean([run.gain.change for run in runs]),
         runs=tuple(runs),
     )
 
 
-def _paired(changes: list[Interval]) -> Interval:
+def _paired(changes: list[Interval]) -> Interval | None:
+    return _mean(changes) if changes else None
+
+
+def _mean(changes: list[Interval]) -> Interval:
     return changes[0] if len(changes) == 1 else mean_over_seeds([change.estimate for change in changes])

@@ -44,7 +44,7 @@ def _point(point: PointComparison) -> dict[str, Any]:
         "epsilon": spelt(point.epsilon),
         "seeds": point.seeds,
         "teacher": asdict(point.teacher),
-        "students": asdict(point.students),
+        "students": point.students and asdict(point.students),
         "gain": asdict(point.gain),
         "runs": [runs_tree(run) for run in point.runs],
     }

@@ -203,11 +203,14 @@ def gain(facts: RunFacts) -> Section:
         tuple((name, percent(share), meaning) for name, share, meaning in _accuracies(measured)),
     )
     better = "better" if measured.gain.low > 0 else "not clearly better"
+    students = measured.student_gain
     words = (
         f"Through the devices the teacher gained {points(measured.gain)} over its control with zero devices: "
-        f"it is {better} at 95 % confidence. The students gained {points(measured.student_gain)} over public "
-        "distillation alone.",
-        "Both were measured on the same records; the intervals take them as independent, which widens them.",
+        f"it is {better} at 95 % confidence.",
+        "How well the students do was not measured: it is not the cloud's to know."
+        if students is None
+        else f"The students gained {points(students)} over public distillation alone.",
+        "All were measured on the same records; the intervals take them as independent, which widens them.",
     )
     return Section("gain", title, words, tables=(table,))
 
@@ -219,20 +222,17 @@ def _no_accuracies(facts: RunFacts) -> str:
 
 
 def _accuracies(measured: Accuracies) -> list[tuple[str, Interval, str]]:
+    own = "not covered by the ledger"
     rows = [
         ("teacher after the run", measured.teacher, "the result"),
         ("teacher before", measured.before, "trained on public data alone"),
         ("control: teacher, zero devices", measured.control, "self-distilled as often, without any device"),
         ("students, mean", measured.students, "on the devices, after the run"),
         ("students, public distillation only", measured.public_only, "before any private record"),
+        ("student trained directly, same budget", measured.direct_private, own),
+        ("student trained directly, no DP", measured.direct, own),
     ]
-    if measured.direct_private is not None:
-        rows.append(
-            ("student trained directly, same budget", measured.direct_private, "not covered by the ledger")
-        )
-    if measured.direct is not None:
-        rows.append(("student trained directly, no DP", measured.direct, "not covered by the ledger"))
-    return rows
+    return [(name, share, meaning) for name, share, meaning in rows if share is not None]
 
 
 def unprotected(facts: RunFacts) -> Section:

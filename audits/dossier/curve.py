@@ -52,7 +52,7 @@ def _leak(curve: Curve, figure: Figure | None) -> Section:
         return Section("leak", title, words, commands=(command,))
     found = points_of(curve)
     table = Table(
-        f"The cloud's view, by channel and budget; {seeds_note(found)}",
+        f"The cloud's view, by channel and budget; {seeds_note(found, 'brackets')}",
         columns(
             "channel",
             "view",
@@ -133,7 +133,7 @@ def _ledger_rows(point: Point) -> list[tuple[str, ...]]:
 def _gain(curve: Curve, figure: Figure | None) -> Section:
     found = points_of(curve)
     table = Table(
-        f"Accuracy on the global test set; {seeds_note(found)}" if found else "Accuracy",
+        f"Accuracy on the global test set; {seeds_note(found, 'brackets')}" if found else "Accuracy",
         columns(
             "channel",
             ">budget, epsilon per record",

@@ -12,6 +12,7 @@ def as_markdown(page: Page) -> str:
     """The page; whatever a run's files say is text in it, never markup."""
     lines = [f"# {_text(page.title)}", _text(page.subtitle), f"## {_text(page.verdict.word)}"]
     lines += [_text(sentence) for sentence in page.verdict.sentences]
+    lines += ["What is left to do:"] * bool(page.verdict.commands)
     lines += [_code(command) for command in page.verdict.commands]
     for section in page.sections:
         lines += _section(section)

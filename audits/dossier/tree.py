@@ -92,5 +92,6 @@ def _statement(row: Statement) -> dict[str, Any]:
 
 def _accuracies(measured: Accuracies) -> dict[str, Any]:
     tree = {name: value for name, value in asdict(measured).items() if name != "digest"}
-    gains = {"teacher_gain": asdict(measured.gain), "students_gain": asdict(measured.student_gain)}
+    students = measured.student_gain
+    gains = {"teacher_gain": asdict(measured.gain), "students_gain": students and asdict(students)}
     return {"test_set_sha256": measured.digest, **tree, **gains}

@@ -54,9 +54,9 @@ class Accuracies:
         teacher: after the last round.
         before: the teacher before any device.
         control: the teacher self-distilled with zero devices.
-        students: mean over the devices.
+        students: mean over the devices; ``None`` was not computed, as is right in a deployment.
         public_only: likewise, after public distillation alone.
-        direct: students trained directly, no DP; ``None`` was not computed.
+        direct: students trained directly, no DP; likewise.
         direct_private: students trained directly, same budget; likewise.
     """
 
@@ -64,8 +64,8 @@ class Accuracies:
     teacher: Interval
     before: Interval
     control: Interval
-    students: Interval
-    public_only: Interval
+    students: Interval | None
+    public_only: Interval | None
     direct: Interval | None
     direct_private: Interval | None
 
@@ -75,8 +75,10 @@ class Accuracies:
         return difference(self.teacher, self.control)
 
     @property
-    def student_gain(self) -> Interval:
+    def student_gain(self) -> Interval | None:
         """What the private records added to the students."""
+        if self.students is None or self.public_only is None:
+            return None
         return difference(self.students, self.public_only)
 
 

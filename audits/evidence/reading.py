@@ -127,7 +127,7 @@ def _accuracies(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Accuracie
         def measured(model: str, figure: str) -> Interval:
             return share(number(tree[model][figure]), records)
 
-        def control(figure: str) -> Interval | None:
+        def student(figure: str) -> Interval | None:
             return None if tree["student"][figure] is None else measured("student", figure)
 
         return Accuracies(
@@ -135,10 +135,10 @@ def _accuracies(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Accuracie
             teacher=measured("teacher", "after"),
             before=measured("teacher", "before"),
             control=measured("teacher", "control"),
-            students=measured("student", "mean"),
-            public_only=measured("student", "public_only"),
-            direct=control("direct"),
-            direct_private=control("direct_private"),
+            students=student("mean"),
+            public_only=student("public_only"),
+            direct=student("direct"),
+            direct_private=student("direct_private"),
         )
 
 

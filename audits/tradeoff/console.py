@@ -86,8 +86,9 @@ def print_curve(curve: Curve, files: tuple[str, ...]) -> None:
     if points:
         console.print(_table(points))
         console.print(
-            f"Accuracies in % of the test set, {seeds_note(points)}. Leak: attacks on what the cloud sees; "
-            "lower bounds on epsilon per record hold with 95 % confidence in each run.",
+            f"Accuracies in %, gain in points over zero devices; {seeds_note(points, 'brackets')}. "
+            "Epsilon per record: mean lower bound of attacks on what the cloud sees (95 % confidence in each "
+            "run), and the ledger's upper bound.",
             highlight=False,
         )
     for row in curve.failed:
@@ -100,18 +101,17 @@ def _table(points: tuple[Point, ...]) -> Table:
     table = Table(
         title="Privacy against utility", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for name in ("channel", "eps asked", "eps <=", "teacher", "gain", "students", "eps >=", "TPR@1%"):
-        table.add_column(name, justify="left" if name == "channel" else "right", no_wrap=True)
+    for name in ("channel", "asked", "eps >=/<=", "teacher", "gain", "students", "TPR@1%"):
+        table.add_column(name, justify="left" if name == "channel" else "right", overflow="fold")
     for point in points:
         view = cloud_view(point.channel)
         table.add_row(
             point.channel,
             spelt(point.epsilon),
-            f"{point.upper:.4g}",
+            f"{_bound(point.lower(view))}/{point.upper:.3g}",
             _percent(point.accuracy(lambda a: a.teacher)),
             _percent(point.gain),
             _percent(point.accuracy(lambda a: a.students)),
-            _bound(point.lower(view)),
             _percent(point.leak_rate(view)),
         )
     return table
@@ -120,7 +120,7 @@ def _table(points: tuple[Point, ...]) -> Table:
 def _percent(interval: Interval | None) -> str:
     if interval is None:
         return "-"
-    return f"{100 * interval.estimate:.1f} [{100 * interval.low:.1f},{100 * interval.high:.1f}]"
+    return f"{100 * interval.estimate:.1f}\n[{100 * interval.low:.1f},{100 * interval.high:.1f}]"
 
 
 def _bound(interval: Interval | None) -> str:

@@ -1,19 +1,19 @@
 """A finished (or half finished) curve: its request, and what became of each cell."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from audits.estimators import TprAtFpr
-from audits.evidence.facts import RunFacts
+from audits.evidence.facts import RebuiltFacts, RunFacts
 from audits.evidence.parsing import read_json
 from audits.evidence.reading import is_run, read_run
 from audits.tradeoff.request import Cell, CurveRequest, command_of, request_of
 from audits.tradeoff.worker import is_done
 from audits.verdict import Finding
-from privkd.errors import ConfigError, RunError
+from privkd.errors import ConfigError, PrivkdError, RunError
 
 RECORD = "curve.json"
 CELLS = "cells"
@@ -49,6 +49,11 @@ class Row:
         rates = lead.tpr_at_fpr if lead else ()
         return next((r for r in rates if isinstance(r, TprAtFpr) and math.isclose(r.fpr, LEAK_FPR)), None)
 
+    def rebuilt(self, view: str) -> RebuiltFacts | None:
+        """The reconstruction attack on ``view``, the first if there are several."""
+        found = self.facts.reconstruction.findings if self.facts and self.facts.reconstruction else ()
+        return next((one for one in found if one.view == view), None)
+
     def lower(self, view: str) -> Finding | None:
         """The finding with the highest lower bound on ``view``."""
         membership = self.facts.membership if self.facts else None
@@ -82,7 +87,17 @@ class Curve:
     def views(self) -> tuple[str, ...]:
         """Every view that was audited in some cell, in the order of their first cell."""
         found = (row.facts.membership for row in self.rows if row.facts)
-        return tuple(dict.fromkeys(view for facts in found if facts for view in facts.views))
+        return _each_once(view for facts in found if facts for view in facts.views)
+
+    @property
+    def rebuilt_views(self) -> tuple[str, ...]:
+        """Every view from which a reconstruction was tried, likewise."""
+        found = (row.facts.reconstruction for row in self.rows if row.facts)
+        return _each_once(one.view for facts in found if facts for one in facts.findings)
+
+
+def _each_once(views: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(views))
 
 
 def cloud_view(channel: str) -> str:
@@ -119,7 +134,7 @@ def read_curve(path: Path) -> Curve:
     """All that lies in the folder of a curve.
 
     Raises:
-        RunError: not a curve, or a file of it is damaged.
+        RunError: not a curve, or its request is damaged. A cell that is damaged has failed.
     """
     request, reasons = read_request(path)
     return Curve(path, request, tuple(_row(path, cell, reasons) for cell in request.cells))
@@ -128,6 +143,10 @@ def read_curve(path: Path) -> Curve:
 def _row(path: Path, cell: Cell, reasons: Mapping[str, str]) -> Row:
     folder = path / CELLS / cell.folder
     if is_done(cell, folder):
-        return Row(cell, read_run(folder), "")
+        try:
+            return Row(cell, read_run(folder), "")
+        except PrivkdError as error:
+            # The other cells are worth no less for it.
+            return Row(cell, None, " ".join(str(error).split()))
     started = "was interrupted: go on with --resume" if is_run(folder) else "was not started"
     return Row(cell, None, reasons.get(cell.folder, started))

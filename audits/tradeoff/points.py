@@ -31,21 +31,25 @@ class Point:
         """The largest upper bound on record epsilon among the runs."""
         return max(row.facts.spent(Unit.RECORD) for row in self.rows if row.facts)
 
-    def accuracy(self, figure: Callable[[Accuracies], Interval]) -> Interval | None:
-        """Mean of one accuracy, or of a difference of two, which is then paired over seeds."""
-        return _over_seeds(
-            [figure(row.facts.accuracies) for row in self.rows if row.facts and row.facts.accuracies]
-        )
+    def accuracy(self, figure: Callable[[Accuracies], Interval | None]) -> Interval | None:
+        """Mean of one accuracy."""
+        return _share(self._measured(figure))
 
     @property
     def gain(self) -> Interval | None:
         """Accuracy that the teacher gained over its zero-device control."""
-        return self.accuracy(lambda measured: measured.gain)
+        return self._measured(lambda measured: measured.gain)
+
+    def _measured(self, figure: Callable[[Accuracies], Interval | None]) -> Interval | None:
+        """Mean of one figure; a difference is so paired over seeds."""
+        measured = [row.facts.accuracies for row in self.rows if row.facts]
+        found = [figure(one) for one in measured if one]
+        return _over_seeds([interval for interval in found if interval])
 
     def leak_rate(self, view: str) -> Interval | None:
         """TPR at 1 % FPR."""
         rates = [row.leak_rate(view) for row in self.rows]
-        return _over_seeds([Interval(r.estimate, r.low, r.high, r.members) for r in rates if r])
+        return _share(_over_seeds([Interval(r.estimate, r.low, r.high, r.members) for r in rates if r]))
 
     def lower(self, view: str) -> Interval | None:
         """Mean of the lower bounds on record epsilon, never below zero."""
@@ -93,13 +97,20 @@ def pareto_front(gains: Sequence[float], leaks: Sequence[float]) -> list[int]:
     return front[::-1]
 
 
-def seeds_note(points: Sequence[Point]) -> str:
-    """What the bars are, in words."""
+def seeds_note(points: Sequence[Point], mark: str = "bars") -> str:
+    """What a figure rests on, and what its ``mark`` (bars, or brackets) is."""
     counts = sorted({point.seeds for point in points})
     if counts == [1]:
-        return "one seed; bars: 95 % interval of its own test set or members"
+        return f"one seed; {mark}: 95 % interval of its own test set or members"
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"means over {many} seeds; bars: 95 % interval over seeds (Student's t)"
+    return f"means over {many} seeds; {mark}: 95 % interval over seeds (Student's t)"
+
+
+def _share(interval: Interval | None) -> Interval | None:
+    """Student's interval does not know that a share lies from 0 to 1."""
+    if interval is None:
+        return None
+    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
 
 
 def _over_seeds(intervals: Sequence[Interval]) -> Interval | None:

@@ -38,7 +38,7 @@ class CurveRequest:
         overrides: likewise, as ``a.b=value``.
     """
 
-    epsilons: tuple[float, ...] = (1.0, 3.0, 8.0, math.inf)
+    epsilons: tuple[float, ...] = (1.0, 3.0, math.inf)
     channels: tuple[str, ...] = CHANNELS
     seeds: int = 3
     audits: tuple[str, ...] = ("membership",)

@@ -20,7 +20,16 @@ def rows_of(curve: Curve) -> list[Mapping[str, Value]]:
 
     Accuracies and rates are shares from 0 to 1, gains are in percentage points.
     """
-    return [{**_cell(row), **_bounds(row), **_utility(row), **_leaks(row, curve.views)} for row in curve.rows]
+    return [
+        {
+            **_cell(row),
+            **_bounds(row),
+            **_utility(row),
+            **_leaks(row, curve.views),
+            **_rebuilt(row, curve.rebuilt_views),
+        }
+        for row in curve.rows
+    ]
 
 
 def as_csv(rows: Sequence[Mapping[str, Value]]) -> str:
@@ -96,6 +105,21 @@ def _spread(name: str, interval: Interval | None, scale: float = 1) -> Mapping[s
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     values = interval.estimate, interval.low, interval.high
     return dict(zip((name, f"{name}_low", f"{name}_high"), (scale * value for value in values), strict=True))
+
+
+def _rebuilt(row: Row, views: Sequence[str]) -> Mapping[str, Value]:
+    """For each view: how often the secret record was picked, beside chance and the ledger's ceiling."""
+    found: dict[str, Value] = {}
+    for view in views:
+        one = row.rebuilt(view)
+        found[f"{view}_picked_attack"] = one.attack if one else None
+        found[f"{view}_picked_unit"] = one.unit.value if one else None
+        found |= _spread(f"{view}_picked", one.success if one else None)
+        found[f"{view}_picked_confidence"] = one.success.confidence if one else None
+        found[f"{view}_picked_trials"] = one.success.n if one else None
+        found[f"{view}_picked_chance"] = one.chance if one else None
+        found[f"{view}_picked_ceiling"] = one.ceiling if one else None
+    return found
 
 
 def _leaks(row: Row, views: Sequence[str]) -> Mapping[str, Value]:

@@ -43,7 +43,7 @@ def _teacher(measured: Accuracies) -> Interval:
     return measured.teacher
 
 
-def _students(measured: Accuracies) -> Interval:
+def _students(measured: Accuracies) -> Interval | None:
     return measured.students
 
 
@@ -76,7 +76,7 @@ def _lines(panel: Axes, here: Sequence[Point], ceiling: Point | None) -> None:
 def _series(
     panel: Axes,
     here: Sequence[Point],
-    figure_of: Callable[[Accuracies], Interval],
+    figure_of: Callable[[Accuracies], Interval | None],
     places: Mapping[float, int],
     style: tuple[str, str, float],
 ) -> None:

@@ -12,10 +12,13 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from audits.tradeoff.request import Cell
 from privkd.errors import PrivkdError, RunError, one_line
+
+if TYPE_CHECKING:
+    from privkd.store import RunFolder
 
 DONE = "cell.json"
 """Written last: what determined the cell's finished audits."""
@@ -118,18 +121,36 @@ def _is_finished(journal: Any) -> bool:
 def _audit(cell: Cell, path: Path, progress: PipedProgress) -> None:
     from privkd.store import RunFolder
 
-    request = cell.request
     with RunFolder.resume(path) as folder:
-        if "membership" in request.audits:
-            from audits.membership import audit_membership
-            from audits.report import report_tree, write_curves
-            from audits.request import MembershipRequest
-
-            asked = MembershipRequest(shadows=request.shadows, targets=request.targets)
-            report = audit_membership(folder, asked, progress)
-            write_curves(folder, report.scored)
-            folder.write_json("audit/membership.json", report_tree(report))
+        for audit in cell.request.audits:
+            _AUDITS[audit](cell, folder, progress)
         folder.write_json(DONE, {"key": cell.key})
+
+
+def _membership(cell: Cell, folder: "RunFolder", progress: PipedProgress) -> None:
+    from audits.membership import audit_membership
+    from audits.report import report_tree, write_curves
+    from audits.request import MembershipRequest
+
+    # Each seed has coins of its own, or an interval over seeds would leave them out.
+    request = MembershipRequest(shadows=cell.request.shadows, targets=cell.request.targets, seed=cell.seed)
+    report = audit_membership(folder, request, progress)
+    write_curves(folder, report.scored)
+    folder.write_json("audit/membership.json", report_tree(report))
+
+
+def _reconstruction(cell: Cell, folder: "RunFolder", progress: PipedProgress) -> None:
+    from audits.reconstruction.audit import audit_reconstruction
+    from audits.reconstruction.report import reconstruction_tree
+    from audits.reconstruction.request import MATCHING, ReconstructionRequest
+
+    # The one attack that every view and every kind of record has.
+    request = ReconstructionRequest(attack=MATCHING, seed=cell.seed)
+    report = audit_reconstruction(folder, request, progress)
+    folder.write_json("audit/reconstruction.json", reconstruction_tree(report))
+
+
+_AUDITS = {"membership": _membership, "reconstruction": _reconstruction}
 
 
 def _peak() -> int:

@@ -1,0 +1,41 @@
+"""Bodies of worker processes for tests: light to import, as each process does so."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from audits.tradeoff.request import Cell
+from audits.tradeoff.worker import Failed, Finished, Stage
+
+
+def by_seed(cell: Cell, path: Path, pipe: Connection) -> None:
+    """Ends as the cell's seed says: done, failed, killed, gone."""
+    match cell.seed:
+        case 0:
+            pipe.send(Stage("at it"))
+            pipe.send(Finished(1000))
+        case 1:
+            pipe.send(Failed("no such data"))
+        case 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case _:
+            sys.exit(7)
+
+
+def hungry(cell: Cell, path: Path, pipe: Connection) -> None:
+    """Says that it needed a gigabyte."""
+    pipe.send(Finished(2**30))
+
+
+def lasting(cell: Cell, path: Path, pipe: Connection) -> None:
+    """Starts a process of its own, writes down both, and stays."""
+    os.setsid()
+    child = subprocess.Popen(["sleep", "60"])
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "pids").write_text(f"{os.getpid()} {child.pid}")
+    pipe.send(Stage("started"))
+    time.sleep(60)

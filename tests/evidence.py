@@ -1,0 +1,71 @@
+"""Audits made up for tests: what a report, a curve or a comparison reads back from a run's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from audits.estimators import Auc, TprAtFpr
+from audits.report import REPLAY_NOTE, finding_tree
+from audits.verdict import Finding, Refused
+from privkd.events import Unit
+from privkd.result import plain
+
+PNG = b"\x89PNG\r\n\x1a\nmade up"
+
+
+def finding(view: str = "student", attack: str = "lira-online", lower: float = 0.2, **other: Any) -> Finding:
+    """One finding; its upper bound is what the ledger will say when it is read."""
+    rate = TprAtFpr(0.02, 0.014, 0.028, 0.01, 0.5, 22, 1100, 11, 1100, 0.95)
+    fields: dict[str, Any] = {
+        "view": view,
+        "attack": attack,
+        "unit": Unit.RECORD,
+        "auc": Auc(0.55, 0.53, 0.57, 1100, 1100, 0.95),
+        "tpr_at_fpr": (rate, Refused(0.001, "too few")),
+        "epsilon_lower": lower,
+        "epsilon_upper": 3.0,
+        "delta": 1e-5,
+        "confidence": 0.95,
+        "members": 1100,
+        "nonmembers": 1100,
+        "estimator": "one_run",
+    }
+    return Finding(**fields | other)
+
+
+def audited(path: Path, *findings: Finding) -> None:
+    """Leave a membership audit in the run's folder."""
+    tree = {"run": str(path), "target": REPLAY_NOTE, "views": [plain(finding_tree(one)) for one in findings]}
+    _write(path / "audit" / "membership.json", tree)
+
+
+def rebuilt(path: Path, **other: Any) -> None:
+    """Leave a reconstruction audit with one finding and one picture in the run's folder."""
+    row: dict[str, Any] = {
+        "view": "secure_sum",
+        "attack": "prior-matching",
+        "target": "one record",
+        "unit": "record",
+        "prior": "uniform among 10 records",
+        "reidentification": {
+            "estimate": 0.12,
+            "low": 0.05,
+            "high": 0.24,
+            "chance": 0.1,
+            "trials": 50,
+            "confidence": 0.95,
+        },
+        "ceiling": 0.8,
+        "verdict": "within bound",
+    }
+    grid = other.pop("grid", "audit/grid.png")
+    (path / "audit").mkdir(exist_ok=True)
+    (path / "audit" / "grid.png").write_bytes(PNG)
+    _write(
+        path / "audit" / "reconstruction.json", {"views": [row | other], "grids": [grid], "notes": ["a note"]}
+    )
+
+
+def _write(path: Path, tree: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(tree))
