@@ -169,7 +169,7 @@ def fastest_mode(model: nn.Module, inputs: Tensor) -> GradSampleMode:
     try:
         alone = [torch.autograd.grad(_curved(probed(record)), parameters) for record in records.split(1)]
         _curved(_wrapped(probed, "ew")(records)).backward()
-        found = [parameter.grad_sample for parameter in parameters]
+        found: list[Tensor] = [getattr(parameter, "grad_sample") for parameter in parameters]  # noqa: B009
         same = all(
             torch.allclose(each, torch.stack(truth), rtol=1e-3, atol=1e-5)
             for each, truth in zip(found, zip(*alone, strict=True), strict=True)
