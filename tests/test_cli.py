@@ -16,6 +16,7 @@ from rich.console import Console
 from running import SMALL, StopAt, play, same
 
 import privkd.doctor
+import privkd.federation
 from cli import app
 from privkd.console import LiveProgress, progress_on_stderr
 from privkd.errors import ChannelError
@@ -428,3 +429,16 @@ class TestProgress:
         captured = capsys.readouterr()
         assert captured.out == ""
         assert len(captured.err.splitlines()) == 2, "a line each, however long"
+
+
+def test_the_data_are_read_once_a_start(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[object] = []
+    real = privkd.federation.build_scenario
+
+    def counted(*given: Any) -> Any:
+        reads.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(privkd.federation, "build_scenario", counted)
+    assert command("train", *SMALL_RUN, "--out", "run").code == 0
+    assert len(reads) == 1
