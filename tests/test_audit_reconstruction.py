@@ -161,7 +161,7 @@ def test_equal_candidates_meet_equal_randomness(replays: Replays) -> None:
 
 def test_replays_are_read_back(replays: Replays, monkeypatch: pytest.MonkeyPatch) -> None:
     first = replays.record_trials
-    again = Replays(replays.side, replays.folder, FEW, Silent())
+    again = Replays(replays.side, replays.cache.folder, FEW, Silent())
     monkeypatch.setattr(DeviceSide, "replay", None)
     assert torch.equal(again.record_trials.answers, first.answers)
 

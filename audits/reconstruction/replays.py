@@ -51,7 +51,6 @@ class Replays:
         self, side: DeviceSide, folder: RunFolder, request: ReconstructionRequest, progress: Progress
     ) -> None:
         self.side = side
-        self.folder = folder
         self.request = request
         self.progress = progress
         self.cache = Cache(folder, GameKey("reconstruction", request.device, request.seed))

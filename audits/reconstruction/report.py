@@ -11,9 +11,15 @@ from rich.text import Text
 from audits.estimators import TprAtFpr
 from audits.reconstruction.finding import ReconstructionFinding, ReconstructionReport
 from audits.reconstruction.measures import FALSE_POSITIVE_RATE
-from audits.report import REPLAY_NOTE, STYLES
+from audits.report import REPLAY_NOTE
 from audits.verdict import Refused
 from privkd.result import plain
+
+_VERDICTS = {
+    "within bound": ("within", "green"),
+    "no bound claimed": ("no bound", "yellow"),
+    "ALARM": ("ALARM", "bold red"),
+}
 
 
 def finding_tree(finding: ReconstructionFinding) -> dict[str, Any]:
@@ -113,7 +119,6 @@ def _table(report: ReconstructionReport) -> Table:
 
 def _row(finding: ReconstructionFinding) -> list[str | Text]:
     success = finding.success
-    words = {"within bound": "within", "no bound claimed": "no bound", "ALARM": "ALARM"}
     return [
         finding.attack,
         f"{_percent(success.estimate)} [{100 * success.low:.0f},{100 * success.high:.0f}]",
@@ -121,7 +126,7 @@ def _row(finding: ReconstructionFinding) -> list[str | Text]:
         f"{_percent(finding.ceiling)} ({finding.unit.value})" if finding.claimed else "-",
         _rate(finding.tpr_at_fpr),
         _likeness(finding),
-        Text(words[finding.verdict], style=STYLES[finding.verdict]),
+        Text(*_VERDICTS[finding.verdict]),
     ]
 
 
