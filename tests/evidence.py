@@ -33,9 +33,12 @@ def finding(view: str = "student", attack: str = "lira-online", lower: float = 0
     return Finding(**fields | other)
 
 
-def audited(path: Path, *findings: Finding) -> None:
-    """Leave a membership audit in the run's folder."""
+def audited(path: Path, *findings: Finding, labels: bool = False) -> None:
+    """Leave a membership audit in the run's folder, with a look at a device's classes where asked."""
     tree = {"run": str(path), "target": REPLAY_NOTE, "views": [plain(finding_tree(one)) for one in findings]}
+    if labels:
+        row = {"view": "secure_sum", "gain": 0.3, "low": 0.2, "high": 0.4, "confidence": 0.95}
+        tree["label_distributions"] = [row | {"blind": 0.9, "devices": 16}]
     _write(path / "audit" / "membership.json", tree)
 
 
