@@ -102,7 +102,9 @@ def membership(facts: RunFacts) -> Section:
         words.append(_relation(found.findings[0]))
     if found.labels:
         tables.append(_classes(facts, found.labels))
-    return Section("membership", title, tuple(words), tables=tuple(tables))
+    alt = "ROC curves of the attacks: true-positive against false-positive rate, both axes logarithmic"
+    drawn = (Figure("audit/roc.png", "png", found.curves, alt),) if found.curves else ()
+    return Section("membership", title, tuple(words), tables=tuple(tables), figures=drawn)
 
 
 def _relation(finding: Finding) -> str:

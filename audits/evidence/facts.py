@@ -1,7 +1,7 @@
 """What is known of one run: plain frozen values, read once and never changed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -104,12 +104,19 @@ class LabelFacts:
 
 @dataclass(frozen=True)
 class MembershipFacts:
-    """The membership audit's findings, each beside the upper bound of the ledger as it is now; ``labels`` are
-    about devices' classes, and empty where nobody asked."""
+    """The membership audit's findings.
+
+    Attributes:
+        target: what was attacked, in words.
+        findings: each beside the upper bound of the ledger as it is now.
+        labels: about devices' classes; empty where nobody asked.
+        curves: the ROC curves as PNG, if they were drawn.
+    """
 
     target: str
     findings: tuple[Finding, ...]
     labels: tuple[LabelFacts, ...]
+    curves: bytes | None = field(repr=False)
 
     @property
     def views(self) -> tuple[str, ...]:

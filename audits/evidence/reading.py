@@ -21,7 +21,7 @@ from audits.evidence.facts import (
 )
 from audits.evidence.intervals import Interval, share
 from audits.evidence.parsing import count, number, read_json, well_formed
-from audits.evidence.rebuilt import RECONSTRUCTION, read_reconstruction
+from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
 from audits.verdict import Finding, Refused
 from privkd.charges import decode_charge
 from privkd.config import load_config
@@ -165,7 +165,9 @@ def _membership(path: Path, statements: tuple[Statement, ...]) -> MembershipFact
         labels = tuple(_label(row) for row in tree.get("label_distributions", ()))
         if not findings and not labels:
             raise ValueError("no finding")
-        return MembershipFacts(str(tree["target"]), findings, labels)
+        curves = path.parent / "roc.png"
+        drawn = read_picture(path.parent, curves.name) if curves.exists() else None
+        return MembershipFacts(str(tree["target"]), findings, labels, drawn)
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
