@@ -130,7 +130,13 @@ class DeviceSide:
         return F.softmax(logits_of(self.transcript.exchanges[round].teacher, self.queries(round)), dim=-1)
 
     def replay(
-        self, shards: Sequence[LabelledSet], devices: Sequence[int], seed: int, role: str, report: Report
+        self,
+        shards: Sequence[LabelledSet],
+        devices: Sequence[int],
+        seed: int,
+        role: str,
+        report: Report,
+        places: Sequence[int] | None = None,
     ) -> Replayed:
         """Play all rounds for one device a shard, as one vectorised program.
 
@@ -138,10 +144,11 @@ class DeviceSide:
             shards: the training records of each.
             devices: the number of the run's device that each stands for, which decides its architecture.
             seed: of the replays' own noise and samples.
-            role: names the replays' random streams, with their place in ``shards``.
+            role: names the replays' random streams, with their ``places``.
             report: see `Report`.
+            places: equal ones share one random stream. ``None``: their place in ``shards``.
         """
-        fleet = self._fleet(shards)
+        fleet = self._fleet(shards, range(len(shards)) if places is None else places)
         students: list[nn.Module] = []
         answers = []
         for round in range(self.rounds):
@@ -183,6 +190,8 @@ class DeviceSide:
             return fleet.fit(students, targets, fit, derive_seed(seed, "audit", role, round), done)
         return fleet.train_private(students, targets, mechanism, randomness, done)
 
-    def _fleet(self, shards: Sequence[LabelledSet]) -> Fleet:
-        devices = tuple(Device(f"replay-{number:04d}", shard, shard) for number, shard in enumerate(shards))
+    def _fleet(self, shards: Sequence[LabelledSet], places: Sequence[int]) -> Fleet:
+        devices = tuple(
+            Device(f"replay-{place:04d}", shard, shard) for place, shard in zip(places, shards, strict=True)
+        )
         return Fleet(devices, self.game.config.student)

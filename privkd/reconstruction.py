@@ -55,7 +55,7 @@ def reconstruction_ceiling(events: Sequence[PrivacyEvent], kappa: float) -> floa
 
 
 def _from_curve(events: Sequence[PrivacyEvent], kappa: float) -> float:
-    """min over epsilon of e^epsilon kappa + delta(epsilon); every epsilon, also a negative one, gives a bound."""
+    """min over epsilon of e^epsilon kappa + delta(epsilon); any epsilon, even below 0, gives a bound."""
     epsilons = np.linspace(_LEAST_EPSILON, -math.log(kappa), _POINTS)
     return float((np.exp(epsilons) * kappa + delta_curve(events, epsilons)).min())
 

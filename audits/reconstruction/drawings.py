@@ -18,7 +18,6 @@ from audits.reconstruction.replays import Played, Replays, by_candidate
 from audits.reconstruction.request import INFORMED, PAIRED, PROTOTYPE
 from audits.reconstruction.secrets import Floats, Secrets, numbers
 from audits.release import per_client
-from audits.traces import Cache, GameKey
 from privkd.data.scenario import LabelledSet
 from privkd.fitting import logits_of
 from privkd.noise import NoiseRoot
@@ -65,11 +64,12 @@ def draw_class(replays: Replays, view: str, attack: str) -> Drawn:
 def draw_record(replays: Replays, view: str, attack: str) -> Drawn:
     """One of the attacks on a single record of the device."""
     secret = replays.records
-    candidates, trials = numbers(secret.candidates.inputs), replays.record_trials
+    candidates = numbers(secret.candidates.inputs)
     if attack == INFORMED:
-        shadows = replays.record_shadows
+        trials, shadows = replays.informed_trials, replays.informed_shadows
         images = rebuild_records(trials.weights, shadows.weights, numbers(secret.public.inputs))
         return Drawn(images, candidates, resemblance(images, candidates), secret.secrets)
+    trials = replays.record_trials
     count, known = len(candidates), replays.record_candidates
     if view == "student":
         learned = CandidateReplays.of(by_candidate(known.logits, count))

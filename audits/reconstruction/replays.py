@@ -51,6 +51,7 @@ class Replays:
         self, side: DeviceSide, folder: RunFolder, request: ReconstructionRequest, progress: Progress
     ) -> None:
         self.side = side
+        self.folder = folder
         self.request = request
         self.progress = progress
         self.cache = Cache(folder, GameKey("reconstruction", request.device, request.seed))
@@ -84,7 +85,7 @@ class Replays:
     def class_trials(self) -> Played:
         """The audited device with each trial's secret class."""
         first = self.first_round
-        return self._played("class-trial", first, [self.classes.shards], first.queries(0))
+        return self._played("class-trial", first, self.classes.shards, first.queries(0))
 
     @cached_property
     def class_others(self) -> Tensor:
@@ -108,25 +109,40 @@ class Replays:
     @cached_property
     def record_trials(self) -> Played:
         """The audited device with each trial's secret record."""
-        secret = self.records
-        shards = [secret.shard(_one(secret.candidates, int(index))) for index in secret.secrets]
-        return self._played("record-trial", self.side, [shards], secret.candidates.inputs)
+        return self._played("record-trial", self.side, self._secret_shards, self.records.candidates.inputs)
 
     @cached_property
     def record_candidates(self) -> Played:
-        """``shadows`` replays with each candidate in turn, with equal randomness for all."""
+        """``shadows`` replays with each candidate in turn, with equal randomness for all candidates."""
         secret, count = self.records, self.request.shadows
         rows = range(len(secret.candidates))
-        # A replay's random stream is named by its place in a call, so each candidate gets a call of its own.
-        calls = [[secret.shard(_one(secret.candidates, row))] * count for row in rows]
-        return self._played("record-candidate", self.side, calls, secret.candidates.inputs)
+        shards = [secret.shard(_one(secret.candidates, row)) for row in rows for _ in range(count)]
+        places = [shadow for _ in rows for shadow in range(count)]
+        return self._played("record-candidate", self.side, shards, secret.candidates.inputs, places)
 
     @cached_property
-    def record_shadows(self) -> Played:
-        """Replays with one public record each in the place of the secret one."""
+    def informed_trials(self) -> Played:
+        """`record_trials` as the informed adversary sees them, who knows all but the record and the noise.
+
+        Without DP there is no noise, and it knows the batches too: all replays draw the same.
+        """
+        if self.side.game.mechanism is not None:
+            return self.record_trials
+        shards, inputs = self._secret_shards, self.records.candidates.inputs
+        return self._played("informed-trial", self.side, shards, inputs, [0] * len(shards))
+
+    @cached_property
+    def informed_shadows(self) -> Played:
+        """Replays with one public record each in the place of the secret one, as `informed_trials`."""
         secret = self.records
         shards = [secret.shard(_one(secret.public, row)) for row in range(len(secret.public))]
-        return self._played("record-shadow", self.side, [shards], secret.candidates.inputs)
+        places = None if self.side.game.mechanism is not None else [0] * len(shards)
+        return self._played("informed", self.side, shards, secret.candidates.inputs, places)
+
+    @property
+    def _secret_shards(self) -> list[LabelledSet]:
+        secret = self.records
+        return [secret.shard(_one(secret.candidates, int(index))) for index in secret.secrets]
 
     @cached_property
     def record_others(self) -> Tensor:
@@ -146,26 +162,24 @@ class Replays:
         return total if view == "secure_sum" else crowd.colluding(played.answers, total)
 
     def _played(
-        self, what: str, side: DeviceSide, calls: Sequence[Sequence[LabelledSet]], inputs: Tensor
+        self,
+        what: str,
+        side: DeviceSide,
+        shards: Sequence[LabelledSet],
+        inputs: Tensor,
+        places: Sequence[int] | None = None,
     ) -> Played:
         request = self.request
 
         def compute() -> dict[str, Tensor]:
-            answers: list[Tensor] = []
-            students: list[nn.Module] = []
-            for number, shards in enumerate(calls):
-
-                def report(done: int, of: int, before: int = number) -> None:
-                    self.progress.advance(before * of + done, len(calls) * of)
-
-                devices = [request.device] * len(shards)
-                replayed = side.replay(shards, devices, request.seed, what, report)
-                answers.append(replayed.answers)
-                students.extend(replayed.students)
+            # Without DP, the informed adversary's trials and shadows share one stream: one role for both.
+            role = "informed" if what.startswith("informed") else what
+            devices = [request.device] * len(shards)
+            replayed = side.replay(shards, devices, request.seed, role, self.progress.advance, places)
             return {
-                "answers": torch.cat(answers),
-                "logits": side.answer(students, inputs),
-                "weights": self._moved(students),
+                "answers": replayed.answers,
+                "logits": side.answer(replayed.students, inputs),
+                "weights": self._moved(replayed.students),
             }
 
         self.progress.stage(f"audit: replays ({what})")
