@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from audits.estimators import Auc, TprAtFpr
+from audits.reconstruction.finding import ReconstructionFinding, ReconstructionReport, Success
+from audits.reconstruction.report import reconstruction_tree
 from audits.report import REPLAY_NOTE, finding_tree
 from audits.verdict import Finding, Refused
 from privkd.events import Unit
@@ -33,37 +35,38 @@ def finding(view: str = "student", attack: str = "lira-online", lower: float = 0
     return Finding(**fields | other)
 
 
-def audited(path: Path, *findings: Finding) -> None:
-    """Leave a membership audit in the run's folder."""
+def audited(path: Path, *findings: Finding, labels: bool = False) -> None:
+    """Leave a membership audit in the run's folder, with a look at a device's classes where asked."""
     tree = {"run": str(path), "target": REPLAY_NOTE, "views": [plain(finding_tree(one)) for one in findings]}
+    if labels:
+        row = {"view": "secure_sum", "gain": 0.3, "low": 0.2, "high": 0.4, "confidence": 0.95}
+        tree["label_distributions"] = [row | {"blind": 0.9, "devices": 16}]
     _write(path / "audit" / "membership.json", tree)
 
 
 def rebuilt(path: Path, **other: Any) -> None:
     """Leave a reconstruction audit with one finding and one picture in the run's folder."""
-    row: dict[str, Any] = {
-        "view": "secure_sum",
-        "attack": "prior-matching",
-        "target": "one record",
-        "unit": "record",
-        "prior": "uniform among 10 records",
-        "reidentification": {
-            "estimate": 0.12,
-            "low": 0.05,
-            "high": 0.24,
-            "chance": 0.1,
-            "trials": 50,
-            "confidence": 0.95,
-        },
-        "ceiling": 0.8,
-        "verdict": "within bound",
-    }
+    found = ReconstructionFinding(
+        view="secure_sum",
+        attack="prior-matching",
+        target="one record",
+        unit=Unit.RECORD,
+        prior="uniform among 10 records",
+        success=Success(0.12, 0.05, 0.24, chance=0.1, trials=50, confidence=0.95),
+        ceiling=0.8,
+        claimed=True,
+        images=None,
+        attributes=None,
+        tpr_at_fpr=None,
+        likeness=None,
+        alarm_low=0.04,
+    )
     grid = other.pop("grid", "audit/grid.png")
     (path / "audit").mkdir(exist_ok=True)
     (path / "audit" / "grid.png").write_bytes(PNG)
-    _write(
-        path / "audit" / "reconstruction.json", {"views": [row | other], "grids": [grid], "notes": ["a note"]}
-    )
+    tree = reconstruction_tree(ReconstructionReport(str(path), "secure", (found,), (grid,), ("a note",)))
+    tree["views"][0] |= other
+    _write(path / "audit" / "reconstruction.json", tree)
 
 
 def _write(path: Path, tree: Any) -> None:

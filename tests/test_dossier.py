@@ -70,6 +70,14 @@ def test_a_report_is_written_in_all_its_forms(run: Path) -> None:
     assert "| view | attack |" in markdown
 
 
+def test_what_the_answers_tell_of_classes_is_a_matter_of_the_device(run: Path) -> None:
+    audited(run, labels=True)
+    (table,) = run_page(read_run(run)).sections[2].tables
+    told = ("secure_sum", "the classes show", "0.300 [0.200, 0.400] at 95 %", "0.900 nats", "16")
+    assert table.rows[0][:-1] == told
+    assert report(run).exit_code == 0
+
+
 def test_it_needs_nothing_from_elsewhere(run: Path) -> None:
     report(run)
     html = (run / "report.html").read_text()
@@ -192,6 +200,14 @@ def test_a_bound_that_is_no_number_is_refused(run: Path, value: str) -> None:
     file = run / "audit" / "membership.json"
     file.write_text(file.read_text().replace('"epsilon_lower": 0.2', f'"epsilon_lower": {value}'))
     assert report(run).exit_code == 2
+
+
+def test_a_ledger_that_was_cut_short_is_found_out(run: Path) -> None:
+    ledger = run / "ledger.jsonl"
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    result = report(run)
+    assert result.exit_code == 2
+    assert "lost charges" in result.stderr
 
 
 def test_a_ledger_that_is_gone_is_missed(run: Path) -> None:

@@ -1,11 +1,12 @@
 """The chapters of a run's report, each from the facts alone."""
 
 import math
+from collections.abc import Sequence
 
 from audits.dossier.drawing import trust_of
 from audits.dossier.page import Figure, Section, Table, columns
 from audits.estimators import TprAtFpr
-from audits.evidence.facts import Accuracies, RunFacts
+from audits.evidence.facts import Accuracies, LabelFacts, RunFacts
 from audits.evidence.intervals import Interval
 from audits.evidence.wording import epsilon_text, event_text, percent, points
 from audits.verdict import Finding, Refused
@@ -94,8 +95,29 @@ def membership(facts: RunFacts) -> Section:
         return Section(
             "membership", title, (_UNAUDITED,), commands=(f"privkd audit membership {facts.path}",)
         )
-    found = facts.membership.findings
-    table = Table(
+    found = facts.membership
+    tables, words = [], [found.target]
+    if found.findings:
+        tables.append(_guesses(found.findings))
+        words.append(_relation(found.findings[0]))
+    if found.labels:
+        tables.append(_classes(facts, found.labels))
+    alt = "ROC curves of the attacks: true-positive against false-positive rate, both axes logarithmic"
+    drawn = (Figure("audit/roc.png", "png", found.curves, alt),) if found.curves else ()
+    return Section("membership", title, tuple(words), tables=tuple(tables), figures=drawn)
+
+
+def _relation(finding: Finding) -> str:
+    return (
+        f"Neighbouring relation: {finding.unit.neighbouring_relation}; delta {finding.delta:g}. All "
+        f"lower bounds hold together with confidence {100 * finding.confidence:g} %: epsilon lies between "
+        "the lower bound and the ledger's. AUC 0.5, and a true-positive rate equal to the false-positive "
+        "rate, are chance."
+    )
+
+
+def _guesses(findings: Sequence[Finding]) -> Table:
+    return Table(
         "Membership attacks, by view",
         columns(
             "view",
@@ -109,16 +131,36 @@ def membership(facts: RunFacts) -> Section:
             ">guesses: members, others",
             "estimator",
         ),
-        tuple(_finding(finding) for finding in found),
+        tuple(_finding(finding) for finding in findings),
     )
-    words = (
-        f"Neighbouring relation: {found[0].unit.neighbouring_relation}; delta {found[0].delta:g}. All lower "
-        f"bounds hold together with confidence {100 * found[0].confidence:g} %: epsilon lies between the "
-        "lower bound and the ledger's. AUC 0.5, and a true-positive rate equal to the false-positive rate, "
-        "are chance.",
-        facts.membership.target,
+
+
+def _classes(facts: RunFacts, labels: Sequence[LabelFacts]) -> Table:
+    """What is told of a device's classes, beside the only bound that is about that."""
+    upper = epsilon_text(facts.spent(Unit.DEVICE))
+    return Table(
+        "A device's class histogram, guessed from its answers (unit: device)",
+        columns(
+            "view",
+            "what it tells",
+            ">nats nearer than a blind guess [interval]",
+            ">blind guess's divergence",
+            ">devices",
+            ">epsilon per device, ledger",
+        ),
+        tuple(
+            (
+                row.view,
+                "the classes show" if row.reveals else "nothing shown",
+                f"{row.gain.estimate:.3f} [{row.gain.low:.3f}, {row.gain.high:.3f}] at "
+                f"{100 * row.gain.confidence:g} %",
+                f"{row.blind:.3f} nats",
+                f"{row.gain.n:,}",
+                f"≤ {upper}",
+            )
+            for row in labels
+        ),
     )
-    return Section("membership", title, words, tables=(table,))
 
 
 def _finding(finding: Finding) -> tuple[str, ...]:

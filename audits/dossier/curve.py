@@ -29,6 +29,7 @@ def curve_sections(curve: Curve) -> tuple[Section, ...]:
         _trust(curve, done),
         _leak(curve, figures.get("leak")),
         _ledger(curve, figures.get("theory")),
+        _rebuilt(curve),
         _gain(curve, figures.get("utility")),
         _unprotected(done),
         _cells(curve),
@@ -128,6 +129,45 @@ def _ledger_rows(point: Point) -> list[tuple[str, ...]]:
                 )
             )
     return found
+
+
+def _rebuilt(curve: Curve) -> Section:
+    title = "Can anyone rebuild what was on a device?"
+    rows = [
+        (
+            row.cell.channel,
+            one.view,
+            epsilon_text(row.cell.epsilon),
+            f"{row.cell.seed}",
+            f"{percent(one.success)} at {100 * one.success.confidence:g} %",
+            f"{100 * one.chance:.1f} %",
+            "none claimed" if one.ceiling is None else f"{100 * one.ceiling:.1f} % per {one.unit}",
+            f"{one.success.n:,}",
+            one.verdict,
+        )
+        for row in curve.done
+        for view in curve.rebuilt_views
+        if (one := row.rebuilt(view))
+    ]
+    if not rows:
+        command = f"privkd curve --resume --audit membership,reconstruction --out {curve.path}"
+        return Section("rebuilt", title, ("Not audited: no reconstruction was tried.",), commands=(command,))
+    table = Table(
+        "Prior-aware matching: how often the secret record was picked among the candidates",
+        columns(
+            "channel",
+            "view",
+            ">budget, epsilon per record",
+            ">seed",
+            ">picked right [interval]",
+            ">chance",
+            ">ceiling from the ledger",
+            ">trials",
+            "verdict",
+        ),
+        tuple(rows),
+    )
+    return Section("rebuilt", title, tables=(table,))
 
 
 def _gain(curve: Curve, figure: Figure | None) -> Section:

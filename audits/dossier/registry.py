@@ -101,9 +101,9 @@ def _loss(facts: RunFacts, row: Statement) -> dict[str, Any]:
 
 
 def _audit_words(facts: RunFacts) -> str:
-    if facts.membership is None:
-        return "Unaudited."
-    best = max(facts.membership.findings, key=lambda finding: finding.epsilon_lower)
+    best = facts.membership.best if facts.membership else None
+    if best is None:
+        return "Membership is unaudited."
     return (
         f"Audited: epsilon per {best.unit} is at least {best.epsilon_lower:.3g} at "
         f"{100 * best.confidence:g} % confidence (view {best.view}); verdict: {facts.standing}."

@@ -37,6 +37,7 @@ def run_tree(facts: RunFacts) -> dict[str, Any]:
         else {
             "target": facts.membership.target,
             "findings": [finding_tree(finding) for finding in facts.membership.findings],
+            "label_distributions": [asdict(row) for row in facts.membership.labels],
         },
         "reconstruction": None
         if facts.reconstruction is None

@@ -80,8 +80,8 @@ def _promise(facts: RunFacts, unit: Unit) -> str:
 def _evidence(facts: RunFacts) -> tuple[str, ...]:
     """The strongest finding of each kind."""
     said = []
-    if facts.membership:
-        best = max(facts.membership.findings, key=lambda finding: finding.epsilon_lower)
+    best = facts.membership.best if facts.membership else None
+    if facts.membership and best:
         said.append(
             f"The strongest of {len(facts.membership.findings)} membership attacks ({best.attack}, view "
             f"{best.view}) shows that epsilon is at least {best.epsilon_lower:.2f} per {best.unit} "

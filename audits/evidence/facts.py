@@ -1,7 +1,7 @@
 """What is known of one run: plain frozen values, read once and never changed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -83,11 +83,40 @@ class Accuracies:
 
 
 @dataclass(frozen=True)
+class LabelFacts:
+    """What one view tells of devices' class histograms: a matter of the device, not of a record.
+
+    Attributes:
+        view: what the adversary sees.
+        gain: what the answers save of the divergence KL(true || guess), in nats; its ``n`` are the devices.
+        blind: divergence of the best guess without any answer, in nats.
+    """
+
+    view: str
+    gain: Interval
+    blind: float
+
+    @property
+    def reveals(self) -> bool:
+        """Whether the interval of the gain lies above zero."""
+        return self.gain.low > 0
+
+
+@dataclass(frozen=True)
 class MembershipFacts:
-    """The membership audit's findings, each beside the upper bound of the ledger as it is now."""
+    """The membership audit's findings.
+
+    Attributes:
+        target: what was attacked, in words.
+        findings: each beside the upper bound of the ledger as it is now.
+        labels: about devices' classes; empty where nobody asked.
+        curves: the ROC curves as PNG, if they were drawn.
+    """
 
     target: str
     findings: tuple[Finding, ...]
+    labels: tuple[LabelFacts, ...]
+    curves: bytes | None = field(repr=False)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -97,6 +126,11 @@ class MembershipFacts:
     def of(self, view: str) -> tuple[Finding, ...]:
         """The findings on one view."""
         return tuple(finding for finding in self.findings if finding.view == view)
+
+    @property
+    def best(self) -> Finding | None:
+        """The highest lower bound of all views, if membership was guessed at all."""
+        return max(self.findings, key=lambda finding: finding.epsilon_lower, default=None)
 
     def strongest(self, view: str) -> Finding:
         """The view's highest lower bound. As all lower bounds hold together, so does the highest."""

@@ -14,19 +14,20 @@ from audits.evidence.facts import (
     Accuracies,
     ChargeFacts,
     FileFacts,
+    LabelFacts,
     MembershipFacts,
     RoundFacts,
     RunFacts,
 )
 from audits.evidence.intervals import Interval, share
 from audits.evidence.parsing import count, number, read_json, well_formed
-from audits.evidence.rebuilt import RECONSTRUCTION, read_reconstruction
+from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
 from audits.verdict import Finding, Refused
 from privkd.charges import decode_charge
 from privkd.config import load_config
 from privkd.errors import RunError
 from privkd.events import PrivacyEvent, Unit
-from privkd.journal import Journal
+from privkd.journal import Head, Journal
 from privkd.ledger import Ledger, Statement
 
 MEMBERSHIP = "audit/membership.json"
@@ -54,10 +55,8 @@ def read_run(path: Path) -> RunFacts:
     config = load_config(path / "config.toml")
     with well_formed(path / "journal.jsonl"):
         rounds = tuple(_round(row) for row in journal if row.get("step") == "round")
-    ledger = Ledger.load(path / "ledger.jsonl") if (path / "ledger.jsonl").exists() else None
-    if ledger is None and len(rounds) > 1:
-        raise RunError(f"{path / 'ledger.jsonl'} is missing, so what the run spent is unknown: restore it")
-    finished = len(rounds) == config.rounds + 1 and (path / "result.json").exists()
+    ledger = _ledger(path / "ledger.jsonl", journal)
+    finished = any(row.get("step") == "finished" for row in journal)
     statements = ledger.statement() if ledger else ()
     return RunFacts(
         path=path,
@@ -74,6 +73,18 @@ def read_run(path: Path) -> RunFacts:
         files=tuple(_file(path, name) for name in _EVIDENCE if (path / name).is_file()),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
     )
+
+
+def _ledger(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Ledger | None:
+    """The ledger, with all that the journal saw of it; ``None`` before it was begun."""
+    with well_formed(path.parent / "journal.jsonl"):
+        heads = [row["ledger"] for row in journal if row.get("step") == "round" and row["ledger"]]
+        seen = Head(int(heads[-1]["lines"]), str(heads[-1]["digest"])) if heads else None
+    if not path.exists():
+        if seen is None:
+            return None
+        raise RunError(f"{path} is missing, so what the run spent is unknown: restore it")
+    return Ledger.load(path, at_least=seen)
 
 
 def _check_settings(path: Path, journal: tuple[Mapping[str, Any], ...]) -> None:
@@ -114,7 +125,7 @@ def _charges(path: Path) -> tuple[ChargeFacts, ...]:
 
 def _accuracies(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Accuracies | None:
     noted = [row.get("result") for row in journal if row.get("step") == "finished"]
-    if noted and noted[-1] != _digest(path / "result.json"):
+    if noted[-1] != _digest(path / "result.json"):
         raise RunError(f"{path / 'result.json'} was changed since the run finished: resume the run")
     tree = read_json(path / "result.json")
     with well_formed(path / "result.json"):
@@ -151,9 +162,12 @@ def _membership(path: Path, statements: tuple[Statement, ...]) -> MembershipFact
         findings = tuple(
             finding.against(upper.get(finding.unit, math.inf)) for finding in map(_finding, tree["views"])
         )
-        if not findings:
+        labels = tuple(_label(row) for row in tree.get("label_distributions", ()))
+        if not findings and not labels:
             raise ValueError("no finding")
-        return MembershipFacts(str(tree["target"]), findings)
+        curves = path.parent / "roc.png"
+        drawn = read_picture(path.parent, curves.name) if curves.exists() else None
+        return MembershipFacts(str(tree["target"]), findings, labels, drawn)
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
@@ -181,6 +195,12 @@ def _finding(row: Mapping[str, Any]) -> Finding:
         nonmembers=count(row["nonmembers"]),
         estimator=str(row["estimator"]),
     )
+
+
+def _label(row: Mapping[str, Any]) -> LabelFacts:
+    ends = {name: number(row[name]) for name in ("low", "high", "confidence")}
+    gain = Interval(estimate=number(row["gain"]), n=count(row["devices"]), **ends)
+    return LabelFacts(str(row["view"]), gain, number(row["blind"]))
 
 
 def _rate(row: Mapping[str, Any]) -> TprAtFpr | Refused:

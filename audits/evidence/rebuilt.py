@@ -27,7 +27,7 @@ def read_reconstruction(path: Path, tree: Mapping[str, Any] | None) -> Reconstru
         return ReconstructionFacts(
             findings=tuple(_finding(row) for row in tree["views"]),
             notes=tuple(str(note) for note in tree["notes"]),
-            grids=tuple((str(name), _picture(path, str(name))) for name in tree["grids"]),
+            grids=tuple((str(name), read_picture(path, str(name))) for name in tree["grids"]),
         )
 
 
@@ -54,15 +54,20 @@ def _finding(row: Mapping[str, Any]) -> RebuiltFacts:
     )
 
 
-def _picture(path: Path, name: str) -> bytes:
-    """A PNG of the run; a name that leads out of its folder is refused, for a report is passed on."""
+def read_picture(path: Path, name: str) -> bytes:
+    """A PNG in the folder ``path``; a name that leads out of it is refused, for a report is passed on.
+
+    Raises:
+        RunError: it cannot be read.
+        ValueError: it lies elsewhere, or is no PNG.
+    """
     file = (path / name).resolve()
     if not file.is_relative_to(path.resolve()):
-        raise ValueError(f"grid {name!r} lies outside of the run")
+        raise ValueError(f"picture {name!r} lies outside of the run")
     try:
         data = file.read_bytes()
     except OSError as error:
         raise RunError(f"{path / name}: {error.strerror or error}; make the audit anew") from None
     if not data.startswith(_PNG):
-        raise ValueError(f"grid {name!r} is no PNG")
+        raise ValueError(f"picture {name!r} is no PNG")
     return data
