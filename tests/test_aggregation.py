@@ -17,6 +17,7 @@ from torch import Tensor
 from privkd.aggregation import Rule, aggregate
 from privkd.channel import PlainChannel, Release
 from privkd.errors import ChannelError
+from privkd.reverse import project_on_simplex
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 ROBUST = tuple(rule for rule in RULES if rule != "mean")
@@ -135,7 +136,7 @@ class TestHostile:
 
 
 class TestThroughARun:
-    @pytest.mark.parametrize("rule", ROBUST)
+    @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("sent", [math.nan, -math.inf, 3e38])
     def test_one_hostile_device_stops_nobody(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, sent: float
@@ -146,6 +147,7 @@ class TestThroughARun:
         def release(channel: PlainChannel, answers: Tensor, **named: Any) -> Release:
             found = inner(channel, answers, **named)
             found.answers[-1] = sent
+            found.answers[-1, :, 0] /= 2
             return found
 
         monkeypatch.setattr(PlainChannel, "release", release)
@@ -155,6 +157,11 @@ class TestThroughARun:
         }
         for path, tensors in files.items():
             if path.name == "wire.safetensors":
-                assert tensors["answers"][-1].nan_to_num(1.0).unique().numel() == 1
+                assert tensors["answers"][-1].nan_to_num(1.0).unique().numel() <= 2
             else:
                 assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+    def test_a_huge_answer_is_still_projected(self) -> None:
+        points = torch.tensor([[1e30, 0.0, 3.0], [-1e30, 0.25, 0.75]], dtype=torch.float64)
+        expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]], dtype=torch.float64)
+        torch.testing.assert_close(project_on_simplex(points), expected)
