@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from rig import LIMITS, Rig, services_inside, soon, strike
 from running import play, same, small
+from safetensors.torch import load_file
 from scipy import stats
 
 from audits.membership import views_of
@@ -217,7 +218,7 @@ def test_an_audit_knows_what_a_vote_shows() -> None:
     assert views_of(game, "all") == ("student", "gradient")
     assert views_of(game, "student") == ("student",)
     for view in ("secure_sum", "teacher"):
-        with pytest.raises(ConfigError, match="under channel.aggregation 'votes' the views are"):
+        with pytest.raises(ConfigError, match="'votes' the views are student and gradient"):
             views_of(game, view)
 
 
@@ -326,5 +327,9 @@ def test_a_run_votes_and_its_repetition_is_the_same(tmp_path: Path) -> None:
     result = play(tmp_path / "a", *overrides)
     play(tmp_path / "b", *overrides)
     assert same(tmp_path / "a", tmp_path / "b")
+    wire = load_file(tmp_path / "a" / "rounds" / "001" / "wire.safetensors")
+    assert wire["answers"].shape == (12, 10)
+    assert set(wire["answers"].sum(-1).tolist()) == {0.0, 1.0}, "labels, and queries without one"
+    assert set(wire["answers"].flatten().tolist()) == {0.0, 1.0}
     device = next(row for row in result.ledger if row.unit == "device")
     assert 0.98 * 60 < device.epsilon.high <= 60
