@@ -157,7 +157,7 @@ class DeviceSide:
                 students = [starts[device % len(starts)] for device in devices]
             students = self._train(fleet, students, round, (seed, role), report)
             logits = fleet.answer(students, self.queries(round))
-            kind = self.game.config.channel.answers
+            kind = self.game.config.channel.sends
             answers.append(bounded_answers(logits, self.baseline(round), kind).cpu())
         return Replayed(tuple(students), torch.stack(answers, dim=1))
 

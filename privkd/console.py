@@ -206,6 +206,8 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 def _short(name: str, value: float) -> str:
+    if name == "answered":
+        return f"{value:.0f}"
     return _epsilon(value) if name.startswith("epsilon") else f"{value:.3f}"
 
 

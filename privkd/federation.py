@@ -222,7 +222,7 @@ class Game:
             self.config.reverse.selection,
             self._generator("queries", state.round),
         )
-        kind = self.config.channel.answers
+        kind = self.config.channel.sends
         prior = F.softmax(teacher_logits[queries], dim=-1)
         answers = bounded_answers(self.fleet.answer(students, proxy[queries]), prior, kind)
         self._debit(Unit.DEVICE, self.channel.event, state.round)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from privkd.errors import ConfigError
 
 ORDERS: NDArray[np.float64] = np.concatenate(
-    [1 + np.geomspace(0.05, 1, 12), np.arange(3, 65), 64 * 2.0 ** np.arange(0.25, 6.25, 0.25)]
+    [1 + np.geomspace(0.02, 10, 80), np.arange(12, 65), 64 * 2.0 ** np.arange(0.25, 6.25, 0.25)]
 )
 """Renyi orders at which the data-dependent price is taken."""
 

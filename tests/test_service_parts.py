@@ -185,6 +185,9 @@ def test_the_spool_takes_up_what_was_whole(tmp_path: Path, terms: RoundTerms) ->
     log = tmp_path / terms.folder / "uploads"
     whole = log.read_bytes()
     spool.add(header_of(second), second)
+    with pytest.raises(ChannelError, match="same bytes"):
+        spool.add(header_of(second), second[:-1])
+    spool.sync()
     both = log.read_bytes()
     assert [device for device, _ in spooled(spool.folder)] == ["a", "b"]
     # Whatever a crash leaves of the second, torn or not yet written, the first is there and no more.
@@ -208,6 +211,22 @@ def test_the_spool_takes_up_what_was_whole(tmp_path: Path, terms: RoundTerms) ->
 
 def flip_last(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_what_the_disk_refused_is_kept_by_the_next_sync(
+    tmp_path: Path, terms: RoundTerms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = RoundSpool.create(tmp_path / terms.folder, terms)
+    first, second = (prepare(np.ones(6), terms, device).envelopes[0] for device in ("a", "b"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", lambda descriptor, data, offset: len(data) - 1)
+        spool.add(header_of(first), first)
+        for _ in range(2):
+            with pytest.raises(ChannelError, match="a part of the uploads"):
+                spool.sync()
+    spool.add(header_of(second), second)
+    spool.sync()
+    assert dict(spooled(spool.folder)) == {"a": first, "b": second}
 
 
 def test_threads_share_syncs_and_none_is_acknowledged_before_its_own(

@@ -13,19 +13,25 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rig import LIMITS, Rig, services_inside, soon, strike
-from running import play, same
+from running import play, same, small
+from safetensors.torch import load_file
 from scipy import stats
 
+from audits.membership import views_of
 from privkd.channel import open_channel
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import NoPrivacy, ZCdp
+from privkd.federation import open_game
 from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.secure.admission import admit_terms
 from privkd.secure.backend import LocalGroup, RingBackend
 from privkd.secure.cloud import PartyGroup
+from privkd.secure.commands import KeysRequest, keys_command
 from privkd.secure.device import Upload, prepare, seal_integers
 from privkd.secure.endpoint import RefusedError
 from privkd.secure.envelope import upload_identifier
 from privkd.secure.local import LocalParties
+from privkd.secure.party import load_party
 from privkd.secure.posts import combine, vote_post
 from privkd.secure.remote import ServiceOptions
 from privkd.secure.shares import split
@@ -180,6 +186,40 @@ def test_a_group_without_a_third_party_holds_no_vote(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="a vote needs a third party"):
             hold(other, votes_of(4, 5, 3), 2)
         group.disconnect()
+        # A run is told before it begins, so before anything is spent.
+        rule = vote_rule(devices=4, queries=5, rho=None, threshold=0.5, threshold_share=0.5)
+        options = ServiceOptions(urls=tuple(service.url for service in services), votes=rule)
+        channel = open_channel("secure", clip_norm=1.0, root=ROOT, services=options)
+        with channel, pytest.raises(ConfigError, match="the services have none"):
+            channel.start()
+
+
+def test_a_party_holds_votes_to_its_own_price(tmp_path: Path) -> None:
+    keys_command(KeysRequest(tmp_path, 2, True, ("127.0.0.1",), 0, (), tls=False))
+    party = load_party(tmp_path / "party-0.toml")
+    votes = VoteTerms(classes=3, threshold=2, threshold_sigma2="7")
+    terms = RoundTerms(
+        round=1, keys=party.members[:2], entries=30, minimum=2, fraction_bits=0, bound=4, sigma2="5",
+        roster=("a", "b"), expires=int(time.time()) + 60, votes=votes,
+    )  # fmt: skip
+    price = float(terms.rho or 0)
+    for rho, kept in ((price, True), (0.99 * price, False)):
+        limits = party.limits.model_copy(update={"max_rho": rho})
+        bound = party.model_copy(update={"limits": limits})
+        if kept:
+            admit_terms(bound, terms)
+            continue
+        with pytest.raises(ChannelError, match="less noise"):
+            admit_terms(bound, terms)
+
+
+def test_an_audit_knows_what_a_vote_shows() -> None:
+    game = open_game(small("channel.kind=secure", "channel.aggregation=votes"))
+    assert views_of(game, "all") == ("student", "gradient")
+    assert views_of(game, "student") == ("student",)
+    for view in ("secure_sum", "teacher"):
+        with pytest.raises(ConfigError, match="'votes' the views are student and gradient"):
+            views_of(game, view)
 
 
 @pytest.mark.slow
@@ -287,5 +327,9 @@ def test_a_run_votes_and_its_repetition_is_the_same(tmp_path: Path) -> None:
     result = play(tmp_path / "a", *overrides)
     play(tmp_path / "b", *overrides)
     assert same(tmp_path / "a", tmp_path / "b")
+    wire = load_file(tmp_path / "a" / "rounds" / "001" / "wire.safetensors")
+    assert wire["answers"].shape == (12, 10)
+    assert set(wire["answers"].sum(-1).tolist()) == {0.0, 1.0}, "labels, and queries without one"
+    assert set(wire["answers"].flatten().tolist()) == {0.0, 1.0}
     device = next(row for row in result.ledger if row.unit == "device")
     assert 0.98 * 60 < device.epsilon.high <= 60

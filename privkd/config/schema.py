@@ -207,8 +207,8 @@ class ChannelConfig(Settings):
         kind: ``plain``, ``noised`` or ``secure``.
         aggregators: parties among which ``secure`` shares the answers.
         aggregation: what ``secure`` lets the cloud see of a query: the ``mean`` answer, or by ``votes`` the
-            class that won, where there is a consensus, and nothing else (Confident-GNMax). Votes are sent as
-            ``votes`` and need a third party.
+            class that won, where there is a consensus, and nothing else (Confident-GNMax). Devices then send
+            votes, and the group needs a third party.
         vote_threshold: share of the devices that must vote for one class to make a consensus.
         threshold_share: part of a vote's privacy that goes to finding out whether there is a consensus.
         answers: what a device sends for each query: ``probabilities``, ``votes`` (one-hot), or
@@ -259,13 +259,10 @@ class ChannelConfig(Settings):
         voting = self.aggregation == "votes"
         return bool(self.aggregator_urls) or self.minimum_devices is not None or noise_or_check or voting
 
-    @model_validator(mode="before")
-    @classmethod
-    def _votes_are_sent(cls, value: Any) -> Any:
-        default = cls.model_fields["answers"].default
-        if isinstance(value, dict) and value.get("aggregation") == "votes":
-            return value | {"answers": "votes"} if value.get("answers", default) == default else value
-        return value
+    @property
+    def sends(self) -> Literal["probabilities", "votes", "residuals"]:
+        """What a device sends for each query: ``answers``, unless it takes part in a vote."""
+        return "votes" if self.aggregation == "votes" else self.answers
 
     @model_validator(mode="after")
     def _of_services(self) -> Self:
@@ -274,8 +271,8 @@ class ChannelConfig(Settings):
                 "aggregation, aggregator_urls, minimum_devices, noise_from and norm_projections are for kind "
                 "'secure'"
             )
-        if self.aggregation == "votes" and self.answers != "votes":
-            raise ValueError(f"answers={self.answers!r}: under aggregation 'votes' devices send 'votes'")
+        if self.aggregation == "votes" and self.answers == "residuals":
+            raise ValueError("answers='residuals': under aggregation 'votes' devices send 'votes'")
         if self.aggregation == "votes" and self.noise_from == "devices":
             raise ValueError("noise_from='devices': the noise of votes is the aggregators'")
         return self

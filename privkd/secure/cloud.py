@@ -66,6 +66,11 @@ class PartyGroup:
         """The aggregators by rank, once ``keys`` was asked for."""
         return self._endpoints[: len(self._keys)]
 
+    @property
+    def third_party(self) -> bool:
+        """Whether the group has one, once ``keys`` was asked for."""
+        return len(self._endpoints) > len(self._keys)
+
     def keys(self, deadline: float) -> tuple[str, ...]:
         """The aggregators' public keys, by rank.
 

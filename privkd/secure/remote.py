@@ -149,7 +149,7 @@ class ServiceChannel(ChannelBase):
             return
         urls, tls = self._options.urls, self._options.tls
         if not urls:
-            third_party = self._options.projections > 0 or self._options.votes is not None
+            third_party = self._needs_third_party
             members = range(self.aggregators + third_party)
             keys = tuple(self._root.subkey("aggregator", rank) for rank in members)
             limits = {"step_seconds": self._deadline, "minimum_devices": 1}
@@ -162,7 +162,14 @@ class ServiceChannel(ChannelBase):
         found = len(self._group.keys(deadline))
         if found != self.aggregators:
             raise ConfigError(f"aggregators={self.aggregators}, but the services are a group of {found}")
+        if self._needs_third_party and not self._group.third_party:
+            raise ConfigError("votes and norm checks need a third party, and the services have none: "
+                              "`privkd keys --third-party` makes one")  # fmt: skip
         self._group.gather(deadline)
+
+    @property
+    def _needs_third_party(self) -> bool:
+        return self._options.projections > 0 or self._options.votes is not None
 
     def close(self) -> None:
         """End the local services; running ones go on. Idempotent."""

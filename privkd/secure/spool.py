@@ -48,6 +48,7 @@ class RoundSpool:
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
         self._places: dict[PartyId, _Place] = {}
+        self._waiting: dict[PartyId, bytes] = {}
         self._end = 0
         try:
             for start, envelope in _records(self._log, checked=True):
@@ -83,48 +84,40 @@ class RoundSpool:
             return device in self._places
 
     def add(self, header: Header, envelope: bytes) -> None:
-        """Keep a device's upload, whose header was checked; to be acknowledged after ``sync`` only.
+        """Take a device's upload, whose header was checked. It is kept once ``sync`` returns.
 
         The same bytes again change nothing.
 
         Raises:
-            ChannelError: other bytes of this device are held already, or the disk is full or not writable.
+            ChannelError: other bytes of this device are held already, or the log cannot be read.
         """
         with self._lock:
             place = self._places.get(header.device)
-            try:
-                if place is None:
-                    self._append(header, envelope)
-                    return
-                kept = self._read(place)
-            except OSError as error:
-                raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
-        if kept != envelope:
+            if place is None:
+                start = self._end + _RECORD.size
+                self._places[header.device] = _Place(header, start, len(envelope))
+                self._waiting[header.device] = envelope
+                self._end = start + len(envelope)
+                return
+            kept = self._waiting.get(header.device)
+        if (self._read(place) if kept is None else kept) != envelope:
             raise ChannelError(
                 f"{header.device}: another upload in this round was accepted before; "
                 "a retry sends the same bytes"
             )
 
-    def _append(self, header: Header, envelope: bytes) -> None:
-        record = _RECORD.pack(len(envelope), _checksum(envelope)) + envelope
-        with self._log.open("r+b", buffering=0) as log:
-            # Whatever a failed write left behind the end is overwritten.
-            written = os.pwrite(log.fileno(), record, self._end)
-            if written != len(record):
-                raise OSError(f"{written} of {len(record)} bytes were written")
-        start = self._end + _RECORD.size
-        self._places[header.device] = _Place(header, start, len(envelope))
-        self._end = start + len(envelope)
-
     def _read(self, place: _Place) -> bytes:
-        with self._log.open("rb", buffering=0) as log:
-            return os.pread(log.fileno(), place.size, place.start)
+        try:
+            with self._log.open("rb", buffering=0) as log:
+                return os.pread(log.fileno(), place.size, place.start)
+        except OSError as error:
+            raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
 
     def sync(self) -> None:
-        """Make all that was added durable. Threads that wait for one sync share the next.
+        """Make all that was added durable. Threads that wait while one syncs share the next.
 
         Raises:
-            ChannelError: the disk failed.
+            ChannelError: the disk is full or not writable. What was added still waits for a sync.
         """
         with self._lock:
             wanted = self._end
@@ -132,13 +125,20 @@ class RoundSpool:
             if self._durable >= wanted:
                 return
             with self._lock:
-                reached = self._end
+                batch, reached = dict(self._waiting), self._end
+            records = b"".join(part for envelope in batch.values() for part in (_head(envelope), envelope))
             try:
                 with self._log.open("r+b", buffering=0) as log:
+                    # Whatever a failed write left behind the end is overwritten.
+                    if os.pwrite(log.fileno(), records, self._durable) != len(records):
+                        raise OSError("the disk took a part of the uploads only")
                     os.fdatasync(log.fileno())
             except OSError as error:
                 raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
-            self._durable = reached
+            with self._lock:
+                for device in batch:
+                    del self._waiting[device]
+                self._durable = reached
 
     @property
     def share(self) -> bytes | None:
@@ -189,6 +189,10 @@ def _records(log: Path, *, checked: bool) -> Iterator[tuple[int, bytes]]:
                 return
             yield position + _RECORD.size, envelope
             position += _RECORD.size + size
+
+
+def _head(envelope: bytes) -> bytes:
+    return _RECORD.pack(len(envelope), _checksum(envelope))
 
 
 def _checksum(envelope: bytes) -> int:
