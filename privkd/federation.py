@@ -178,7 +178,8 @@ class Game:
     def students_after(self, teachers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
         """The devices' students after the rounds in which ``teachers`` were published, trained again.
 
-        A resumed run draws the same randomness, so they come out the same and show nothing new.
+        A resumed run draws the same randomness, so they come out the same and show nothing new. Where every
+        round starts from the teacher, the last one is all that is trained.
         """
         students: Sequence[nn.Module] = ()
         first = 0 if self.config.student.start == "own" else len(teachers) - 1
