@@ -23,12 +23,12 @@ from privkd.result import plain
 from privkd.store import RunFolder
 
 _CELL = 11
-_PIPE_WIDTH = 110
 _STYLES = {"ALARM": "bold red", "within bound": "green", "no bound claimed": "yellow"}
 REPLAY_NOTE = (
     "The audited target is a replay of the run's device side under the run's own mechanism and noise "
     "scales, on records that a seeded coin picked beforehand."
 )
+_PIPE_WIDTH = 110
 
 
 def finding_tree(finding: Finding) -> dict[str, Any]:
