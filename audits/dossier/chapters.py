@@ -100,6 +100,8 @@ def membership(facts: RunFacts) -> Section:
     if found.findings:
         tables.append(_guesses(found.findings))
         words.append(_relation(found.findings[0]))
+        if any(isinstance(rate, Refused) for finding in found.findings for rate in finding.tpr_at_fpr):
+            words.append("A rate is refused where fewer than 10 false positives would carry it.")
     if found.labels:
         tables.append(_classes(facts, found.labels))
     alt = "ROC curves of the attacks: true-positive against false-positive rate, both axes logarithmic"
@@ -184,7 +186,7 @@ def _finding(finding: Finding) -> tuple[str, ...]:
 
 def _rate(rate: TprAtFpr | Refused) -> str:
     if isinstance(rate, Refused):
-        return "refused: too few"
+        return "refused"
     return percent(Interval(rate.estimate, rate.low, rate.high, rate.members))
 
 

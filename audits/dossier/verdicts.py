@@ -120,7 +120,7 @@ def verdict_on_curve(curve: Curve) -> Verdict:
     kept = [facts for facts in audited if facts.standing == "within bound"]
     claimless = [facts for facts in done if facts.standing == "no protection claimed"]
     said = (
-        f"In none of the {len(audited)} audited runs does an attack contradict what the ledger promises.",
+        f"Audited runs: {len(audited)}. In none does an attack contradict what the ledger promises.",
         f"{len(kept)} of them promise something; {len(claimless)} of {len(done)} promise nothing for any "
         "unit, and are there to compare with.",
         failed,
