@@ -102,8 +102,7 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
         rho=plan.rho,
         aggregators=config.channel.aggregators,
         deadline=config.channel.deadline,
-        # Services outlive runs: their rounds need names that no other run has.
-        services=service_options(config.channel, folder.secret("run.name", os.urandom(16)), plan.votes),
+        services=service_options(config.channel, _run_name(config, folder), plan.votes),
     ) as channel:
         channel.start()
         game = replace(game, channel=channel, root=root)
@@ -387,6 +386,11 @@ def torch_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': this machine has no CUDA device; take cpu or auto")
     return torch.device(name)
+
+
+def _run_name(config: RunConfig, folder: RunFolder) -> bytes:
+    """Running services outlive runs: rounds among them need names that no other run has."""
+    return folder.secret("run.name", os.urandom(16)) if config.channel.aggregator_urls else b""
 
 
 def _noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:

@@ -72,9 +72,9 @@ class ServiceOptions:
 def service_options(
     channel: ChannelConfig, run: bytes, votes: VoteRule | None = None
 ) -> ServiceOptions | None:
-    """How a run's settings ask for services, if they do. ``run`` names the run among all others.
+    """How a run's settings ask for services, if they do.
 
-    A group that is started for the run knows no other, so it needs no name, and a seeded run repeats.
+    ``run`` names the run among all that the services know; a group that is started for it knows no other.
     """
     if not channel.through_services:
         return None
@@ -84,7 +84,7 @@ def service_options(
         certificate=channel.certificate,
         key=channel.key,
         pins=channel.aggregator_keys,
-        run=run if channel.aggregator_urls else b"",
+        run=run,
         minimum=channel.minimum_devices,
         noise=channel.noise_from,
         projections=channel.norm_projections,
