@@ -26,8 +26,6 @@ from privkd.events import PrivacyEvent  # noqa: E402
 from privkd.federation import Game, open_game  # noqa: E402
 from privkd.state import State  # noqa: E402
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-
 
 def wrong(honest: Tensor) -> Tensor:
     """A wrong class that all attackers agree on, next to the honest choice, ``[query, class]``."""
@@ -106,10 +104,12 @@ class Seed:
     begun: State
 
     @classmethod
-    def of(cls, seed: int, devices: int, rounds: int, epsilon: float) -> "Seed":
+    def of(cls, seed: int, asked: argparse.Namespace) -> "Seed":
         """Open the game, and train the teacher on public data."""
-        settings = ["channel.kind=plain", "data.device_test_records=0", f"privacy.epsilon={epsilon}"]
-        config = load_config(None, settings, {"seed": seed, "data.devices": devices, "rounds": rounds})
+        settings = ["channel.kind=plain", "data.device_test_records=0", f"privacy.epsilon={asked.epsilon}",
+                    f"teacher.model={asked.teacher}"]  # fmt: skip
+        sizes = {"seed": seed, "data.devices": asked.devices, "rounds": asked.rounds}
+        config = load_config(None, settings, sizes)
         opened = open_game(config)
         game = Remembering(**{each.name: getattr(opened, each.name) for each in fields(opened)})
         return cls(game, game.begin())
@@ -135,39 +135,43 @@ def mean_of(seeds: Sequence[Seed], rule: Rule, attack: Attack, share: float) -> 
 def survived(accuracy: Mapping[float, Mapping[str, float]], control: float) -> float:
     """The largest share of attackers up to which the teacher beats the control under every attack."""
     survivors = 0.0
-    for share in SHARES:
-        if min(accuracy[share].values()) <= control:
+    for share, by_attack in sorted(accuracy.items()):
+        if min(by_attack.values()) <= control:
             break
         survivors = share
     return survivors
 
 
-def main() -> None:
-    """Print one block for each rule."""
+def options() -> argparse.Namespace:
+    """What was asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epsilon", type=float, default=3.0)
-    arguments = parser.parse_args()
-    options = arguments.devices, arguments.rounds, arguments.epsilon
-    seeds = [Seed.of(seed, *options) for seed in range(arguments.seeds)]
+    parser.add_argument("--teacher", default="mlp", help="mlp is quick to train again for each cell")
+    parser.add_argument("--rules", nargs="+", choices=get_args(Rule), default=get_args(Rule))
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.3])
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print one block for each rule."""
+    asked = options()
+    seeds = [Seed.of(seed, asked) for seed in asked.seeds]
     before = 100 * statistics.fmean(seed.begun.figures[0].teacher for seed in seeds)
-    _, control = mean_of(seeds, "mean", ATTACKS["NaN"], 0.0)
-    print(
-        f"{options[0]} devices, {options[1]} rounds, epsilon {options[2]:g}, {len(seeds)} seeds: the teacher"
-    )
-    print(f"before {before:.1f} %, with zero devices {control:.1f} %; accuracy after, in %, by attackers:\n")
-    for rule in get_args(Rule):
-        honest, _ = mean_of(seeds, rule, ATTACKS["NaN"], 0.0)
+    for rule in asked.rules:
+        honest, control = mean_of(seeds, rule, ATTACKS["NaN"], 0.0)
         found = {
             share: {name: mean_of(seeds, rule, attack, share)[0] for name, attack in ATTACKS.items()}
-            for share in SHARES
+            for share in asked.shares
         }
-        limit = f"gains under every attack up to {survived(found, control):.0%} of attackers"
-        print(f"{rule}: {limit}\n  {'attack':<22}{'0 %':>8}" + "".join(f"{share:>8.0%}" for share in SHARES))
+        limit = survived(found, control)
+        print(f"{rule}: teacher before {before:.1f} %, with zero devices {control:.1f} %;", end=" ")
+        print(f"gains under every attack at {limit:.0%} of attackers. Accuracy after, in %, by attackers:")
+        print(f"  {'attack':<22}{'0 %':>8}" + "".join(f"{share:>8.0%}" for share in found))
         for name in ATTACKS:
-            cells = "".join(f"{found[share][name]:>8.1f}" for share in SHARES)
+            cells = "".join(f"{found[share][name]:>8.1f}" for share in found)
             print(f"  {name:<22}{honest:>8.1f}{cells}", flush=True)
 
 

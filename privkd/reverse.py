@@ -52,6 +52,8 @@ def choose_queries(
 
 def project_on_simplex(points: Tensor) -> Tensor:
     """Nearest probability vectors in L2, over the last axis (Duchi et al. 2008, Figure 1)."""
+    # The projection does not change along (1, ..., 1), and near 0 a unit is not lost beside huge values.
+    points = points - points.amax(-1, keepdim=True)
     ordered = points.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, points.shape[-1] + 1, device=points.device, dtype=points.dtype)
     excess = (ordered.cumsum(-1) - 1) / ranks

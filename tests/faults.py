@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -247,10 +248,18 @@ def _child(order: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-def _serve() -> None:
+def _warm_up() -> None:
+    """Load all that a command loads, and what torch prepares at its first use."""
+    from running import play
+
     for name in ("audits.membership", "audits.report", "privkd.console", "privkd.forecast"):
         importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        play(Path(folder) / "warm", "rounds=1")
 
+
+def _serve() -> None:
+    _warm_up()
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:

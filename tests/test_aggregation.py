@@ -3,16 +3,21 @@
 import math
 import statistics
 from collections.abc import Callable
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from running import play
+from safetensors.torch import load_file
 from torch import Tensor
 
 from privkd.aggregation import Rule, aggregate
+from privkd.channel import PlainChannel, Release
 from privkd.errors import ChannelError
+from privkd.reverse import project_on_simplex
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 ROBUST = tuple(rule for rule in RULES if rule != "mean")
@@ -128,3 +133,35 @@ class TestHostile:
         )
         clipped, plain = (aggregate(noised, 3.0, rule) for rule in ("clipped_mean", "mean"))
         torch.testing.assert_close(clipped.answers, plain.answers, atol=1e-12, rtol=0)
+
+
+class TestThroughARun:
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("sent", [math.nan, -math.inf, 3e38])
+    def test_one_hostile_device_stops_nobody(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, sent: float
+    ) -> None:
+        """What it put on the wire is kept as it was received, and every weight stays finite."""
+        inner = PlainChannel.release
+
+        def release(channel: PlainChannel, answers: Tensor, **named: Any) -> Release:
+            found = inner(channel, answers, **named)
+            found.answers[-1] = sent
+            found.answers[-1, :, 0] /= 2
+            return found
+
+        monkeypatch.setattr(PlainChannel, "release", release)
+        play(tmp_path / "run", f"reverse.aggregation={rule}")
+        files = {
+            file.relative_to(tmp_path / "run"): load_file(file) for file in tmp_path.rglob("*.safetensors")
+        }
+        for path, tensors in files.items():
+            if path.name == "wire.safetensors":
+                assert tensors["answers"][-1].nan_to_num(1.0).unique().numel() <= 2
+            else:
+                assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+    def test_a_huge_answer_is_still_projected(self) -> None:
+        points = torch.tensor([[1e30, 0.0, 3.0], [-1e30, 0.25, 0.75]], dtype=torch.float64)
+        expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]], dtype=torch.float64)
+        torch.testing.assert_close(project_on_simplex(points), expected)
