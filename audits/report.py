@@ -18,7 +18,7 @@ from privkd.result import plain
 from privkd.store import RunFolder
 
 _CELL = 11
-STYLES = {"ALARM": "bold red", "within bound": "green", "no bound claimed": "yellow"}
+_STYLES = {"ALARM": "bold red", "within bound": "green", "no bound claimed": "yellow"}
 REPLAY_NOTE = (
     "The audited target is a replay of the run's device side under the run's own mechanism and noise "
     "scales, on records that a seeded coin picked beforehand."
@@ -147,7 +147,7 @@ def _epsilon(value: float) -> str:
 
 def _verdict(finding: Finding) -> Text:
     words = {"within bound": "within", "no bound claimed": "no bound", "ALARM": "ALARM"}
-    return Text(words[finding.verdict], style=STYLES[finding.verdict])
+    return Text(words[finding.verdict], style=_STYLES[finding.verdict])
 
 
 def mechanism_tree(findings: Sequence[Finding]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from attacks.reconstruction.paired import Floats, PairedAnswers
 
-_SHARPNESS = 4
+_SHARPNESS = 2
 """Power of the excess: the clearest inputs speak most."""
 _TINY = 1e-300
 

@@ -6,7 +6,7 @@ from attacks.reconstruction.similarity import nearest, ssim
 from audits.curves import blank, rendered
 from audits.reconstruction.drawings import Drawn
 from audits.reconstruction.finding import ReconstructionFinding
-from audits.reconstruction.secrets import Floats
+from audits.reconstruction.secrets import Floats, Secrets
 from privkd.store import RunFolder
 
 _EXAMPLES = 10
@@ -33,27 +33,43 @@ def draw_grid(finding: ReconstructionFinding, drawn: Drawn, public: Floats) -> b
     rows = (targets, public[nearest(images, public)], images)
     likeness = ssim(images, targets)
     right = drawn.table[chosen].argmax(axis=1) == drawn.secrets[chosen]
-    figure = blank(_SIDE * len(chosen) + 1.0, _SIDE * len(rows) + 0.8)
-    panels = figure.subplots(len(rows), len(chosen), squeeze=False)
-    for row, (title, shown) in enumerate(zip(_TITLES, rows, strict=True)):
-        for column, image in enumerate(shown):
-            panel = panels[row, column]
-            panel.imshow(_pixels(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            panel.set(xticks=[], yticks=[])
-        panels[row, 0].set_ylabel(title, fontsize=7)
-    for column, panel in enumerate(panels[-1]):
-        mark = "picked" if right[column] else "missed"
-        panel.set_xlabel(f"{likeness[column]:.2f} {mark}", fontsize=6)
+    marks = ["picked" if hit else "missed" for hit in right]
+    captions = [f"{alike:.2f} {mark}" for alike, mark in zip(likeness, marks, strict=True)]
     success = finding.success
-    figure.suptitle(
+    title = (
         f"{finding.view}, {finding.attack}: picked {100 * success.estimate:.0f} % of {success.trials}, "
-        f"chance {100 * success.chance:.0f} %",
-        fontsize=8,
+        f"chance {100 * success.chance:.0f} %"
     )
+    return _rendered(np.stack(rows), captions, title)
+
+
+def _rendered(pictures: Floats, captions: list[str], title: str) -> bytes:
+    """All ``pictures`` ``[row, column, channel, height, width]`` as one image, with words around it."""
+    rows, columns = pictures.shape[:2]
+    mosaic, height, width = _mosaic(pictures)
+    figure = blank(_SIDE * columns + 0.8, _SIDE * rows + 0.6)
+    panel = figure.subplots()
+    panel.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    panel.set_xticks([(column + 0.5) * width - 1 for column in range(columns)], captions, fontsize=6)
+    panel.set_yticks([(row + 0.5) * height - 1 for row in range(rows)], _TITLES, fontsize=7)
+    panel.tick_params(length=0)
+    for side in panel.spines.values():
+        side.set_visible(False)
+    panel.set_title(title, fontsize=8)
     return rendered(figure, "png")
 
 
-def _varied(secrets: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> list[int]:
+def _mosaic(pictures: Floats) -> tuple[Floats, int, int]:
+    """One image of all, with white seams; and the height and width of a picture with its seam."""
+    shown = _pixels(pictures)
+    seam = [(0, 0), (0, 0), (0, 1), (0, 1)] + [(0, 0)] * (shown.ndim - 4)
+    padded = np.pad(shown, seam, constant_values=1.0)
+    rows, columns, height, width = padded.shape[:4]
+    whole = np.moveaxis(padded, 1, 2).reshape(rows * height, columns * width, *padded.shape[4:])
+    return whole[:-1, :-1], height, width
+
+
+def _varied(secrets: Secrets) -> list[int]:
     """Indices of at most ten trials, one of each target before a second of any."""
     seen: dict[int, int] = {}
     ranks = []
@@ -63,7 +79,7 @@ def _varied(secrets: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> list[
     return sorted(range(len(ranks)), key=ranks.__getitem__)[:_EXAMPLES]
 
 
-def _pixels(image: Floats) -> Floats:
-    """``[height, width]`` for one channel, ``[height, width, 3]`` for three, else their mean."""
-    clipped = np.clip(image, 0, 1)
-    return np.moveaxis(clipped, 0, -1) if len(clipped) == 3 else clipped.mean(axis=0)
+def _pixels(pictures: Floats) -> Floats:
+    """``[row, column, height, width, 3]`` for three channels, else their mean without the last axis."""
+    clipped = np.clip(pictures, 0, 1)
+    return np.moveaxis(clipped, 2, -1) if clipped.shape[2] == 3 else clipped.mean(axis=2)

@@ -11,9 +11,15 @@ from rich.text import Text
 from audits.estimators import TprAtFpr
 from audits.reconstruction.finding import ReconstructionFinding, ReconstructionReport
 from audits.reconstruction.measures import FALSE_POSITIVE_RATE
-from audits.report import REPLAY_NOTE, STYLES
+from audits.report import REPLAY_NOTE
 from audits.verdict import Refused
 from privkd.result import plain
+
+_VERDICTS = {
+    "within bound": ("within", "green"),
+    "no bound claimed": ("no bound", "yellow"),
+    "ALARM": ("ALARM", "bold red"),
+}
 
 
 def finding_tree(finding: ReconstructionFinding) -> dict[str, Any]:
@@ -62,14 +68,30 @@ def print_reconstruction(report: ReconstructionReport) -> None:
         "Picked: the share of the trials in which the secret was told from all others, with its 95 % "
         f"interval ({_trials(report)}); chance is a guess without the release.",
         "Ceiling: the most that the ledger allows under the same prior (reconstruction robustness).",
-        "Public: SSIM to the target of the public image that is nearest to the reconstruction.",
+        _likeness_remark(report),
         REPLAY_NOTE,
         *report.notes,
     ]
     for remark in remarks:
         console.print(Text(remark, style="dim"), highlight=False)
+    for reason in _refusals(report):
+        console.print(Text(f"refused: {reason}", style="yellow"), highlight=False)
     for name in report.grids:
         console.print(f"grid: {report.run}/{name}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _likeness_remark(report: ReconstructionReport) -> str:
+    if any(finding.attributes is not None for finding in report.findings):
+        return (
+            "Like: attributes that were rebuilt right; public: those that the best constant guess from the "
+            "public records has right."
+        )
+    return "Like: SSIM to the target; public: that of the public image nearest to the reconstruction."
+
+
+def _refusals(report: ReconstructionReport) -> tuple[str, ...]:
+    rates = [finding.tpr_at_fpr for finding in report.findings]
+    return tuple(dict.fromkeys(rate.reason for rate in rates if isinstance(rate, Refused)))
 
 
 def _trials(report: ReconstructionReport) -> str:
@@ -81,8 +103,9 @@ def _table(report: ReconstructionReport) -> Table:
     title = f"Reconstruction audit of {report.run}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("attack", no_wrap=True)
-    for name in ("picked", "chance", "ceiling", f"TPR@{100 * FALSE_POSITIVE_RATE:g}%", "SSIM/ public"):
+    for name in ("picked", "chance", "ceiling", f"TPR@{100 * FALSE_POSITIVE_RATE:g}%"):
         table.add_column(name, justify="right", overflow="fold")
+    table.add_column("like/public", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True, min_width=len("no bound"))
     view = ""
     for finding in report.findings:
@@ -96,7 +119,6 @@ def _table(report: ReconstructionReport) -> Table:
 
 def _row(finding: ReconstructionFinding) -> list[str | Text]:
     success = finding.success
-    words = {"within bound": "within", "no bound claimed": "no bound", "ALARM": "ALARM"}
     return [
         finding.attack,
         f"{_percent(success.estimate)} [{100 * success.low:.0f},{100 * success.high:.0f}]",
@@ -104,7 +126,7 @@ def _row(finding: ReconstructionFinding) -> list[str | Text]:
         f"{_percent(finding.ceiling)} ({finding.unit.value})" if finding.claimed else "-",
         _rate(finding.tpr_at_fpr),
         _likeness(finding),
-        Text(words[finding.verdict], style=STYLES[finding.verdict]),
+        Text(*_VERDICTS[finding.verdict]),
     ]
 
 
@@ -113,7 +135,7 @@ def _likeness(finding: ReconstructionFinding) -> str:
     if finding.likeness is not None:
         return f"{finding.likeness.reconstruction_ssim:.2f}/{finding.likeness.public_ssim:.2f}"
     if finding.attributes is not None:
-        return f"{_percent(finding.attributes.right)}/{_percent(finding.attributes.constant)} attributes"
+        return f"{100 * finding.attributes.right:.1f}/{_percent(finding.attributes.constant)}"
     return "-"
 
 
