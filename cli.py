@@ -1,48 +1,12 @@
 """The command line: parse, call one function, print."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-_INTERRUPTED = 130
-
-
-class OneLineErrors(TyperGroup):
-    """Bad input ends in one line on stderr and exit code 2; our own errors in theirs."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, and turn errors that are meant for people into one line."""
-        kwargs["standalone_mode"] = False
-        try:
-            code = super().main(*args, **kwargs)
-        except Exception as error:
-            message, code = _for_people(error)
-            if message is None:
-                raise
-            _say(message)
-        if code == _INTERRUPTED:
-            _say("stopped; nothing more was spent, and --resume goes on with the run")
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _say(message: str) -> None:
-    typer.secho(f"privkd: {' '.join(message.split())}", err=True, fg="red")
-
-
-def _for_people(error: Exception) -> tuple[str | None, int]:
-    from privkd.errors import PrivkdError
-
-    if isinstance(error, PrivkdError):
-        return str(error), error.exit_code
-    format_message: Callable[[], str] | None = getattr(error, "format_message", None)
-    if format_message is not None:
-        return f"{format_message()} (see --help)", 2
-    return None, 1
-
+from privkd.oneline import OneLineErrors
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -62,6 +26,12 @@ def main(context: typer.Context) -> None:
 
 
 Text = str | None
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+
+
+def _path(text: Text) -> Path | None:
+    return None if text is None else Path(text)
+
 
 PARTY_TOML = """party.toml, as `privkd keys` writes it:
 
@@ -125,9 +95,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print noise, steps and epsilon; train nothing.")
     ] = False,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Let private students teach the cloud teacher, within a stated budget."""
     from privkd.commands import TrainRequest, train_command
@@ -154,9 +122,9 @@ def train(
         TrainRequest(
             settings={name: value for name, value in settings.items() if value is not None},
             overrides=tuple(set_ or ()),
-            config=Path(config) if config is not None else None,
-            out=Path(out) if out is not None else None,
-            resume=Path(resume) if resume is not None else None,
+            config=_path(config),
+            out=_path(out),
+            resume=_path(resume),
             dry_run=dry_run,
             json=json_,
         )
@@ -202,9 +170,7 @@ def curve(
             "options given now widen or change it.",
         ),
     ] = False,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
     from audits.tradeoff.commands import CurveOptions, curve_command
@@ -223,7 +189,7 @@ def curve(
             overrides=tuple(set_ or ()),
             jobs=jobs,
             memory=memory,
-            out=Path(out) if out is not None else None,
+            out=_path(out),
             resume=resume,
             json=json_,
         )
@@ -236,24 +202,20 @@ def report(
         Text, typer.Argument(help="Folder of a run or of a curve. [the latest under runs/]")
     ] = None,
     out: Annotated[Text, typer.Option(help="Folder for the report. [the run's or curve's own]")] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Write what an officer reads: report.html, .md, .json, registry.yaml. Exit code 3 is an alarm in it."""
     from audits.dossier.commands import report_command
 
-    folder = Path(path) if path is not None else None
-    report_command(folder, Path(out) if out is not None else None, as_json=json_)
+    folder = _path(path)
+    report_command(folder, _path(out), as_json=json_)
 
 
 @app.command()
 def compare(
     first: Annotated[str, typer.Argument(help="Folder of a run or of a curve.")],
     second: Annotated[str, typer.Argument(help="Folder of another of the same kind.")],
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Set two runs, or two curves, side by side: differences with intervals, settings, ledgers."""
     from audits.comparison.commands import compare_command
@@ -310,16 +272,12 @@ def export(
     ] = "torch",
     device_index: Annotated[int, typer.Option(help="Number of the device whose student leaves.")] = 0,
     out: Annotated[Text, typer.Option(help="The file. [export/DEVICE in the run's folder]")] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Write a device's student with its preprocessing as one file that answers as the original does."""
     from privkd.export.commands import ExportRequest, export_command
 
-    export_command(
-        ExportRequest(Path(run), format_, device_index, Path(out) if out is not None else None, json_)
-    )
+    export_command(ExportRequest(Path(run), format_, device_index, _path(out), json_))
 
 
 audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Attack a run, or the mechanisms.")
@@ -344,9 +302,7 @@ def membership(
     canaries: Annotated[str, typer.Option(help="natural, mislabelled or crafted.")] = "natural",
     device: Annotated[int, typer.Option(help="Number of the audited device.")] = 0,
     seed: Annotated[int, typer.Option(help="Decides the coins and the replays.")] = 0,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Guess who is in a device's records, from what each view of a run shows. Exit code 3 is an alarm."""
     from audits.commands import MembershipRequest, membership_command
@@ -360,7 +316,7 @@ def membership(
         device=device,
         seed=seed,
     )
-    membership_command(Path(run) if run is not None else None, request, as_json=json_)
+    membership_command(_path(run), request, as_json=json_)
 
 
 @audit.command()
@@ -384,9 +340,7 @@ def reconstruction(
     candidates: Annotated[int, typer.Option(help="Records among which the secret one is drawn.")] = 10,
     device: Annotated[int, typer.Option(help="Number of the audited device.")] = 0,
     seed: Annotated[int, typer.Option(help="Decides the secrets and the replays.")] = 0,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Rebuild what a device held, from what each view of a run shows. Exit code 3 is an alarm."""
     from audits.commands import ReconstructionRequest, reconstruction_command
@@ -400,15 +354,13 @@ def reconstruction(
         device=device,
         seed=seed,
     )
-    reconstruction_command(Path(run) if run is not None else None, request, as_json=json_)
+    reconstruction_command(_path(run), request, as_json=json_)
 
 
 @audit.command()
 def mechanism(
     seed: Annotated[int, typer.Option(help="Decides the trials.")] = 0,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Put worst-case inputs through the channels and the DP-SGD step. Exit code 3 is an alarm."""
     from audits.commands import mechanism_command
@@ -424,9 +376,7 @@ app.add_typer(papers, name="papers")
 
 @papers.command("list")
 def papers_list(
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Say which papers there are, and at which scales each can be run."""
     from papers.commands import list_command
@@ -454,9 +404,7 @@ def papers_run(
     out: Annotated[
         str, typer.Option(help="Where runs are kept; those that are there are resumed or reused.")
     ] = "runs/papers",
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Run a paper's claims, or what is left of them, and print published beside ours."""
     from papers.commands import PaperRequest, run_command
@@ -467,7 +415,7 @@ def papers_run(
             scale=scale,
             quick=quick,
             seeds=seeds,
-            data_dir=Path(data_dir) if data_dir is not None else None,
+            data_dir=_path(data_dir),
             out=Path(out),
             json=json_,
         )
