@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from audits.evidence.command import settings_of
 from audits.evidence.wording import epsilon_text
 from privkd.config import RunConfig
 
@@ -99,40 +100,46 @@ def _noised(config: RunConfig, noise: str) -> Trust:
 
 def _secure(config: RunConfig, noise: str) -> Trust:
     count = config.channel.aggregators
+    shown = _shown(config)
     by_devices = config.channel.noise_from == "devices"
-    adds = (f"noise on the sum: {noise}",) if noise and not by_devices else ()
+    adds = (f"noise on it: {noise}",) if noise and not by_devices else ()
     middle = Box(
         f"{count} aggregators",
-        ("each sees shares that look random", "together they form the sum", *adds),
+        ("each sees shares that look random", f"together they form {shown}", *adds),
         "part",
         "one must not pool with the rest",
         min(count, _MOST_DRAWN),
     )
-    sees = "sees the noised sum alone" if noise else "sees the exact sum alone"
     cloud = Box(
         "Cloud",
-        (sees, "trains the teacher on it"),
-        "part" if not noise else "none",
-        "sees the sum, unprotected" if not noise else "need not be trusted",
+        (f"sees {shown} alone", "trains the teacher on it"),
+        "none" if noise else "part",
+        "need not be trusted" if noise else "sees it unprotected",
         1,
     )
     own = (f"adds its part of the noise: {noise}",) if noise and by_devices else ()
     promise = (
-        f"The sum carries noise: {noise}."
+        f"What the cloud sees carries noise: {noise}."
         if noise
-        else "The sum carries no noise: secure aggregation alone promises nothing for a device as a whole."
+        else "It carries no noise: secure aggregation alone promises nothing for a device as a whole."
     )
     return Trust(
         config.channel.kind,
         (_devices(config, *own), middle, cloud),
         (
             ("one random-looking share", "of the answers to each aggregator"),
-            ("the sum over all devices", "and nothing else"),
+            (f"{shown}, over all devices", "and nothing else"),
         ),
         (
-            f"The cloud sees the sum over devices alone, as long as one of the {count} aggregators does not "
+            f"The cloud sees {shown} over devices alone, as long as one of the {count} aggregators does not "
             "pool its shares with the others.",
             promise,
             "All parties are taken to follow the protocol.",
         ),
     )
+
+
+def _shown(config: RunConfig) -> str:
+    """What the aggregators make of the answers."""
+    votes = settings_of(config).get("channel.aggregation") == "votes"
+    return "the class that won" if votes else "the sum"
