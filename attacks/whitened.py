@@ -19,8 +19,9 @@ from privkd.errors import InputError
 Floats = NDArray[np.float64]
 
 _SHRINKAGES = np.geomspace(1e-2, 1e2, 13)
-"""Tried, in units of the runs' mean squared norm. The one is taken whose left-out errors are smallest."""
+"""Tried, in units of the runs' mean squared norm; the left-out outputs that follow membership best decide."""
 _LEAST_RUNS = 4
+_TINY = 1e-300
 _FLAT = 1e-10
 """Eigenvalues below this share of the largest are rounding."""
 
@@ -56,7 +57,7 @@ def whitened_filter(released: ArrayLike, runs: ArrayLike, member: ArrayLike) -> 
     span = _Span.of(x)
     wanted = inside.astype(np.float64)
     fits = [span.fit(wanted, shrinkage) for shrinkage in _SHRINKAGES]
-    best = min(fits, key=lambda fit: float(((fit.left_out - wanted) ** 2).sum()))
+    best = max(fits, key=lambda fit: _correlation(fit.left_out, wanted))
     shadows = Shadows(best.left_out, inside)
     return np.stack([lira_online(output, shadows) for output in span.inner(seen) @ best.weights])
 
@@ -101,6 +102,13 @@ class _Span:
         along = self.vectors.T @ about
         fitted = self.vectors @ (along * (self.values / (self.values + ridge))[:, None])
         leverage = (self.vectors**2 @ (self.values / (self.values + ridge)) + 1 / n)[:, None]
-        # Of a linear smoother: the error of a left-out run is its residual over 1 - leverage.
-        left_out = wanted - (about - fitted) / (1 - leverage)
+        # Of a linear smoother: the error of a left-out run is its residual over 1 - leverage. The mean of the
+        # runs that are left betrays which side the missing one was on, and no target has it: it goes.
+        without = (n * wanted.mean(axis=0) - wanted) / (n - 1)
+        left_out = wanted - (about - fitted) / (1 - leverage) - without
         return _Fit(self.vectors @ (along / (self.values + ridge)[:, None]), left_out)
+
+
+def _correlation(outputs: Floats, wanted: Floats) -> float:
+    away, about = outputs - outputs.mean(axis=0), wanted - wanted.mean(axis=0)
+    return float((away * about).sum() / np.sqrt((away**2).sum() * (about**2).sum() + _TINY))

@@ -185,7 +185,7 @@ def test_releases_that_do_not_fit_are_refused() -> None:
 
 
 def left_out_by_refitting(x: Floats, wanted: Floats, shrinkage: float) -> Floats:
-    """Each run's output under the ridge regression, with a free constant, of all other runs."""
+    """Each run's output, less the constant, under the ridge regression of all other runs."""
     n = len(x)
     ridge = shrinkage * ((x - x.mean(axis=0)) ** 2).sum() / n
     outputs = np.empty_like(wanted)
@@ -194,7 +194,7 @@ def left_out_by_refitting(x: Floats, wanted: Floats, shrinkage: float) -> Floats
         centre, mean = x[rest].mean(axis=0), wanted[rest].mean(axis=0)
         away = x[rest] - centre
         inverse = np.linalg.inv(away.T @ away + ridge * np.eye(x.shape[1]))
-        outputs[run] = mean + (x[run] - centre) @ inverse @ away.T @ (wanted[rest] - mean)
+        outputs[run] = (x[run] - centre) @ inverse @ away.T @ (wanted[rest] - mean)
     return outputs
 
 
@@ -225,6 +225,22 @@ def test_whitening_finds_members_where_entries_move_together() -> None:
     blunt = np.stack([matched_filter_log_ratio(one, statistics, noise_std=0.0) for one in released])
     assert area(found[inside], found[~inside]) > 0.85
     assert area(blunt[inside], blunt[~inside]) < 0.65
+
+
+def test_halves_do_not_mislead_the_whitened_filter() -> None:
+    """With every candidate in exactly half of the runs, a left-out run's own side shows in the others' mean.
+
+    On these draws 0.89; with that mean left in, 0.83.
+    """
+    rng = np.random.default_rng(3)
+    influence = 0.15 * rng.normal(size=(40, 300))
+    member = rng.random((32, 40)).argsort(axis=0).argsort(axis=0) < 16
+    inside = rng.random((16, 40)) < 0.5
+    shadows, released = (
+        coins @ influence + 0.5 * rng.normal(size=(len(coins), 300)) for coins in (member, inside)
+    )
+    found = whitened_filter(released, shadows, member)
+    assert area(found[inside], found[~inside]) > 0.86
 
 
 def test_the_whitened_filter_finds_nothing_where_nothing_is() -> None:
