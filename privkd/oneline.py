@@ -1,0 +1,43 @@
+"""Errors as people meet them: one line on stderr and an exit code, no traceback."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+_INTERRUPTED = 130
+
+
+class OneLineErrors(TyperGroup):
+    """Bad input ends in one line on stderr and exit code 2; our own errors in theirs."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and turn errors that are meant for people into one line."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except Exception as error:
+            message, code = _for_people(error)
+            if message is None:
+                raise
+            _say(message)
+        if code == _INTERRUPTED:
+            _say("stopped; nothing more was spent, and --resume goes on with the run")
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    typer.secho(f"privkd: {' '.join(message.split())}", err=True, fg="red")
+
+
+def _for_people(error: Exception) -> tuple[str | None, int]:
+    from privkd.errors import PrivkdError
+
+    if isinstance(error, PrivkdError):
+        return str(error), error.exit_code
+    format_message: Callable[[], str] | None = getattr(error, "format_message", None)
+    if format_message is not None:
+        return f"{format_message()} (see --help)", 2
+    return None, 1
