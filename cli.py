@@ -283,24 +283,28 @@ def export(
 audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Attack a run, or the mechanisms.")
 app.add_typer(audit, name="audit")
 
+AuditedRun = Annotated[Text, typer.Argument(help="The run's folder. [the latest under runs/]")]
+AuditedView = Annotated[
+    str,
+    typer.Option(
+        help="per_client_logits, secure_sum, secure_sum_colluding, teacher, student, gradient; all is "
+        "what the run has but teacher, which takes long."
+    ),
+]
+AuditedDevice = Annotated[int, typer.Option(help="Number of the audited device.")]
+
 
 @audit.command()
 def membership(
-    run: Annotated[Text, typer.Argument(help="The run's folder. [the latest under runs/]")] = None,
-    view: Annotated[
-        str,
-        typer.Option(
-            help="per_client_logits, secure_sum, secure_sum_colluding, teacher, student, gradient; all is "
-            "what the run has but teacher, which takes long."
-        ),
-    ] = "all",
+    run: AuditedRun = None,
+    view: AuditedView = "all",
     attack: Annotated[
         str, typer.Option(help="One attack of the view, such as lira-online or label-distribution, or all.")
     ] = "all",
     shadows: Annotated[int, typer.Option(help="Shadow devices that the attacks learn from.")] = 64,
     targets: Annotated[int, typer.Option(help="Audited replays, each with its own coins.")] = 16,
     canaries: Annotated[str, typer.Option(help="natural, mislabelled or crafted.")] = "natural",
-    device: Annotated[int, typer.Option(help="Number of the audited device.")] = 0,
+    device: AuditedDevice = 0,
     seed: Annotated[int, typer.Option(help="Decides the coins and the replays.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -321,14 +325,8 @@ def membership(
 
 @audit.command()
 def reconstruction(
-    run: Annotated[Text, typer.Argument(help="The run's folder. [the latest under runs/]")] = None,
-    view: Annotated[
-        str,
-        typer.Option(
-            help="per_client_logits, secure_sum, secure_sum_colluding, teacher, student, gradient; all is "
-            "what the run has but teacher, which takes long."
-        ),
-    ] = "all",
+    run: AuditedRun = None,
+    view: AuditedView = "all",
     attack: Annotated[
         str,
         typer.Option(
@@ -338,7 +336,7 @@ def reconstruction(
     trials: Annotated[int, typer.Option(help="Audited replays of each game, each with its own secret.")] = 50,
     shadows: Annotated[int, typer.Option(help="Replays of each candidate that the attacks learn from.")] = 4,
     candidates: Annotated[int, typer.Option(help="Records among which the secret one is drawn.")] = 10,
-    device: Annotated[int, typer.Option(help="Number of the audited device.")] = 0,
+    device: AuditedDevice = 0,
     seed: Annotated[int, typer.Option(help="Decides the secrets and the replays.")] = 0,
     json_: Json = False,
 ) -> None:
