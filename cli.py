@@ -113,7 +113,7 @@ def train(
         "channel.aggregators": aggregators,
         "channel.aggregation": aggregation,
         "channel.aggregator_urls": aggregator_url,
-        "student.models": student.split(",") if student is not None else None,
+        "student.models": student,
         "teacher.model.name": teacher,
         "seed": seed,
         "device": device,
@@ -156,7 +156,7 @@ def curve(
         typer.Option(
             "--set",
             help="Any setting of every run, as a.b=value; repeat for more. A curve starts from "
-            "teacher.model.name=mlp and controls=false, to end within minutes.",
+            "teacher.model.name=mlp, student.models=mlp and controls=false, to end within minutes.",
         ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at once, one thread each. [the cores]")] = None,

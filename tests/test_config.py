@@ -302,8 +302,9 @@ class TestModelsByName:
         assert config.teacher.model == RunConfig().teacher.model.model_copy(update={"name": "resnet"})
 
     def test_from_the_command_line(self) -> None:
-        config = load_config(None, (), {"student.models": ["mlp", " cnn "], "teacher.model.name": "mlp"})
+        config = load_config(None, (), {"student.models": "mlp, cnn ", "teacher.model.name": "mlp"})
         assert [model.name for model in config.student.models] == ["mlp", "cnn"]
+        assert config.student == load_config(None, ["student.models=mlp,cnn"]).student
         assert config.teacher.model.width == RunConfig().teacher.model.width, "the name alone is changed"
 
 

@@ -19,7 +19,7 @@ _FORMAT = 1
 _MOST_CELLS = 10_000
 
 # Small enough for a whole grid on two cores; any of them yields to --set.
-_LIGHT: Mapping[str, Any] = {"teacher.model.name": "mlp", "controls": False}
+_LIGHT: Mapping[str, Any] = {"teacher.model.name": "mlp", "student.models": "mlp", "controls": False}
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class StudentConfig(Settings):
     """The devices' models: distilled on public data first, then trained on private records.
 
     Attributes:
-        models: architectures, dealt to the devices in turn.
+        models: architectures, dealt to the devices in turn; as text, names with commas between.
         public_fit: distillation from the teacher on the public inputs, before any private record.
         private_fit: training on private records where no DP is asked for (``epsilon = inf``), and of the
             control that is trained directly without DP.
@@ -180,6 +180,11 @@ class StudentConfig(Settings):
     temperature: PositiveFloat = 1.0
     start: Literal["teacher", "own"] = "teacher"
     engine: Literal["cohort", "opacus"] = "cohort"
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
 
 
 class PrivacyConfig(Settings):
