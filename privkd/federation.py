@@ -239,11 +239,12 @@ class Game:
     def _report_votes(self, votes: Tensor, release: Release, rule: VoteRule) -> None:
         """Say how many queries were answered, and in a simulation what that cost given the votes: private."""
         answered = {"answered": float(release.answers.any(-1).sum())}
-        voted = torch.tensor([name in release.devices for name in self.fleet.names])
-        counts = votes.cpu()[voted].sum(0).to(torch.int64).numpy()
-        rdp = data_dependent_rdp(counts, rule, self.config.channel.aggregators)
-        if rdp is not None and self.config.privacy.noise == "seeded":
-            answered["epsilon_votes"] = rdp_epsilon(rdp, self.plan.delta)
+        if self._simulated:
+            voted = torch.tensor([name in release.devices for name in self.fleet.names])
+            counts = votes.cpu()[voted].sum(0).to(torch.int64).numpy()
+            rdp = data_dependent_rdp(counts, rule, self.config.channel.aggregators)
+            if rdp is not None:
+                answered["epsilon_votes"] = rdp_epsilon(rdp, self.plan.delta)
         self.progress.figures(**answered)
 
     def _absorb(self, state: State, wires: Sequence[Wire]) -> tuple[nn.Module, nn.Module, float]:
