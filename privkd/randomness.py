@@ -19,8 +19,13 @@ class Randomness(Protocol):
         """A fresh Poisson sample: bool ``[record]``, each true with probability ``sampling_rate``."""
         ...
 
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        """The samples of the next ``steps`` steps at once, bool ``[step, record]``: those that `sample` would
+        draw one after another."""
+        ...
+
     def noise(self, size: int) -> Tensor:
-        """``size`` fresh standard normal draws, float64 ``[size]``, in the order of the parameters.
+        """``size`` fresh standard normal draws ``[size]``, in the order of the parameters.
 
         To be scaled and added in float64, and the sum rounded once: added in float32, the low bits of the
         result can betray what was added to (Mironov 2012, "On significance of the least significant bits for
@@ -57,11 +62,15 @@ class SeededRandomness:
 
     def sample(self, records: int, sampling_rate: float) -> Tensor:
         """See `Randomness.sample`."""
-        return torch.rand(records, generator=self._samples) < sampling_rate
+        return self.samples(1, records, sampling_rate)[0]
+
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        """See `Randomness.samples`."""
+        return torch.rand((steps, records), generator=self._samples) < sampling_rate
 
     def noise(self, size: int) -> Tensor:
-        """See `Randomness.noise`."""
-        return torch.randn(size, generator=self._noise).to(torch.float64)
+        """See `Randomness.noise`; float32."""
+        return torch.randn(size, generator=self._noise)
 
 
 class SystemRandomness:
@@ -77,9 +86,13 @@ class SystemRandomness:
 
     def sample(self, records: int, sampling_rate: float) -> Tensor:
         """See `Randomness.sample`; exact to 53 bits."""
-        uniform = (self._samples.words(records) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return torch.from_numpy(uniform < sampling_rate)
+        return self.samples(1, records, sampling_rate)[0]
+
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        """See `Randomness.samples`; exact to 53 bits."""
+        uniform = (self._samples.words(steps * records) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return torch.from_numpy((uniform < sampling_rate).reshape(steps, records))
 
     def noise(self, size: int) -> Tensor:
-        """See `Randomness.noise`."""
+        """See `Randomness.noise`; float64."""
         return torch.from_numpy(standard_normal(size, self._noise))

@@ -100,7 +100,7 @@ class _SuppliedNoiseOptimizer(DPOptimizer):
         scale = self.noise_multiplier * self.max_grad_norm
         for parameter, noise in zip(parameters, draws.split([p.numel() for p in parameters]), strict=True):
             noise = noise.to(parameter.device).view_as(parameter)
-            noised = parameter.summed_grad.view_as(parameter).double() + scale * noise
+            noised = parameter.summed_grad.view_as(parameter).double() + scale * noise.double()
             parameter.grad = noised.to(parameter.dtype)
 
 

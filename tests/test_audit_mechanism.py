@@ -82,6 +82,9 @@ class SameNoise:
     def sample(self, records: int, sampling_rate: float) -> Tensor:
         return self.source.sample(records, sampling_rate)
 
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        return self.source.samples(steps, records, sampling_rate)
+
     def noise(self, size: int) -> Tensor:
         return self.kept.setdefault(id(self.source), self.source.noise(size))
 
@@ -346,7 +349,10 @@ def test_noised_sums_read_the_clipped_gradient_back() -> None:
 
 class _Zeros:
     def sample(self, records: int, sampling_rate: float) -> Tensor:
-        return torch.ones(records, dtype=torch.bool)
+        return self.samples(1, records, sampling_rate)[0]
+
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        return torch.ones((steps, records), dtype=torch.bool)
 
     def noise(self, size: int) -> Tensor:
         return torch.zeros(size)

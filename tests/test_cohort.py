@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from privkd.cohort import (
     cohort_answers,
@@ -15,6 +16,7 @@ from privkd.cohort import (
     same_architecture,
     train_cohort,
 )
+from privkd.cohort.chunks import flushed_denormals
 from privkd.cohort.clipping import ghost_norms
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
@@ -234,3 +236,77 @@ def test_architectures_are_told_apart() -> None:
     assert group_by_architecture(mixed) == [[0, 1, 3], [2]]
     assert same_architecture(mixed[:2])
     assert not same_architecture(mixed)
+
+
+def test_tied_parameters_are_an_architecture_of_their_own() -> None:
+    def pair() -> nn.Sequential:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, CLASSES))
+
+    loose, tied = pair(), pair()
+    tied[2].weight = tied[1].weight
+    assert not same_architecture([loose, tied])
+
+
+class Switched(nn.Module):
+    """Computes what its settings say, and they can be changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"slope": 1.0}
+        self.first = nn.Linear(64, 12)
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        out: Tensor = self.head(F.leaky_relu(hidden, self.settings["slope"]))
+        return out
+
+
+def test_a_plan_is_not_kept_for_settings_that_may_change() -> None:
+    held, mechanism = shards((20, 9)), mechanism_of(DpSgdConfig(steps=5, sampling_rate=0.5))
+    torch.manual_seed(0)
+    model = Switched()
+    for slope in (1.0, 0.0):
+        model.settings["slope"] = slope
+        randomness = [SeededRandomness(3, "d", i) for i in range(2)]
+        ours = train_cohort([model, model], held, None, mechanism, randomness)
+        assert farthest(ours, by_opacus([model, model], held, None, mechanism)) < 1e-5
+        assert ours[0].settings == {"slope": slope}
+        assert ours[0].settings is not model.settings
+
+
+class Counted(nn.Linear):
+    """Says itself how it is copied."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Counted":
+        type(self).copies += 1
+        twin = Counted(self.in_features, self.out_features)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+@pytest.mark.parametrize("last", [nn.Linear, Counted])
+def test_trained_models_are_whole_copies(last: type[nn.Linear]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8, bias=False), nn.Tanh(), last(8, CLASSES)).train()
+    model[1].register_forward_hook(lambda *_: None)
+    mechanism = mechanism_of(DpSgdConfig(steps=5, sampling_rate=0.5))
+    randomness = [SeededRandomness(3, "d", i) for i in range(2)]
+    one, two = train_cohort([model, model], shards((20, 9)), None, mechanism, randomness)
+    for twin in (one, two):
+        assert type(twin[3]) is last
+        assert not any(module.training for module in twin.modules())
+        assert all(p.grad is None and p.requires_grad and p.is_leaf for p in twin.parameters())
+        assert len(twin[1]._forward_hooks) == 1
+        assert twin[1]._forward_hooks is not model[1]._forward_hooks
+    memory = [p.untyped_storage().data_ptr() for m in (model, one, two) for p in m.parameters()]
+    assert len(set(memory)) == len(memory)
+    assert model.training
+
+
+def test_denormals_are_flushed_only_while_training() -> None:
+    with flushed_denormals():
+        assert torch.tensor(1e-40).mul(1.0) == 0
+    assert torch.tensor(1e-40).mul(1.0) != 0

@@ -1,6 +1,7 @@
 """Where samples and protective noise come from: their laws, and that no seed reaches a deployment's."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from privkd.cohort import train_cohort
 from privkd.config import DpSgdConfig
 from privkd.data.scenario import LabelledSet
 from privkd.noise import NoiseRoot
-from privkd.randomness import SeededRandomness, SystemRandomness, derive_seed, seeded_generator
+from privkd.randomness import Randomness, SeededRandomness, SystemRandomness, derive_seed, seeded_generator
 from privkd.student import Mechanism, train_private
 
 
@@ -50,6 +51,16 @@ class TestSeeds:
             assert stats.chi2(500).ppf(5e-7) < spread < stats.chi2(500).ppf(1 - 5e-7)
         else:
             assert bool((draws == 1).all()), "a rate of 1 takes everyone"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SeededRandomness(3, "d"), lambda: SystemRandomness(NoiseRoot.from_seed(1), "d")]
+)
+def test_samples_of_many_steps_are_those_of_each(make: Callable[[], Randomness]) -> None:
+    together, apart = make(), make()
+    for steps in (1, 4, 7):
+        expected = torch.stack([apart.sample(257, 0.3) for _ in range(steps)])
+        assert torch.equal(together.samples(steps, 257, 0.3), expected)
 
 
 class TestSystemRandomness:

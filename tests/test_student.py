@@ -40,13 +40,16 @@ MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ew")
 class Supplied:
     """Noise and samples that were decided beforehand, and a record of what was asked for."""
 
-    samples: Sequence[Tensor]
+    chosen: Sequence[Tensor]
     noises: Sequence[Tensor]
     asked: list[tuple[int, float]] = field(default_factory=list)
 
     def sample(self, records: int, sampling_rate: float) -> Tensor:
         self.asked.append((records, sampling_rate))
-        return self.samples[len(self.asked) - 1][:records]
+        return self.chosen[len(self.asked) - 1][:records]
+
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        return torch.stack([self.sample(records, sampling_rate) for _ in range(steps)])
 
     def noise(self, size: int) -> Tensor:
         return self.noises[len(self.asked) - 1][:size]
@@ -182,7 +185,7 @@ class TestAgainstTheLoop:
     def test_empty_samples_take_a_step_of_noise(self) -> None:
         how = mechanism()
         source = supplied(3)
-        source = Supplied([torch.zeros_like(s) for s in source.samples], source.noises)
+        source = Supplied([torch.zeros_like(s) for s in source.chosen], source.noises)
         ours = train_private(student("mlp"), shard(), teacher_logits(), how, source)
         step = 0.3 * 0.7 * 0.5 / 5.0
         expected = flat(student("mlp")) - step * sum(z[: len(flat(ours))] for z in source.noises)
@@ -454,10 +457,10 @@ class TestModes:
     def test_an_empty_sample_and_a_broken_record_in_every_mode(self, mode: GradSampleMode) -> None:
         data = shard()
         data.inputs[2] = math.inf
-        source = replace(supplied(3), samples=[torch.arange(64) < limit for limit in (0, 9, 3)])
+        source = replace(supplied(3), chosen=[torch.arange(64) < limit for limit in (0, 9, 3)])
         trained = train_private(student("mlp"), data, None, mechanism(), source, mode=mode)
         rest = [i for i in range(9) if i != 2]
-        without = replace(supplied(3), samples=[torch.arange(64) < limit for limit in (0, 8, 2)])
+        without = replace(supplied(3), chosen=[torch.arange(64) < limit for limit in (0, 8, 2)])
         sane = LabelledSet(data.inputs[rest], data.labels[rest])
         expected = train_private(student("mlp"), sane, None, mechanism(), without, mode=mode)
         torch.testing.assert_close(flat(trained), flat(expected), atol=1e-5, rtol=0)

@@ -10,11 +10,8 @@ from privkd.cohort.chunks import (
     DEFAULT_MEMORY_BUDGET,
     Cost,
     MemoryMeter,
-    Progress,
     chunk_students,
     records_per_pass,
-    run_chunks,
-    worker_count,
 )
 from privkd.cohort.formulations import Formulation, choose
 from privkd.cohort.weights import Weights
@@ -43,22 +40,16 @@ def _answers(models: Sequence[nn.Module], inputs: Tensor, budget: int) -> list[T
     formulation = choose(models[0], tuple(inputs.shape[1:]), training=False) if several else None
     if formulation is None:
         return [logits_of(model, inputs) for model in models]
-    chosen = formulation
-    cost = _cost(chosen, models[0], inputs)
-    workers = worker_count(inputs.device, len(models))
-    chunks = chunk_students(dict.fromkeys(range(len(models)), 1.0), cost, budget=budget, workers=workers)
-
-    def answer(chunk: list[int]) -> Tensor:
+    cost = _cost(formulation, models[0], inputs)
+    answers: dict[int, Tensor] = {}
+    for chunk in chunk_students(dict.fromkeys(range(len(models)), 1.0), cost, budget=budget):
         state = Weights.stack([models[i] for i in chunk], frozenset()).frozen_views
-        size = records_per_pass(len(chunk), cost, budget=budget, workers=workers)
-        with torch.no_grad():
-            parts = [
-                chosen.outputs(state, part.expand(len(chunk), *part.shape)) for part in inputs.split(size)
-            ]
-        return torch.cat(parts, dim=1)
-
-    done = run_chunks(answer, chunks, workers, Progress(None, steps=1))
-    return list(torch.cat(done))
+        size = records_per_pass(len(chunk), cost, budget=budget)
+        parts = [
+            formulation.outputs(state, part.expand(len(chunk), *part.shape)) for part in inputs.split(size)
+        ]
+        answers |= zip(chunk, torch.cat(parts, dim=1), strict=True)
+    return [answers[i] for i in range(len(models))]
 
 
 def _cost(formulation: Formulation, model: nn.Module, inputs: Tensor) -> Cost:

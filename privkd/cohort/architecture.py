@@ -1,11 +1,45 @@
 """Which students can be trained as one program."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _INTERNAL = frozenset(vars(nn.Module())) | {"training"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All of a model but the values of its parameters.
+
+    Attributes:
+        parts: what two models of the same architecture share.
+        by_value: whether ``parts`` tells all. If not, a setting is known by its identity alone, and may have
+            changed since by its owner's doing.
+    """
+
+    parts: Hashable
+    by_value: bool
+
+    @staticmethod
+    def of(model: nn.Module) -> "Architecture":
+        """Names, types and settings of the modules; names, shapes, types, devices and ties of the tensors."""
+        seen: dict[int, int] = {}
+        unclear: list[object] = []
+        parts = []
+        for name, module in model.named_modules(remove_duplicate=False):
+            held = vars(module)
+            settings = [(key, _setting(held[key], unclear)) for key in held if key not in _INTERNAL]
+            tensors = [
+                (key, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, _number(tensor, seen))
+                for table in (held["_parameters"], held["_buffers"])
+                for key, tensor in table.items()
+                if tensor is not None
+            ]
+            parts.append((name, type(module), tuple(settings), tuple(tensors)))
+        return Architecture(tuple(parts), not unclear)
 
 
 def same_architecture(models: Sequence[nn.Module]) -> bool:
@@ -17,38 +51,30 @@ def group_by_architecture(models: Sequence[nn.Module]) -> list[list[int]]:
     """Indices of the models of each architecture, in the order of first appearance.
 
     Two models share an architecture if their modules have the same names, types and settings, and their
-    parameters the same shapes, types and devices. Settings that cannot be compared count as different.
+    parameters the same shapes, types, devices and ties. Settings that cannot be compared count as different.
     """
-    groups: dict[Hashable, list[int]] = {}
-    signatures: dict[int, Hashable] = {}  # the same model is often given many times
+    groups: dict[Architecture, list[int]] = {}
+    found: dict[int, Architecture] = {}  # the same model is often given many times
     for index, model in enumerate(models):
-        if id(model) not in signatures:
-            signatures[id(model)] = _signature(model)
-        groups.setdefault(signatures[id(model)], []).append(index)
+        if id(model) not in found:
+            found[id(model)] = Architecture.of(model)
+        groups.setdefault(found[id(model)], []).append(index)
     return list(groups.values())
 
 
-def _signature(model: nn.Module) -> Hashable:
-    modules = tuple(
-        (
-            name,
-            type(module),
-            tuple((key, _setting(value)) for key, value in vars(module).items() if key not in _INTERNAL),
-        )
-        for name, module in model.named_modules()
-    )
-    tensors = tuple(
-        (name, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
-        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    )
-    return modules, tensors
+def _number(tensor: Tensor, seen: dict[int, int]) -> int:
+    """The same for tied parameters."""
+    return seen.setdefault(id(tensor), len(seen))
 
 
-def _setting(value: object) -> Hashable:
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, tuple | list):
-        return type(value), tuple(_setting(item) for item in value)
-    if isinstance(value, Tensor):
-        return id(value)
-    return value if isinstance(value, Hashable) else id(value)
+def _setting(value: Any, unclear: list[object]) -> Hashable:
+    kind = type(value)
+    if kind in _PLAIN:
+        return kind, value
+    if kind is tuple or kind is list:
+        return kind, tuple(_setting(item, unclear) for item in value)
+    compares = getattr(kind, "__eq__") is not getattr(object, "__eq__")  # noqa: B009
+    if compares and isinstance(value, Hashable) and not isinstance(value, Tensor):
+        return kind, value
+    unclear.append(value)
+    return id(value)

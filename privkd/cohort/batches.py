@@ -41,14 +41,13 @@ class Records:
         """Where each student's records begin, and where the last one's end."""
         return torch.tensor([0, *accumulate(self.counts)])
 
-    def poisson(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The records in each student's sample, a bool tensor ``[record]``, as index and weights for `batch`.
+    def poisson(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and weights for `batch` of a ``sample`` of all students' records, bool ``[record]``.
 
-        The longest sample sets the length.
+        The student with the most records in it sets the length.
         """
-        chosen = torch.cat([sample.cpu() for sample in samples]).nonzero().squeeze(1)
-        bounds = self._bounds
-        sizes = torch.searchsorted(chosen, bounds[1:]) - torch.searchsorted(chosen, bounds[:-1])
+        chosen, bounds = sample.cpu().nonzero().squeeze(1), self._bounds
+        sizes = torch.searchsorted(chosen, bounds).diff()
         present = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
         index = torch.full(present.shape, int(bounds[-1])).masked_scatter_(present, chosen)
         return index, present.to(self.inputs.dtype)

@@ -1,6 +1,5 @@
 """How a chunk of students gets from its records to its gradients, and what memory that takes."""
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -57,29 +56,27 @@ class Gradients:
             return self
         return replace(self, formulation=after, frozen_part=before)
 
-    def for_thread(self, records_per_pass: int) -> Self:
-        """A copy for one thread's chunk: a formulation may hold a model that it changes as it computes."""
-        return replace(self, formulation=copy.deepcopy(self.formulation), records_per_pass=records_per_pass)
-
-    def add_to(
+    def write_to(
         self, totals: Parameters, weights: Weights, records: Records, index: Tensor, of: Tensor
     ) -> None:
-        """Add the weighted sums over a batch's gradients to ``totals``, by parameter ``[student, *shape]``.
+        """Write the weighted sums of a batch's gradients into ``totals``, by parameter ``[student, *shape]``.
 
         ``index`` and ``of`` ``[student, record]`` say which records, and with which weight.
         """
+        if index.shape[1] == 0:
+            for total in totals.values():
+                total.zero_()
         for start in range(0, index.shape[1], self.records_per_pass):
             part = slice(start, start + self.records_per_pass)
             sums = self._of_batch(weights, records.batch(index[:, part], of[:, part]))
             for name, total in totals.items():
-                total.add_(sums[name])
+                total.copy_(sums[name]) if start == 0 else total.add_(sums[name])
 
     def features(self, weights: Weights, records: Records) -> Records:
         """``records`` as the formulation takes them: after the frozen part, if there is one."""
         if self.frozen_part is None or not any(records.counts):
             return records
-        whole = [torch.ones(count, dtype=torch.bool) for count in records.counts]
-        index, present = records.poisson(whole)
+        index, present = records.poisson(torch.ones(sum(records.counts), dtype=torch.bool))
         parts = []
         for start in range(0, index.shape[1], self.records_per_pass):
             part = slice(start, start + self.records_per_pass)
@@ -87,14 +84,13 @@ class Gradients:
             parts.append(self.frozen_part.outputs(weights.frozen_views, batch.inputs))
         return records.replaced(torch.cat(parts, dim=1)[present.bool().to(weights.frozen.device)])
 
-    def cost(self, weights: Weights, inputs: Tensor, classes: int, records: int) -> Cost:
-        """Upper bounds on the memory that training takes, measured on made-up records.
+    def footprint(self, weights: Weights, inputs: Tensor, classes: int) -> "Footprint":
+        """Measured on made-up records.
 
         Args:
             weights: of one student.
             inputs: a few records of one student, ``[1, record, *shape]``.
             classes: number of classes.
-            records: size of the largest shard.
         """
         size = inputs.shape[:2]
         batch = Batch(inputs, inputs.new_zeros((*size, classes)), inputs.new_ones(size))
@@ -108,8 +104,27 @@ class Gradients:
         held = inputs.nbytes + batch.targets.nbytes + (batch.inputs.nbytes if self.frozen_part else 0)
         passing = held + max(preparing, meter.bytes)
         rows = weights.frozen.nbytes + _COPIES_OF_TRAINED * weights.trained.nbytes
-        return Cost(rows + records * held // size[1], passing // size[1])
+        return Footprint(rows, held // size[1], passing // size[1])
 
     def _of_batch(self, weights: Weights, batch: Batch) -> Parameters:
         trained, frozen = weights.trained_views, weights.frozen_views
         return self.formulation.gradients(trained, frozen, batch, self.objective, self.clip_norm)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Upper bounds on the memory that training takes, in bytes.
+
+    Attributes:
+        parameters: for each student, whatever its records.
+        held: for each record of a student.
+        passing: for each record of a batch.
+    """
+
+    parameters: int
+    held: int
+    passing: int
+
+    def cost(self, records: int) -> Cost:
+        """The cost of students with at most so many records."""
+        return Cost(self.parameters + records * self.held, self.passing)

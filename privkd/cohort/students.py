@@ -1,6 +1,5 @@
 """A cohort of students, how their gradients are computed, and their training in chunks."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,22 +9,12 @@ from torch import Tensor, nn
 
 from privkd.cohort.architecture import same_architecture
 from privkd.cohort.batches import Records, joined
-from privkd.cohort.chunks import (
-    Cost,
-    Progress,
-    chunk_students,
-    records_per_pass,
-    run_chunks,
-    worker_count,
-)
-from privkd.cohort.formulations import choose
-from privkd.cohort.gradients import Gradients
+from privkd.cohort.chunks import chunk_students, flushed_denormals, records_per_pass
 from privkd.cohort.objective import Objective
+from privkd.cohort.planning import Plan, plan_of
 from privkd.cohort.weights import Weights
 from privkd.data.scenario import LabelledSet
 from privkd.errors import DataError, ModelError
-
-_PROBE_RECORDS = 2
 
 
 @dataclass(frozen=True)
@@ -81,12 +70,12 @@ class Students:
         """A copy of the parameters; ``trained`` names those in training."""
         return Weights.stack(self.models, trained)
 
-    def records(self, objective: Objective) -> Records:
+    def records(self, plan: Plan) -> Records:
         """The shards on the models' device."""
         inputs = joined([shard.inputs for shard in self.shards]).to(self.device)
         labels = joined([shard.labels for shard in self.shards]).to(self.device)
         logits = None if self.teacher_logits is None else joined(self.teacher_logits).to(self.device)
-        targets = objective.targets(labels, logits, self.classes, inputs.dtype)
+        targets = plan.gradients.objective.targets(labels, logits, plan.classes, inputs.dtype)
         return Records.of(inputs, targets, [len(shard) for shard in self.shards])
 
     @cached_property
@@ -94,57 +83,36 @@ class Students:
         """Shape of one input; that of the largest shard, since an empty one may have lost it."""
         return tuple(max(self.shards, key=len).inputs.shape[1:])
 
-    @cached_property
-    def classes(self) -> int:
-        """Number of classes that the models tell apart."""
-        model = copy.deepcopy(self.models[0]).eval()
-        with torch.no_grad():
-            return int(model(next(model.parameters()).new_zeros((1, *self.input_shape))).shape[-1])
-
-    def gradients(
+    def plan(
         self,
         objective: Objective,
         clip_norm: float | None,
         trained: Callable[[nn.Module], Sequence[nn.Parameter]],
-    ) -> Gradients | None:
-        """The fastest way to compute the students' gradients; ``None`` if none fits the architecture."""
+    ) -> Plan | None:
+        """How to train the students as one program; ``None`` if their architecture allows none."""
         if not self.models:
             return None
         model = self.models[0]
         kept = {id(parameter) for parameter in trained(model)}
         names = frozenset(name for name, p in model.named_parameters() if id(p) in kept)
-        formulation = choose(model, self.input_shape, training=True, trained=names) if names else None
-        if formulation is None:
-            return None
-        gradients = Gradients(formulation, objective, clip_norm, names)
-        return gradients.with_frozen_part(model, self.input_shape)
-
-    def cost(self, gradients: Gradients) -> Cost:
-        """The memory that training takes, see `Gradients.cost`."""
-        weights = self.part([0]).weights(gradients.trained)
-        blank = weights.trained.new_zeros((1, _PROBE_RECORDS, *self.input_shape))
-        return gradients.cost(weights, blank, self.classes, max(len(shard) for shard in self.shards))
+        return plan_of(model, self.input_shape, names, objective, clip_norm)
 
 
 def in_chunks(
-    train: Callable[[list[int], Gradients], list[nn.Module]],
+    train: Callable[[list[int], Plan], list[nn.Module]],
     students: Students,
-    gradients: Gradients,
+    plan: Plan,
     expected: Mapping[int, float],
     memory_budget: int,
-    report: Progress,
 ) -> dict[int, nn.Module]:
     """``train`` students chunk by chunk within ``memory_budget`` bytes.
 
     ``expected`` says which students, by number, and the expected batch of each.
     """
-    cost = students.cost(gradients)
-    workers = worker_count(students.device, len(expected))
-    chunks = chunk_students(expected, cost, budget=memory_budget, workers=workers)
-
-    def train_chunk(chosen: list[int]) -> list[nn.Module]:
-        fitting = records_per_pass(len(chosen), cost, budget=memory_budget, workers=workers)
-        return train(chosen, gradients.for_thread(fitting))
-
-    done = zip(chunks, run_chunks(train_chunk, chunks, workers, report), strict=True)
-    return {i: model for chosen, models in done for i, model in zip(chosen, models, strict=True)}
+    cost = plan.footprint.cost(max(len(shard) for shard in students.shards))
+    trained: dict[int, nn.Module] = {}
+    with flushed_denormals():
+        for chosen in chunk_students(expected, cost, budget=memory_budget):
+            fitting = records_per_pass(len(chosen), cost, budget=memory_budget)
+            trained |= zip(chosen, train(chosen, plan.in_passes(fitting)), strict=True)
+    return trained

@@ -1,13 +1,13 @@
 """Train many students of one architecture, with DP-SGD or without."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from privkd.cohort.chunks import DEFAULT_MEMORY_BUDGET, Progress
-from privkd.cohort.gradients import Gradients
 from privkd.cohort.objective import Objective
+from privkd.cohort.planning import Plan
 from privkd.cohort.students import Students, in_chunks
 from privkd.cohort.weights import views
 from privkd.config import DpSgdConfig, FitConfig
@@ -17,8 +17,11 @@ from privkd.models import trained_parameters
 from privkd.randomness import Randomness
 from privkd.student import Mechanism, TailAverage, train_private, train_unprotected
 
+_DRAWN_AT_ONCE = 1 << 20
+"""Records times steps for which samples are drawn in one go."""
+
 Report = Callable[[int], None]
-"""Told how many students' worth of steps are done; called from one thread at a time."""
+"""Told how many students' worth of steps are done."""
 
 
 def train_cohort(
@@ -41,8 +44,7 @@ def train_cohort(
         shards: the private records of each.
         teacher_logits: the frozen teacher's answers on each shard ``[record, class]``, or ``None``.
         mechanism: the public parameters, the same for all.
-        randomness: the source of each student's samples and noise. Sources are asked from several
-            threads, each from one at a time; they must not share state.
+        randomness: the source of each student's samples and noise.
         memory_budget: bytes that training may take beyond its arguments and results. The cohort is cut
             into chunks of students, and batches into passes, to stay within it.
         progress: see `Report`.
@@ -58,16 +60,16 @@ def train_cohort(
     def train_one(i: int) -> nn.Module:
         return train_private(models[i], shards[i], students.targets(i), mechanism, randomness[i])
 
-    def train_chunk(chosen: list[int], gradients: Gradients) -> list[nn.Module]:
+    def train_chunk(chosen: list[int], plan: Plan) -> list[nn.Module]:
         sources = [randomness[i] for i in chosen]
-        return _train_privately(students.part(chosen), gradients, mechanism, sources, report)
+        return _train_privately(students.part(chosen), plan, mechanism, sources, report)
 
     objective = Objective.of(mechanism.alpha, mechanism.temperature, teacher_logits)
-    gradients = students.gradients(objective, recipe.clip_norm, lambda m: trained_parameters(m, recipe.part))
-    if gradients is None:
+    plan = students.plan(objective, recipe.clip_norm, lambda m: trained_parameters(m, recipe.part))
+    if plan is None:
         return [report.after(train_one(i)) for i in range(len(models))]
     expected = {i: len(shard) * recipe.sampling_rate for i, shard in enumerate(shards)}
-    trained = in_chunks(train_chunk, students, gradients, expected, memory_budget, report)
+    trained = in_chunks(train_chunk, students, plan, expected, memory_budget)
     return [trained[i] for i in range(len(models))]
 
 
@@ -104,10 +106,10 @@ def fit_cohort(
         own = (models[i], shards[i], students.targets(i), config, generators[i])
         return train_unprotected(*own, alpha=alpha, temperature=temperature)
 
-    def train_chunk(chosen: list[int], gradients: Gradients) -> list[nn.Module]:
-        return _fit(students.part(chosen), gradients, config, [generators[i] for i in chosen], report)
+    def train_chunk(chosen: list[int], plan: Plan) -> list[nn.Module]:
+        return _fit(students.part(chosen), plan, config, [generators[i] for i in chosen], report)
 
-    gradients = students.gradients(
+    plan = students.plan(
         Objective.of(alpha, temperature, teacher_logits),
         None,
         lambda m: [p for p in m.parameters() if p.requires_grad],
@@ -115,8 +117,8 @@ def fit_cohort(
     # Without records there is nothing to draw batches from: such a student stays as it is.
     expected = {i: float(config.batch_size) for i, shard in enumerate(shards) if len(shard)}
     trained: dict[int, nn.Module] = {}
-    if gradients is not None and expected:
-        trained = in_chunks(train_chunk, students, gradients, expected, memory_budget, report)
+    if plan is not None and expected:
+        trained = in_chunks(train_chunk, students, plan, expected, memory_budget)
     fitted = [trained[i] if i in trained else report.after(train_one(i)) for i in range(len(models))]
     for i, model in enumerate(fitted):
         check_finite(model, f"student {i}", config.learning_rate)
@@ -125,14 +127,15 @@ def fit_cohort(
 
 def _train_privately(
     students: Students,
-    gradients: Gradients,
+    plan: Plan,
     mechanism: Mechanism,
     randomness: Sequence[Randomness],
     report: Progress,
 ) -> list[nn.Module]:
     recipe = mechanism.recipe
+    gradients = plan.gradients
     weights = students.weights(gradients.trained)
-    records = gradients.features(weights, students.records(gradients.objective))
+    records = gradients.features(weights, students.records(plan))
     theta = weights.trained
     optimizer = _optimizer(theta, recipe)
     average = TailAverage([theta], steps=recipe.steps, share=recipe.averaging)
@@ -140,15 +143,12 @@ def _train_privately(
     totals = views(theta.grad, weights.trained_slots)
     normaliser = mechanism.expected_batch_size
     noise_std = mechanism.noise_multiplier * recipe.clip_norm / normaliser
-    for _ in range(recipe.steps):
-        samples = [
-            source.sample(count, recipe.sampling_rate)
-            for source, count in zip(randomness, records.counts, strict=True)
-        ]
-        noise = torch.stack([source.noise(theta.shape[1]) for source in randomness])
-        theta.grad.zero_()
-        index, present = records.poisson(samples)
-        gradients.add_to(totals, weights, records, index, present / normaliser)
+    noise = torch.empty(theta.shape, dtype=torch.float64)
+    for sample in _poisson_samples(randomness, records.counts, recipe):
+        index, present = records.poisson(sample)
+        gradients.write_to(totals, weights, records, index, present / normaliser)
+        for row, source in zip(noise, randomness, strict=True):
+            row.copy_(source.noise(len(row)))
         # In float64 and rounded once, so that no low bit betrays what the noise was added to.
         theta.grad.copy_(noise.to(theta.device).mul_(noise_std).add_(theta.grad))
         optimizer.step()
@@ -156,6 +156,20 @@ def _train_privately(
         report.advance(len(randomness))
     average.write([theta])
     return weights.models(students.models)
+
+
+def _poisson_samples(
+    randomness: Sequence[Randomness], counts: Sequence[int], recipe: DpSgdConfig
+) -> Iterator[Tensor]:
+    """For each step, all students' samples, one after another, bool ``[record]``."""
+    at_once = max(1, _DRAWN_AT_ONCE // max(1, sum(counts)))
+    for start in range(0, recipe.steps, at_once):
+        steps = min(at_once, recipe.steps - start)
+        drawn = [
+            source.samples(steps, count, recipe.sampling_rate)
+            for source, count in zip(randomness, counts, strict=True)
+        ]
+        yield from torch.cat(drawn, dim=1)
 
 
 def _optimizer(theta: Tensor, recipe: DpSgdConfig) -> torch.optim.Optimizer:
@@ -166,13 +180,14 @@ def _optimizer(theta: Tensor, recipe: DpSgdConfig) -> torch.optim.Optimizer:
 
 def _fit(
     students: Students,
-    gradients: Gradients,
+    plan: Plan,
     config: FitConfig,
     generators: Sequence[torch.Generator],
     report: Progress,
 ) -> list[nn.Module]:
+    gradients = plan.gradients
     weights = students.weights(gradients.trained)
-    records = gradients.features(weights, students.records(gradients.objective))
+    records = gradients.features(weights, students.records(plan))
     theta = weights.trained
     optimizer = torch.optim.AdamW(
         [theta], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -186,8 +201,7 @@ def _fit(
             torch.randint(count, (config.batch_size,), generator=generator)
             for generator, count in zip(generators, records.counts, strict=True)
         ]
-        theta.grad.zero_()
-        gradients.add_to(totals, weights, records, records.index(draws), share)
+        gradients.write_to(totals, weights, records, records.index(draws), share)
         optimizer.step()
         schedule.step()
         report.advance(len(generators))

@@ -2,12 +2,26 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+_UNCHANGING = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_TABLES = frozenset({dict, OrderedDict, set})
+_OWN_WAYS = (
+    "__deepcopy__",
+    "__getstate__",
+    "__setstate__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__slots__",
+    "train",
+    "eval",
+)
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,10 @@ class Weights:
     def models(self, templates: Sequence[nn.Module]) -> list[nn.Module]:
         """Copies of ``templates`` in evaluation mode, holding these parameters."""
         columns = self.trained_views
-        copies = [_copy(template).eval() for template in templates]
-        for student, model in enumerate(copies):
-            for name, parameter in model.named_parameters():
-                parameter.grad = None
-                if name in columns:
-                    parameter.copy_(columns[name][student])
+        copies = []
+        for student, template in enumerate(templates):
+            values = {name: column[student] for name, column in columns.items()}
+            copies.append(_trained_copy(template, values))
         return copies
 
 
@@ -71,20 +83,54 @@ def views(matrix: Tensor, slots: Sequence[Slot]) -> dict[str, Tensor]:
     return {slot.name: c.view(-1, *slot.shape) for slot, c in zip(slots, columns, strict=True)}
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy``, several times faster: a module is mostly empty tables of hooks."""
-    tables = (value for module in model.modules() for value in vars(module).values())
-    fresh = {id(table): type(table)() for table in tables if type(table) in (dict, OrderedDict) and not table}
-    return copy.deepcopy(model, fresh)
+def _trained_copy(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy in evaluation mode with other ``values`` of the parameters named, and without gradients.
+
+    `copy.deepcopy` takes several times as long: a module is mostly empty tables of hooks.
+    """
+    parameters, modules = dict(model.named_parameters()), list(model.modules())
+    plain = all(type(parameter) is nn.Parameter for parameter in parameters.values())
+    if not plain or not all(_is_ordinary(kind) for kind in {type(module) for module in modules}):
+        twin = copy.deepcopy(model)
+        for name, parameter in twin.named_parameters():
+            parameter.grad = None
+            parameter.copy_(values.get(name, parameter))
+        return twin.eval()
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(values.get(name, parameter).clone(), parameter.requires_grad)
+        for name, parameter in parameters.items()
+    }
+    memo |= {id(module): type(module).__new__(type(module)) for module in modules}
+    for module in modules:
+        held = vars(memo[id(module)])
+        for key, value in vars(module).items():
+            held[key] = value if type(value) in _UNCHANGING else _copied_setting(value, memo)
+        held["training"] = False
+    return cast(nn.Module, memo[id(model)])
+
+
+def _copied_setting(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _TABLES:
+        if not value:
+            return kind()
+        if kind is dict and all(id(item) in memo for item in value.values()):
+            return {key: memo[id(item)] for key, item in value.items()}
+    return copy.deepcopy(value, memo)
+
+
+def _is_ordinary(kind: type[nn.Module]) -> bool:
+    """Whether the class leaves it to `torch.nn.Module` how it is copied and put in evaluation mode."""
+    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _OWN_WAYS)
 
 
 def _rows(models: Sequence[nn.Module], slots: Sequence[Slot]) -> Tensor:
     first = next(models[0].parameters())
     rows = first.new_empty(len(models), sum(slot.shape.numel() for slot in slots))
-    columns = views(rows, slots)
+    if not slots:
+        return rows
     with torch.no_grad():
-        for student, model in enumerate(models):
+        for row, model in zip(rows, models, strict=True):
             parameters = dict(model.named_parameters())
-            for name, column in columns.items():
-                column[student].copy_(parameters[name])
+            torch.cat([parameters[slot.name].flatten() for slot in slots], out=row)
     return rows
