@@ -2,8 +2,8 @@
 
     python benchmarks/cohort.py [--repeats 5] [--students 64] [--threads N] [--only NAME]
 
-Times are per student and step at an expected batch of 64 records. By default torch takes all its threads: the
-cohort trains chunks side by side on them, the loops share them within each kernel.
+Times are per student and step at an expected batch of 64 records. By default torch takes all its threads,
+within each kernel.
 """
 
 import argparse
@@ -219,13 +219,12 @@ def floor(setting: Setting, parameters: int, private: float) -> None:
         _losses(model, shard, torch.arange(BATCH)).sum().backward()
     flops = counter.get_total_flops()
     least = 1000 * flops / rate
-    # The draws of one student run on one thread; as many students are served at a time as there are threads.
-    noise = 1000 * _seconds(lambda: torch.randn(parameters)) / torch.get_num_threads()
+    noise = 1000 * _seconds(lambda: torch.randn(parameters))
     print(
         f"  floor: {flops / 1e6:.2f} Mflop forward and backward at {rate / 1e9:.0f} Gflop/s "
         f"({size} x {size} products) is {least:.4f} ms: the cohort takes {private / least:.1f} x that"
     )
-    print(f"  drawing the noise, in any formulation: {noise:.4f} ms")
+    print(f"  drawing the noise, one student after another in any formulation: {noise:.4f} ms")
 
 
 def _seconds(call: Call) -> float:
@@ -238,9 +237,8 @@ def _seconds(call: Call) -> float:
 
 
 def kernels(call: Call, students: int) -> None:
-    """Print where the time goes, by kernel, on all threads."""
-    settings = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    with profile(experimental_config=settings) as profiler:
+    """Print where the time goes, by kernel."""
+    with profile() as profiler:
         call()
     rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
