@@ -47,12 +47,6 @@ def ssim(left: Floats, right: Floats) -> Floats:
     return np.asarray(inner.reshape(images, -1).mean(axis=1), dtype=np.float64)
 
 
-def ssim_table(images: Floats, candidates: Floats) -> Floats:
-    """`ssim` of every image with every candidate ``[image, candidate]``."""
-    table = ssim(np.repeat(images, len(candidates), axis=0), np.tile(candidates, (len(images), 1, 1, 1)))
-    return table.reshape(len(images), len(candidates))
-
-
 def mse(left: Floats, right: Floats) -> Floats:
     """Mean squared error of each pair of images ``[image]``."""
     return ((_checked(left) - _checked(right)) ** 2).reshape(len(left), -1).mean(axis=1)
