@@ -258,7 +258,7 @@ def scaling(setting: Setting) -> None:
 
 
 def memory(setting: Setting, students: int) -> None:
-    """Print the peak of each contender in a process of its own, beyond what it held before it trained."""
+    """Print the peak of each contender in a process of its own, on one thread, beyond what it held before."""
     print(f"\npeak memory beyond libraries, models and data, {setting.name}")
     shares = partial(private_cohort, setting.students(students), setting.shards(students))
     calls = {name: call for name, (_, call) in Contenders(setting, students).calls().items()}
@@ -273,6 +273,7 @@ def memory(setting: Setting, students: int) -> None:
 
 
 def _peak(call: Call, sender: "multiprocessing.connection.Connection") -> None:
+    torch.set_num_threads(1)  # a forked process cannot use the threads that its parent started
     small = SETTINGS[0]
     _opacus(small.students(1)[0], small.shards(1)[0], 0, mode="hooks")  # libraries load as they are used
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -292,7 +293,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # of Opacus' ghost clipping
     print(f"torch {torch.__version__}, {arguments.threads} threads, medians of {arguments.repeats}")
     chosen = [setting for setting in SETTINGS if arguments.only in (None, setting.name)]
-    # First, since processes are forked safely only while torch has started no threads.
     for setting in chosen:
         memory(setting, arguments.students)
     for setting in chosen:
