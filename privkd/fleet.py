@@ -46,8 +46,11 @@ class Fleet:
         """One student for each device, the architectures dealt in turn."""
         return [students[number % len(students)] for number in range(len(self.devices))]
 
-    def teach(self, teacher: nn.Module) -> list[Tensor]:
-        """The published teacher's logits on each device's own records, computed on the device."""
+    def teach(self, teacher: nn.Module) -> list[Tensor] | None:
+        """The published teacher's logits on each device's own records, computed on the device; ``None`` where
+        ``alpha`` is 0, so that no student learns from them."""
+        if not self.config.alpha:
+            return None
         return [logits_of(teacher, shard.inputs) for shard in self.shards]
 
     def train_private(

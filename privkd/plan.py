@@ -31,6 +31,7 @@ class Plan:
     Attributes:
         rounds: number of rounds.
         devices: number of devices.
+        silent_devices: how many of them fall silent in each round, by ``channel.dropout``.
         noise_multiplier: of DP-SGD, the same in every round; 0 without DP.
         sampling_rate: of DP-SGD.
         steps: DP-SGD steps a round on each device.
@@ -49,6 +50,7 @@ class Plan:
 
     rounds: int
     devices: int
+    silent_devices: int
     noise_multiplier: float
     sampling_rate: float
     steps: int
@@ -94,6 +96,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
     return Plan(
         rounds=config.rounds,
         devices=facts.devices,
+        silent_devices=config.silent_devices,
         noise_multiplier=multiplier,
         sampling_rate=recipe.sampling_rate,
         steps=recipe.steps,

@@ -35,6 +35,7 @@ class RoundFigures:
         epsilon_record: upper bound spent so far, worst device.
         epsilon_device: likewise, per device.
         personal: mean accuracy of the students, each on its device's own test set.
+        devices: how many contributed to the round's release; 0 before the first.
 
     No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
     records are involved, and no run where there is nothing to measure them on. They are NaN then.
@@ -47,6 +48,7 @@ class RoundFigures:
     epsilon_record: float
     epsilon_device: float
     personal: float
+    devices: int
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,13 @@ def _saved_round(row: Mapping[str, Any]) -> SavedRound:
         number,
         {name: str(row["files"][name]) for name in names},
         tuple(str(name) for name in row["devices"]) if number else (),
-        RoundFigures(**{name: float(value) for name, value in row["figures"].items()}),
+        RoundFigures(**_figures(row["figures"])),
         Head(int(head["lines"]), str(head["digest"])) if head else None,
     )
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: int(value) if name == "devices" else float(value) for name, value in row.items()}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from privkd.store import RunFolder
 from privkd.transcript import Adversary, Transcript, view
 
 DEVICES = ("device-0000", "device-0001", "device-0002", "device-0003")
-FIGURES = RoundFigures(0.5, 0.25, 0.75, 0.5, 1.5, math.inf, 0.5)
+FIGURES = RoundFigures(0.5, 0.25, 0.75, 0.5, 1.5, math.inf, 0.5, 3)
 
 
 def wire(answers: Tensor, baseline: Tensor | None = None, noise_std: float = 0.0) -> Wire:

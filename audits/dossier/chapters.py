@@ -59,8 +59,20 @@ def ledger(facts: RunFacts) -> Section:
         "never added.",
         "Devices hold disjoint records, so a unit's epsilon is that of its worst device (parallel "
         "composition); rounds compose on each device.",
+        *_silence(facts),
     )
     return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round))
+
+
+def _silence(facts: RunFacts) -> tuple[str, ...]:
+    """How many devices took part, where not all did."""
+    fewest = min((row.devices for row in facts.rounds if row.number), default=math.inf)
+    if fewest >= facts.config.data.devices:
+        return ()
+    return (
+        f"In a round {fewest:,.0f} or more of the {facts.config.data.devices:,} devices contributed; those "
+        "that fell silent before uploading are charged all the same.",
+    )
 
 
 def _statement(row: Statement) -> tuple[str, ...]:

@@ -233,6 +233,7 @@ class ChannelConfig(Settings):
             ``devices`` a part, such that ``minimum_devices`` of them make the whole.
         norm_projections: random projections by which the parties check each device's norm;
             needs a third party. 0: no check.
+        dropout: share of the devices that fall silent in each round before they upload, drawn from the seed.
     """
 
     kind: Literal["plain", "noised", "secure"] = "secure"
@@ -252,6 +253,7 @@ class ChannelConfig(Settings):
     minimum_devices: Positive | None = None
     noise_from: Literal["aggregators", "devices"] = "aggregators"
     norm_projections: Annotated[int, Field(ge=0, le=256)] = 0
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
 
     @property
     def through_services(self) -> bool:
@@ -331,6 +333,11 @@ class RunConfig(Settings):
     channel: ChannelConfig = ChannelConfig()
     reverse: ReverseConfig = ReverseConfig()
 
+    @property
+    def silent_devices(self) -> int:
+        """How many devices fall silent in each round: public, and the same in every round."""
+        return round(self.channel.dropout * self.data.devices)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         noisy = self.privacy.device_epsilon is not None and math.isfinite(self.privacy.device_epsilon)
@@ -342,5 +349,23 @@ class RunConfig(Settings):
             raise ValueError(
                 f"reverse.aggregation={self.reverse.aggregation!r} needs each device's answers, and over the "
                 "secure channel the cloud sees their sum alone: take channel.kind 'plain' or 'noised'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_stay(self) -> Self:
+        devices, silent = self.data.devices, self.silent_devices
+        needed = (self.channel.minimum_devices or devices) if self.channel.kind == "secure" else 1
+        if needed > devices:
+            raise ValueError(f"channel.minimum_devices={needed}: there are {devices} devices")
+        if silent and devices - silent < needed:
+            cure = (
+                "lower channel.dropout"
+                if silent == devices
+                else (f"set channel.minimum_devices={devices - silent}, or lower channel.dropout")
+            )
+            raise ValueError(
+                f"channel.dropout={self.channel.dropout:g} silences {silent} of {devices} devices, and a "
+                f"release takes at least {needed}: {cure}"
             )
         return self
