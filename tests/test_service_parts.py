@@ -352,8 +352,8 @@ def test_the_channel_through_services_equals_the_one_through_processes(
 
 @pytest.mark.parametrize("noise", ["aggregators", pytest.param("devices", marks=pytest.mark.slow)])
 def test_whoever_falls_silent_the_mean_is_over_those_who_stay(noise: str) -> None:
-    """Three of five upload, and two at least were asked for: the noise on their sum is never less than priced,
-    and of the stated size (1e-6)."""
+    """Three of five upload, where two would do: the noise on their sum is never less than priced, and of the
+    stated size (1e-6)."""
     answers = torch.randn(3, 200, 4, generator=torch.Generator().manual_seed(1))
     roster = tuple(f"device-{i}" for i in range(5))
     stay = (roster[0], roster[2], roster[3])

@@ -88,9 +88,9 @@ class ServiceChannel(ChannelBase):
 
     This process plays the cloud and all devices, so it opens the rounds, uploads for every device that
     answers, and adds what the parties post. The release is over the devices that all parties hold, and never
-    over fewer than the minimum; neither the noise nor the terms of a round depend on who falls silent. Without
-    addresses it starts a group of services on this machine, whose noise then comes from ``root``, and ends
-    them with the channel. Running services have noise keys of their own.
+    over fewer than the minimum; neither the noise nor the terms of a round depend on who falls silent.
+    Without addresses it starts a group of services on this machine, whose noise then comes from ``root``, and
+    ends them with the channel. Running services have noise keys of their own.
 
     A repeated release of a round is bit-identical: the parties keep what they agreed on, and refuse another
     set. For the trust model see ``privkd.secure.splits``.
