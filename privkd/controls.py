@@ -20,7 +20,7 @@ from privkd.progress import Progress
 from privkd.randomness import SeededRandomness, derive_seed
 from privkd.student import Mechanism, quieted
 
-_MEASURED = 50
+_MEASURED = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure_controls(
 
 
 def mean_accuracy(models: Sequence[nn.Module], test: LabelledSet) -> float:
-    """Mean over ``models`` of the accuracy on ``test``; of 50 evenly spaced ones where they are more."""
+    """Mean over ``models`` of the accuracy on ``test``; of at most 20 evenly spaced ones where they are more."""
     measured = models[:: math.ceil(len(models) / _MEASURED)]
     found = {id(model): model for model in measured}
     each = {key: accuracy(model, test.inputs, test.labels) for key, model in found.items()}

@@ -10,7 +10,8 @@ from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
 from privkd.ledger import Budget
 from privkd.voting import VoteRule, affordable_queries, vote_rule
 
-_QUERIES_UNDER_NOISE = 100
+_FEWEST_UNDER_NOISE = 100
+_CLEAR = 0.15
 _BYTES_PER_ENTRY = 4
 
 
@@ -143,12 +144,28 @@ def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:
     channel = config.channel
     if channel.aggregation == "votes":
         return affordable_queries(
-            devices=facts.devices,
+            devices=_fewest(config, facts.devices),
             parties=channel.aggregators,
             rho=rho,
             threshold_share=channel.threshold_share,
         )
-    return _QUERIES_UNDER_NOISE
+    return max(_FEWEST_UNDER_NOISE, _clear_means(config, rho, facts.devices))
+
+
+def _clear_means(config: RunConfig, rho: float, devices: int) -> int:
+    """The most queries for which the known noise on an entry of the mean answer has a standard deviation of
+    at most 0.15, so that it seldom turns a first choice that the devices agree on."""
+    channel, fewest = config.channel, _fewest(config, devices)
+    if channel.kind == "noised":
+        draws = fewest
+    else:
+        draws = channel.aggregators if channel.noise_from == "aggregators" else 1
+    return math.floor(2 * rho / draws * (_CLEAR * fewest / channel.row_clip) ** 2)
+
+
+def _fewest(config: RunConfig, devices: int) -> int:
+    """Over how many of ``devices`` a release is made at least."""
+    return config.channel.minimum_devices or devices - config.silent_devices
 
 
 def _votes(config: RunConfig, rho: float | None, devices: int, queries: int) -> VoteRule | None:
@@ -156,7 +173,7 @@ def _votes(config: RunConfig, rho: float | None, devices: int, queries: int) -> 
     if channel.aggregation != "votes":
         return None
     return vote_rule(
-        devices=devices,
+        devices=_fewest(config, devices),
         queries=queries,
         rho=rho,
         threshold=channel.vote_threshold,

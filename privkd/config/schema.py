@@ -214,7 +214,8 @@ class ChannelConfig(Settings):
         aggregation: what ``secure`` lets the cloud see of a query: the ``mean`` answer, or by ``votes`` the
             class that won, where there is a consensus, and nothing else (Confident-GNMax). Devices then send
             votes, and the group needs a third party.
-        vote_threshold: share of the devices that must vote for one class to make a consensus.
+        vote_threshold: share of the devices, of ``minimum_devices`` where that is set, that must vote for one
+            class to make a consensus.
         threshold_share: part of a vote's privacy that goes to finding out whether there is a consensus.
         answers: what a device sends for each query: ``probabilities``, ``votes`` (one-hot), or
             ``residuals`` against the teacher's own probabilities.
@@ -290,7 +291,8 @@ class ReverseConfig(Settings):
 
     Attributes:
         queries: proxy records put to the students in a round. ``None``: all of them where the channel adds
-            no noise, else ``100``: each query costs device-level noise.
+            no noise, else as many as keep its standard deviation on the mean answer within 0.15, or ``100``
+            where these are fewer: each query costs device-level noise.
         selection: ``uncertain`` asks what the teacher knows least, ``random`` draws.
         fit: the update's steps; batches are drawn from both the public and the proxy data.
         trust: weight of the distillation from the release.
