@@ -90,7 +90,8 @@ def measure_controls(
 
 
 def mean_accuracy(models: Sequence[nn.Module], test: LabelledSet) -> float:
-    """Mean over ``models`` of the accuracy on ``test``; of at most 20 evenly spaced ones where they are more."""
+    """Mean over ``models`` of the accuracy on ``test``; where there are more than 20, of at most 20 of them,
+    evenly spaced."""
     measured = models[:: math.ceil(len(models) / _MEASURED)]
     found = {id(model): model for model in measured}
     each = {key: accuracy(model, test.inputs, test.labels) for key, model in found.items()}

@@ -10,8 +10,8 @@ from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
 from privkd.ledger import Budget
 from privkd.voting import VoteRule, affordable_queries, vote_rule
 
-_FEWEST_UNDER_NOISE = 100
-_CLEAR = 0.15
+_FEWEST_UNDER_NOISE, _MOST_UNDER_NOISE = 100, 1000
+_CLEAR = 0.17
 _BYTES_PER_ENTRY = 4
 
 
@@ -149,12 +149,13 @@ def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:
             rho=rho,
             threshold_share=channel.threshold_share,
         )
-    return max(_FEWEST_UNDER_NOISE, _clear_means(config, rho, facts.devices))
+    clear = _clear_means(config, rho, facts.devices)
+    return min(max(_FEWEST_UNDER_NOISE, clear), _MOST_UNDER_NOISE)
 
 
 def _clear_means(config: RunConfig, rho: float, devices: int) -> int:
     """The most queries for which the known noise on an entry of the mean answer has a standard deviation of
-    at most 0.15, so that it seldom turns a first choice that the devices agree on."""
+    at most 0.17, so that it seldom turns a first choice that the devices agree on."""
     channel, fewest = config.channel, _fewest(config, devices)
     if channel.kind == "noised":
         draws = fewest

@@ -183,11 +183,18 @@ class TestQueries:
         """``std_of_one``: the noise on one query's mean over the fewest devices, per unit of sigma."""
         many = PublicFacts(devices=1000, records_per_device=50, proxy=10**6, classes=10)
         chosen = {f"channel__{name}": value for name, value in channel.items()}
-        plan = make_plan(config(privacy__device_epsilon=50.0, data__devices=1000, **chosen), many)
+        local = channel["kind"] == "noised"
+        budget = 50.0 if local else 1.5
+        plan = make_plan(config(privacy__device_epsilon=budget, data__devices=1000, **chosen), many)
         assert plan.rho is not None
         sigma = std_of_one / math.sqrt(2 * plan.rho)
-        assert plan.queries > 100
-        assert sigma * math.sqrt(plan.queries) <= 0.15 < sigma * math.sqrt(plan.queries + 1)
+        assert 100 < plan.queries < 1000
+        assert sigma * math.sqrt(plan.queries) <= 0.17 < sigma * math.sqrt(plan.queries + 1)
+
+    @pytest.mark.parametrize(("epsilon", "found"), [(0.01, 100), (1000.0, 1000)])
+    def test_never_too_few_to_learn_from_nor_more_than_help(self, epsilon: float, found: int) -> None:
+        many = PublicFacts(devices=250, records_per_device=50, proxy=10**6, classes=10)
+        assert make_plan(config(privacy__device_epsilon=epsilon, data__devices=250), many).queries == found
 
     @pytest.mark.parametrize(("wish", "found"), [(1, 1), (50, 50), (360, 360), (10**9, 360)])
     def test_as_set_but_never_more_than_there_are(self, wish: int, found: int) -> None:

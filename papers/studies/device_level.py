@@ -28,23 +28,22 @@ _MANY = (
 """What won: the students learn the labels alone and vote, and the teacher learns the noisy first choices."""
 
 
-def _mnist(devices: int, records: int, queries: int) -> Scale:
+def _mnist(devices: int, records: int) -> Scale:
     about = (
-        f"MNIST, {devices:,} devices of {records} records, 30 % of them silent, {queries:,} votes each, 2,000 "
-        "public labels with half of the classes rare"
+        f"MNIST, {devices:,} devices of {records} records, 30 % of them silent, 2,000 public labels with "
+        "half of the classes rare"
     )
     sizes = (
         f"data.devices={devices}",
         f"data.records_per_device={records}",
         f"channel.minimum_devices={devices * 7 // 10}",
-        f"reverse.queries={queries}",
     )
     return Scale(f"mnist-{devices}", about, (*_MANY, *sizes), seeds=3)
 
 
 _QUICK = replace(
     QUICK,
-    about="the embedded digits, 40 devices of 18 records, 30 % of them silent, small models, each adding noise",
+    about="the embedded digits, 40 devices of 18 records, 30 % of them silent, each adds noise, small models",
     settings=(
         *QUICK.settings,
         "privacy.epsilon=inf",
@@ -75,7 +74,7 @@ def _claims(epsilon: int) -> tuple[Claim, ...]:
 STUDY = Study(
     name="device-level",
     title="PATE 2018 and PrivateKT 2023: device-level privacy",
-    scales=(_mnist(250, 200, 500), _mnist(1000, 50, 1000), _QUICK),
+    scales=(_mnist(250, 200), _mnist(1000, 50), _QUICK),
     cases=tuple(Case(f"device-{e}", (f"privacy.device_epsilon={e}",)) for e in _EPSILONS),
     claims=tuple(claim for epsilon in _EPSILONS for claim in _claims(epsilon)),
 )

@@ -291,8 +291,8 @@ class ReverseConfig(Settings):
 
     Attributes:
         queries: proxy records put to the students in a round. ``None``: all of them where the channel adds
-            no noise, else as many as keep its standard deviation on the mean answer within 0.15, or ``100``
-            where these are fewer: each query costs device-level noise.
+            no noise, else as many as keep its standard deviation on the mean answer within 0.17, but ``100``
+            at least and ``1000`` at most: each query costs device-level noise.
         selection: ``uncertain`` asks what the teacher knows least, ``random`` draws.
         fit: the update's steps; batches are drawn from both the public and the proxy data.
         trust: weight of the distillation from the release.
