@@ -30,7 +30,7 @@ class RoundFigures:
     Attributes:
         teacher: accuracy of the teacher after the round.
         control: accuracy of the teacher that learned with zero devices.
-        students: mean accuracy of the devices' students.
+        students: mean accuracy of the devices' students, of 20 of them at most.
         accepted: share of the proposed update that the gate let through; 0 is a rollback.
         epsilon_record: upper bound spent so far, worst device.
         epsilon_device: likewise, per device.
