@@ -117,6 +117,7 @@ def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
         files["wire"] = folder.save(f"{place}/wire.safetensors", tensors)
         record["devices"] = list(wire.devices)
     figures = asdict(state.figures[-1])
+    del figures["devices"]  # by name, above
     record["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
     record["ledger"] = asdict(ledger) if ledger else None
     folder.journal.append(record)
@@ -163,17 +164,15 @@ def saved(folder: RunFolder) -> Saved:
 def _saved_round(row: Mapping[str, Any]) -> SavedRound:
     head, number = row["ledger"], int(row["round"])
     names = ("cloud", "wire") if number else ("cloud",)
+    devices = tuple(str(name) for name in row["devices"]) if number else ()
+    figures = {name: float(value) for name, value in row["figures"].items()}
     return SavedRound(
         number,
         {name: str(row["files"][name]) for name in names},
-        tuple(str(name) for name in row["devices"]) if number else (),
-        RoundFigures(**_figures(row["figures"])),
+        devices,
+        RoundFigures(**figures, devices=len(devices)),
         Head(int(head["lines"]), str(head["digest"])) if head else None,
     )
-
-
-def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: int(value) if name == "devices" else float(value) for name, value in row.items()}
 
 
 @contextmanager

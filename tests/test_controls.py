@@ -1,5 +1,7 @@
 """What a gain is measured against: means over many students."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ def test_of_many_at_most_twenty_are_and_evenly(students: int) -> None:
     assert mean_accuracy(models, TEN) == 0.5
     measured = [number for number, model in enumerate(models) if model.asked]
     assert 10 < len(measured) <= 20
-    assert len({after - before for before, after in zip(measured, measured[1:], strict=False)}) == 1
+    assert len({after - before for before, after in pairwise(measured)}) == 1
 
 
 def test_one_model_on_all_devices_is_asked_once() -> None:

@@ -66,11 +66,12 @@ def ledger(facts: RunFacts) -> Section:
 
 def _silence(facts: RunFacts) -> tuple[str, ...]:
     """How many devices took part, where not all did."""
-    fewest = min((row.devices for row in facts.rounds if row.number), default=math.inf)
-    if fewest >= facts.config.data.devices:
+    everyone = facts.config.data.devices
+    fewest = min((row.devices for row in facts.rounds if row.number), default=everyone)
+    if fewest == everyone:
         return ()
     return (
-        f"In a round {fewest:,.0f} or more of the {facts.config.data.devices:,} devices contributed; those "
+        f"In a round {fewest:,} or more of the {everyone:,} devices contributed; those "
         "that fell silent before uploading are charged all the same.",
     )
 

@@ -21,7 +21,7 @@ class RoundFacts:
     ``devices`` contributed, and the upper bounds on epsilon that were spent by its end."""
 
     number: int
-    devices: float
+    devices: int
     accepted: float
     epsilon_record: float
     epsilon_device: float

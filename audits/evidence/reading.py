@@ -105,9 +105,8 @@ def _file(path: Path, name: str) -> FileFacts:
 
 
 def _round(row: Mapping[str, Any]) -> RoundFacts:
-    names = ("devices", "accepted", "epsilon_record", "epsilon_device")
-    found = {name: number(row["figures"][name]) for name in names}
-    return RoundFacts(number=int(row["round"]), **found)
+    found = {name: number(row["figures"][name]) for name in ("accepted", "epsilon_record", "epsilon_device")}
+    return RoundFacts(number=int(row["round"]), devices=len(row.get("devices", ())), **found)
 
 
 def _charges(path: Path) -> tuple[ChargeFacts, ...]:
