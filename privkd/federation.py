@@ -20,10 +20,10 @@ from privkd.controls import Controls, mean_accuracy, measure_controls, personal_
 from privkd.credentials import noise_root, service_options
 from privkd.data import build_scenario
 from privkd.data.scenario import LabelledSet, Scenario
-from privkd.errors import ConfigError
 from privkd.events import PartyId, PrivacyEvent, Unit
 from privkd.fitting import accuracy, logits_of
 from privkd.fleet import Fleet
+from privkd.hardware import torch_device
 from privkd.ledger import Charge, Ledger
 from privkd.models import build
 from privkd.noise import NoiseRoot
@@ -225,7 +225,8 @@ class Game:
         )
         kind = self.config.channel.sends
         prior = F.softmax(teacher_logits[queries], dim=-1)
-        present = self._present(state.round)
+        silence = self._generator("silence", state.round)
+        present = self.fleet.present(self.config.silent_devices, silence)
         logits = self.fleet.answer([students[number] for number in present], proxy[queries])
         answers = bounded_answers(logits, prior, kind)
         # Who falls silent is not known beforehand, so all are charged.
@@ -240,12 +241,6 @@ class Game:
             self._report_votes(answers[voted.to(answers.device)], release, self.plan.votes)
         baseline = prior.cpu() if kind == "residuals" else torch.zeros(prior.shape)
         return Wire(queries, release.answers, baseline, release.noise_std, release.devices)
-
-    def _present(self, round: int) -> list[int]:
-        """The devices that answer in ``round``, by number; the others fall silent, whatever they hold."""
-        count = len(self.fleet.devices)
-        order = torch.randperm(count, generator=self._generator("silence", round))
-        return sorted(order[self.config.silent_devices :].tolist())
 
     def _report_votes(self, votes: Tensor, release: Release, rule: VoteRule) -> None:
         """Say how many queries were answered, and in a simulation what that cost given the votes: private."""
@@ -411,16 +406,3 @@ def facts_of(scenario: Scenario) -> PublicFacts:
         proxy=len(scenario.proxy),
         classes=scenario.classes,
     )
-
-
-def torch_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: CUDA was asked for and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda': this machine has no CUDA device; take cpu or auto")
-    return torch.device(name)

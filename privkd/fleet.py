@@ -42,6 +42,11 @@ class Fleet:
         """The private training records, device by device."""
         return [device.train for device in self.devices]
 
+    def present(self, silent: int, generator: torch.Generator) -> list[int]:
+        """The devices that answer, by number: all but ``silent`` that ``generator`` draws."""
+        order = torch.randperm(len(self.devices), generator=generator)
+        return sorted(order[silent:].tolist())
+
     def dealt(self, students: Sequence[nn.Module]) -> list[nn.Module]:
         """One student for each device, the architectures dealt in turn."""
         return [students[number % len(students)] for number in range(len(self.devices))]
