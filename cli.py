@@ -76,6 +76,9 @@ def train(
     aggregation: Annotated[
         Text, typer.Option(help="What the secure channel shows the cloud: mean, or votes. [mean]")
     ] = None,
+    dropout: Annotated[
+        Text, typer.Option(help="Share of the devices that fall silent in each round, simulated. [0]")
+    ] = None,
     aggregator_url: Annotated[
         list[str] | None, typer.Option(help="A running party of the secure channel; repeat for each.")
     ] = None,
@@ -112,6 +115,7 @@ def train(
         "channel.kind": channel,
         "channel.aggregators": aggregators,
         "channel.aggregation": aggregation,
+        "channel.dropout": dropout,
         "channel.aggregator_urls": aggregator_url,
         "student.models": student,
         "teacher.model.name": teacher,

@@ -100,6 +100,7 @@ def print_forecast(forecast: Forecast) -> None:
     table.add_column("value", justify="right")
     rows = [
         ("rounds x devices", f"{plan.rounds} x {plan.devices}"),
+        ("devices that fall silent in each round", f"{plan.silent_devices}"),
         ("DP-SGD steps a round", str(plan.steps)),
         ("sampling rate", f"{plan.sampling_rate:g}"),
         ("noise multiplier", f"{plan.noise_multiplier:.4f}"),
@@ -195,6 +196,7 @@ def _figures(figures: dict[str, float]) -> str:
         "epsilon_record": "epsilon/record",
         "epsilon_device": "epsilon/device",
         "accepted": "gate",
+        "devices": "devices in the release",
         "answered": "queries with a consensus",
         "epsilon_votes": "(private, not to be released) data-dependent epsilon/device of the round",
     }
@@ -206,7 +208,7 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 def _short(name: str, value: float) -> str:
-    if name == "answered":
+    if name in ("answered", "devices"):
         return f"{value:.0f}"
     return _epsilon(value) if name.startswith("epsilon") else f"{value:.3f}"
 

@@ -3,6 +3,7 @@
 import os
 
 from privkd.config import RunConfig
+from privkd.events import PartyId
 from privkd.noise import NoiseRoot
 from privkd.secure.remote import ServiceOptions
 from privkd.store import RunFolder
@@ -21,9 +22,12 @@ def noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:
 
 
 def service_options(
-    config: RunConfig, folder: RunFolder, votes: VoteRule | None = None
+    config: RunConfig, folder: RunFolder, roster: tuple[PartyId, ...], votes: VoteRule | None = None
 ) -> ServiceOptions | None:
-    """How to reach the secure channel's services, if the run goes through any. Raises as `noise_root`."""
+    """How to reach the secure channel's services, if the run goes through any. Raises as `noise_root`.
+
+    ``roster``: all devices of the run.
+    """
     channel = config.channel
     if not channel.through_services:
         return None
@@ -36,6 +40,7 @@ def service_options(
         # Services outlive runs: their rounds need names that no other run has. A group that is started for
         # the run knows no other, so it needs no name, and a seeded run repeats.
         run=folder.secret("run.name", os.urandom(16)) if channel.aggregator_urls else b"",
+        roster=roster,
         minimum=channel.minimum_devices,
         noise=channel.noise_from,
         projections=channel.norm_projections,

@@ -20,10 +20,10 @@ from privkd.controls import Controls, mean_accuracy, measure_controls, personal_
 from privkd.credentials import noise_root, service_options
 from privkd.data import build_scenario
 from privkd.data.scenario import LabelledSet, Scenario
-from privkd.errors import ConfigError
 from privkd.events import PartyId, PrivacyEvent, Unit
 from privkd.fitting import accuracy, logits_of
 from privkd.fleet import Fleet
+from privkd.hardware import torch_device
 from privkd.ledger import Charge, Ledger
 from privkd.models import build
 from privkd.noise import NoiseRoot
@@ -110,7 +110,7 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
         rho=plan.rho,
         aggregators=config.channel.aggregators,
         deadline=config.channel.deadline,
-        services=service_options(config, folder, plan.votes),
+        services=service_options(config, folder, game.fleet.names, plan.votes),
     ) as channel:
         channel.start()
         game = replace(game, channel=channel, root=root)
@@ -164,7 +164,7 @@ class Game:
         generator = self._generator("teacher")
         teacher = train_teacher(teacher, self.scenario.public, self.config.teacher.fit, generator)
         students = tuple(self.fleet.dealt(self._public_students(teacher, round=0)))
-        return State(teacher, teacher, students, (), (self._figures(teacher, teacher, students, 1.0),))
+        return State(teacher, teacher, students, (), (self._figures(teacher, teacher, students, 1.0, 0),))
 
     def play(self, state: State) -> State:
         """One round."""
@@ -172,7 +172,7 @@ class Game:
         wire = self._release(state, students)
         wires = (*state.wires, wire)
         teacher, control, accepted = self._absorb(state, wires)
-        figures = self._figures(teacher, control, students, accepted)
+        figures = self._figures(teacher, control, students, accepted, len(wire.devices))
         return State(teacher, control, tuple(students), wires, (*state.figures, figures))
 
     def students_after(self, teachers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
@@ -225,14 +225,20 @@ class Game:
         )
         kind = self.config.channel.sends
         prior = F.softmax(teacher_logits[queries], dim=-1)
-        answers = bounded_answers(self.fleet.answer(students, proxy[queries]), prior, kind)
+        silence = self._generator("silence", state.round)
+        present = self.fleet.present(self.config.silent_devices, silence)
+        logits = self.fleet.answer([students[number] for number in present], proxy[queries])
+        answers = bounded_answers(logits, prior, kind)
+        # Who falls silent is not known beforehand, so all are charged.
         self._debit(Unit.DEVICE, self.channel.event, state.round)
         self.ledger.post_process(
             Unit.RECORD, *self.fleet.names, round=state.round, of="a DP-SGD student's answers"
         )
-        release = self.channel.release(answers, devices=self.fleet.names, round=state.round)
+        names = tuple(self.fleet.names[number] for number in present)
+        release = self.channel.release(answers, devices=names, round=state.round)
         if self.plan.votes is not None:
-            self._report_votes(answers, release, self.plan.votes)
+            voted = torch.tensor([name in release.devices for name in names])
+            self._report_votes(answers[voted.to(answers.device)], release, self.plan.votes)
         baseline = prior.cpu() if kind == "residuals" else torch.zeros(prior.shape)
         return Wire(queries, release.answers, baseline, release.noise_std, release.devices)
 
@@ -240,8 +246,7 @@ class Game:
         """Say how many queries were answered, and in a simulation what that cost given the votes: private."""
         answered = {"answered": float(release.answers.any(-1).sum())}
         if self._simulated:
-            voted = torch.tensor([name in release.devices for name in self.fleet.names])
-            counts = votes.cpu()[voted].sum(0).to(torch.int64).numpy()
+            counts = votes.cpu().sum(0).to(torch.int64).numpy()
             rdp = data_dependent_rdp(counts, rule, self.config.channel.aggregators)
             if rdp is not None:
                 answered["epsilon_votes"] = rdp_epsilon(rdp, self.plan.delta)
@@ -362,7 +367,12 @@ class Game:
         return seeded_generator(self.config.seed, *purpose)
 
     def _figures(
-        self, teacher: nn.Module, control: nn.Module, students: Sequence[nn.Module], accepted: float
+        self,
+        teacher: nn.Module,
+        control: nn.Module,
+        students: Sequence[nn.Module],
+        accepted: float,
+        devices: int,
     ) -> RoundFigures:
         test = self.scenario.test
         # Nobody sees a private student in a deployment; before the first charge they are public.
@@ -375,6 +385,7 @@ class Game:
             epsilon_record=self.ledger.spent(Unit.RECORD).high,
             epsilon_device=self.ledger.spent(Unit.DEVICE).high,
             personal=personal_accuracy(students, self.scenario.devices) if self._simulated else math.nan,
+            devices=devices,
         )
         self.progress.figures(**asdict(figures))
         return figures
@@ -395,16 +406,3 @@ def facts_of(scenario: Scenario) -> PublicFacts:
         proxy=len(scenario.proxy),
         classes=scenario.classes,
     )
-
-
-def torch_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: CUDA was asked for and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda': this machine has no CUDA device; take cpu or auto")
-    return torch.device(name)

@@ -42,12 +42,20 @@ class Fleet:
         """The private training records, device by device."""
         return [device.train for device in self.devices]
 
+    def present(self, silent: int, generator: torch.Generator) -> list[int]:
+        """The devices that answer, by number: all but ``silent`` that ``generator`` draws."""
+        order = torch.randperm(len(self.devices), generator=generator)
+        return sorted(order[silent:].tolist())
+
     def dealt(self, students: Sequence[nn.Module]) -> list[nn.Module]:
         """One student for each device, the architectures dealt in turn."""
         return [students[number % len(students)] for number in range(len(self.devices))]
 
-    def teach(self, teacher: nn.Module) -> list[Tensor]:
-        """The published teacher's logits on each device's own records, computed on the device."""
+    def teach(self, teacher: nn.Module) -> list[Tensor] | None:
+        """The published teacher's logits on each device's own records, computed on the device; ``None`` where
+        ``alpha`` is 0, so that no student learns from them."""
+        if not self.config.alpha:
+            return None
         return [logits_of(teacher, shard.inputs) for shard in self.shards]
 
     def train_private(

@@ -10,7 +10,8 @@ from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
 from privkd.ledger import Budget
 from privkd.voting import VoteRule, affordable_queries, vote_rule
 
-_QUERIES_UNDER_NOISE = 100
+_FEWEST_UNDER_NOISE, _MOST_UNDER_NOISE = 100, 1000
+_CLEAR = 0.17
 _BYTES_PER_ENTRY = 4
 
 
@@ -31,6 +32,7 @@ class Plan:
     Attributes:
         rounds: number of rounds.
         devices: number of devices.
+        silent_devices: how many of them fall silent in each round, by ``channel.dropout``.
         noise_multiplier: of DP-SGD, the same in every round; 0 without DP.
         sampling_rate: of DP-SGD.
         steps: DP-SGD steps a round on each device.
@@ -49,6 +51,7 @@ class Plan:
 
     rounds: int
     devices: int
+    silent_devices: int
     noise_multiplier: float
     sampling_rate: float
     steps: int
@@ -94,6 +97,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
     return Plan(
         rounds=config.rounds,
         devices=facts.devices,
+        silent_devices=config.silent_devices,
         noise_multiplier=multiplier,
         sampling_rate=recipe.sampling_rate,
         steps=recipe.steps,
@@ -140,12 +144,29 @@ def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:
     channel = config.channel
     if channel.aggregation == "votes":
         return affordable_queries(
-            devices=facts.devices,
+            devices=_fewest(config, facts.devices),
             parties=channel.aggregators,
             rho=rho,
             threshold_share=channel.threshold_share,
         )
-    return _QUERIES_UNDER_NOISE
+    clear = _clear_means(config, rho, facts.devices)
+    return min(max(_FEWEST_UNDER_NOISE, clear), _MOST_UNDER_NOISE)
+
+
+def _clear_means(config: RunConfig, rho: float, devices: int) -> int:
+    """The most queries for which the known noise on an entry of the mean answer has a standard deviation of
+    at most 0.17, so that it seldom turns a first choice that the devices agree on."""
+    channel, fewest = config.channel, _fewest(config, devices)
+    if channel.kind == "noised":
+        draws = fewest
+    else:
+        draws = channel.aggregators if channel.noise_from == "aggregators" else 1
+    return math.floor(2 * rho / draws * (_CLEAR * fewest / channel.row_clip) ** 2)
+
+
+def _fewest(config: RunConfig, devices: int) -> int:
+    """Over how many of ``devices`` a release is made at least."""
+    return config.channel.minimum_devices or devices - config.silent_devices
 
 
 def _votes(config: RunConfig, rho: float | None, devices: int, queries: int) -> VoteRule | None:
@@ -153,7 +174,7 @@ def _votes(config: RunConfig, rho: float | None, devices: int, queries: int) -> 
     if channel.aggregation != "votes":
         return None
     return vote_rule(
-        devices=devices,
+        devices=_fewest(config, devices),
         queries=queries,
         rho=rho,
         threshold=channel.vote_threshold,

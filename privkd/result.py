@@ -32,7 +32,8 @@ class TeacherResult:
 
 @dataclass(frozen=True)
 class StudentResult:
-    """Mean accuracies over the devices, on the global test set; ``personal`` on each device's own.
+    """Mean accuracies over the devices, 20 of them at most, on the global test set; ``personal`` on each
+    device's own.
 
     ``direct``, ``direct_private`` and ``public_only`` are the controls; ``None``, or NaN, was not computed.
     """

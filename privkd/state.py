@@ -30,11 +30,12 @@ class RoundFigures:
     Attributes:
         teacher: accuracy of the teacher after the round.
         control: accuracy of the teacher that learned with zero devices.
-        students: mean accuracy of the devices' students.
+        students: mean accuracy of the devices' students, of 20 of them at most.
         accepted: share of the proposed update that the gate let through; 0 is a rollback.
         epsilon_record: upper bound spent so far, worst device.
         epsilon_device: likewise, per device.
         personal: mean accuracy of the students, each on its device's own test set.
+        devices: how many contributed to the round's release; 0 before the first.
 
     No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
     records are involved, and no run where there is nothing to measure them on. They are NaN then.
@@ -47,6 +48,7 @@ class RoundFigures:
     epsilon_record: float
     epsilon_device: float
     personal: float
+    devices: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
         files["wire"] = folder.save(f"{place}/wire.safetensors", tensors)
         record["devices"] = list(wire.devices)
     figures = asdict(state.figures[-1])
+    del figures["devices"]  # by name, above
     record["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
     record["ledger"] = asdict(ledger) if ledger else None
     folder.journal.append(record)
@@ -161,11 +164,13 @@ def saved(folder: RunFolder) -> Saved:
 def _saved_round(row: Mapping[str, Any]) -> SavedRound:
     head, number = row["ledger"], int(row["round"])
     names = ("cloud", "wire") if number else ("cloud",)
+    devices = tuple(str(name) for name in row["devices"]) if number else ()
+    figures = {name: float(value) for name, value in row["figures"].items()}
     return SavedRound(
         number,
         {name: str(row["files"][name]) for name in names},
-        tuple(str(name) for name in row["devices"]) if number else (),
-        RoundFigures(**{name: float(value) for name, value in row["figures"].items()}),
+        devices,
+        RoundFigures(**figures, devices=len(devices)),
         Head(int(head["lines"]), str(head["digest"])) if head else None,
     )
 

@@ -66,7 +66,10 @@ OTHERS: tuple[Any, ...] = (
 )  # fmt: skip
 """For every setting, a value that it takes and that is not its default."""
 
-COMPANIONS = {"reverse.aggregation": ("channel.kind=plain",)}
+COMPANIONS = {
+    "reverse.aggregation": ("channel.kind=plain",),
+    "channel.dropout": ("channel.kind=plain",),
+}
 """What else a setting needs to take another value."""
 
 NUMBERS = [name for name, kind in LEAVES.items() if kind in (int, float)]
@@ -212,6 +215,32 @@ class TestBadValues:
         assert "privacy.device_epsilon" in message
         assert "noised" in message
         load_config(None, ["channel.kind=plain", "privacy.device_epsilon=inf"])
+
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            (["channel.dropout=1"], "channel.dropout=1"),
+            (["channel.dropout=0.3"], "silences 2 of 5 devices, and a release takes at least 5: "),
+            (["channel.dropout=0.3"], "set channel.minimum_devices=3, or lower channel.dropout"),
+            (["channel.dropout=0.6", "channel.minimum_devices=3"], "set channel.minimum_devices=2"),
+            (["channel.dropout=0.95", "channel.kind=plain"], "takes at least 1: lower channel.dropout"),
+            (["channel.minimum_devices=6"], "channel.minimum_devices=6: there are 5 devices"),
+        ],
+    )
+    def test_dropouts_beyond_what_the_channel_allows(self, overrides: list[str], expected: str) -> None:
+        assert expected in message_of(*overrides)
+
+    @pytest.mark.parametrize(
+        ("overrides", "silent"),
+        [
+            (["channel.dropout=0.3", "channel.minimum_devices=3"], 2),
+            (["channel.dropout=0.8", "channel.kind=noised"], 4),
+            (["channel.dropout=0.3", "channel.minimum_devices=700", "data.devices=1000"], 300),
+            (["channel.dropout=0.01"], 0),
+        ],
+    )
+    def test_dropouts_that_it_does(self, overrides: list[str], silent: int) -> None:
+        assert load_config(None, overrides).silent_devices == silent
 
     @given(st.text(), st.text())
     def test_any_text_is_a_value_or_one_line(self, name: str, value: str) -> None:

@@ -130,6 +130,18 @@ def test_units_keep_apart_in_the_ledger(run: Path) -> None:
     )
 
 
+def test_it_says_how_many_devices_fell_silent(run: Path, tmp_path: Path) -> None:
+    quiet = "fell silent before uploading are charged all the same"
+    report(run)
+    assert quiet not in (run / "report.md").read_text()
+    play(tmp_path / "few", "channel.dropout=0.4", "data.devices=5")
+    report(tmp_path / "few")
+    assert (
+        f"3 or more of the 5 devices contributed; those that {quiet}"
+        in (tmp_path / "few/report.md").read_text()
+    )
+
+
 def test_an_unfinished_run_is_reported_as_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         play(tmp_path / "half", progress=StopAt(8))

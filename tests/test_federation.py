@@ -1,6 +1,7 @@
 """The whole loop: what the seed decides, what the ledger says, and what each setting leads to."""
 
 import copy
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -154,6 +155,60 @@ class TestDeviceBudget:
         (device,) = [row for row in result.ledger if row.unit is Unit.DEVICE]
         assert device.epsilon.high == math.inf
         assert reason in device.reasons[0]
+
+
+def silent_in(path: Path) -> list[set[str]]:
+    """Who of five devices contributed to no release, by round."""
+    names = {f"device-{number:04d}" for number in range(5)}
+    lines = [json.loads(line)["record"] for line in (path / "journal.jsonl").read_text().splitlines()]
+    return [names - set(line["devices"]) for line in lines if line.get("round")]
+
+
+class TestDropouts:
+    CHOSEN = ("data.devices=5", "rounds=6", "student.engine=cohort")
+
+    @pytest.mark.parametrize("kind", ["plain", "noised"])
+    def test_the_seed_silences_the_same_number_in_each_round(self, tmp_path: Path, kind: str) -> None:
+        chosen = (*self.CHOSEN, "channel.dropout=0.4", f"channel.kind={kind}")
+        result = play(tmp_path / "run", *chosen)
+        silent = silent_in(tmp_path / "run")
+        assert [len(devices) for devices in silent] == [2] * 6
+        assert len(set().union(*silent)) > 2, "others in other rounds"
+        assert [figures.devices for figures in result.rounds] == [0] + [3] * 6
+        for round in range(1, 7):
+            wire = load_file(tmp_path / "run" / f"rounds/{round:03d}/wire.safetensors")
+            assert len(wire["answers"]) == 3
+        play(tmp_path / "again", *chosen)
+        assert same(tmp_path / "run", tmp_path / "again")
+        play(tmp_path / "other", *chosen, "seed=1")
+        assert silent_in(tmp_path / "other") != silent
+
+    def test_who_falls_silent_is_charged_too(self, tmp_path: Path) -> None:
+        play(tmp_path / "run", *self.CHOSEN, "channel.dropout=0.4", "channel.kind=noised",
+             "privacy.device_epsilon=8")  # fmt: skip
+        booked = Counter((c["unit"], c["party"], c["round"]) for c in charges(tmp_path / "run"))
+        assert sum(unit == "device" for unit, _, _ in booked) == 5 * 6
+
+    def test_silence_does_not_depend_on_the_records(self, tmp_path: Path) -> None:
+        play(tmp_path / "one", *self.CHOSEN, "channel.dropout=0.4")
+        play(tmp_path / "two", *self.CHOSEN, "channel.dropout=0.4", "data.partition=dirichlet")
+        assert silent_in(tmp_path / "one") == silent_in(tmp_path / "two")
+
+    def test_the_devices_that_stay_answer_as_they_would(self, tmp_path: Path) -> None:
+        """One round, so that the silence of others has changed nothing before."""
+        for name, share in (("all", 0), ("few", 0.4)):
+            play(tmp_path / name, *self.CHOSEN, "rounds=1", f"channel.dropout={share}")
+        silent = silent_in(tmp_path / "few")[0]
+        stay = [number for number in range(5) if f"device-{number:04d}" not in silent]
+        everyone, few = (
+            load_file(tmp_path / name / "rounds/001/wire.safetensors")["answers"] for name in ("all", "few")
+        )
+        torch.testing.assert_close(few, everyone[stay], atol=1e-6, rtol=1e-5)
+
+    def test_too_many_leave_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"set channel\.minimum_devices=3, or lower channel\.dropout"):
+            play(tmp_path / "run", *self.CHOSEN, "channel.kind=secure", "channel.dropout=0.4")
+        assert not (tmp_path / "run").exists()
 
 
 class TestSettings:

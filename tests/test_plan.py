@@ -166,6 +166,36 @@ class TestQueries:
         small = PublicFacts(devices=5, records_per_device=140, proxy=7, classes=10)
         assert make_plan(config(privacy__device_epsilon=3.0), small).queries == 7
 
+    @pytest.mark.parametrize(
+        ("channel", "std_of_one"),
+        [
+            ({"kind": "secure"}, math.sqrt(2) / 1000),
+            ({"kind": "secure", "aggregators": 5, "row_clip": 0.5}, math.sqrt(5) / 2 / 1000),
+            ({"kind": "secure", "dropout": 0.3, "minimum_devices": 700}, math.sqrt(2) / 700),
+            ({"kind": "secure", "dropout": 0.2, "minimum_devices": 700}, math.sqrt(2) / 700),
+            ({"kind": "secure", "dropout": 0.3, "minimum_devices": 700, "noise_from": "devices"}, 1 / 700),
+            ({"kind": "noised", "dropout": 0.3}, 1 / math.sqrt(700)),
+        ],
+    )
+    def test_as_many_as_leave_a_mean_clear_at_the_worst(
+        self, channel: dict[str, Any], std_of_one: float
+    ) -> None:
+        """``std_of_one``: the noise on one query's mean over the fewest devices, per unit of sigma."""
+        many = PublicFacts(devices=1000, records_per_device=50, proxy=10**6, classes=10)
+        chosen = {f"channel__{name}": value for name, value in channel.items()}
+        local = channel["kind"] == "noised"
+        budget = 50.0 if local else 1.5
+        plan = make_plan(config(privacy__device_epsilon=budget, data__devices=1000, **chosen), many)
+        assert plan.rho is not None
+        sigma = std_of_one / math.sqrt(2 * plan.rho)
+        assert 100 < plan.queries < 1000
+        assert sigma * math.sqrt(plan.queries) <= 0.17 < sigma * math.sqrt(plan.queries + 1)
+
+    @pytest.mark.parametrize(("epsilon", "found"), [(0.01, 100), (1000.0, 1000)])
+    def test_never_too_few_to_learn_from_nor_more_than_help(self, epsilon: float, found: int) -> None:
+        many = PublicFacts(devices=250, records_per_device=50, proxy=10**6, classes=10)
+        assert make_plan(config(privacy__device_epsilon=epsilon, data__devices=250), many).queries == found
+
     @pytest.mark.parametrize(("wish", "found"), [(1, 1), (50, 50), (360, 360), (10**9, 360)])
     def test_as_set_but_never_more_than_there_are(self, wish: int, found: int) -> None:
         for more in ({}, {"privacy__device_epsilon": 3.0}):

@@ -350,6 +350,30 @@ def test_the_channel_through_services_equals_the_one_through_processes(
     assert 5e-7 < stats.chi2.cdf((residual**2).sum(), residual.size) < 1 - 5e-7
 
 
+@pytest.mark.parametrize("noise", ["aggregators", pytest.param("devices", marks=pytest.mark.slow)])
+def test_whoever_falls_silent_the_mean_is_over_those_who_stay(noise: str) -> None:
+    """Three of five upload, where two would do: the noise on their sum is never less than priced, and of the
+    stated size (1e-6)."""
+    answers = torch.randn(3, 200, 4, generator=torch.Generator().manual_seed(1))
+    roster = tuple(f"device-{i}" for i in range(5))
+    stay = (roster[0], roster[2], roster[3])
+    options = ServiceOptions(noise=noise, minimum=2, roster=roster)  # type: ignore[arg-type]
+    with open_channel("secure", clip_norm=30.0, rho=0.5, root=ROOT, services=options) as channel:
+        release = channel.release(answers, devices=stay, round=0)
+        with pytest.raises(ChannelError, match="1 devices, fewer than minimum_devices=2"):
+            channel.release(answers[:1], devices=stay[:1], round=1)
+        with pytest.raises(ChannelError, match="stranger is not on the roster"):
+            channel.release(answers[:2], devices=("stranger", roster[0]), round=1)
+    assert release.devices == stay
+    assert release.event == ZCdp(0.5)
+    on_sum = release.noise_std * 3
+    assert on_sum == pytest.approx(30 * math.sqrt(2 if noise == "aggregators" else 3 / 2), rel=1e-5)
+    blocks = answers.double().reshape(3, -1)
+    clipped = blocks * (30 / blocks.norm(dim=1, keepdim=True)).clamp(max=1)
+    residual = (release.answers - clipped.mean(0).reshape(200, 4)).numpy() / release.noise_std
+    assert 5e-7 < stats.chi2.cdf((residual**2).sum(), residual.size) < 1 - 5e-7
+
+
 def test_settings_of_services_are_checked() -> None:
     for options, words in [
         (ServiceOptions(urls=("nonsense",)), "expected an address"),

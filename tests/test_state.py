@@ -1,6 +1,7 @@
 """A run between two rounds: what it knows of each release, and its way to the disk and back."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from privkd.store import RunFolder
 from privkd.transcript import Adversary, Transcript, view
 
 DEVICES = ("device-0000", "device-0001", "device-0002", "device-0003")
-FIGURES = RoundFigures(0.5, 0.25, 0.75, 0.5, 1.5, math.inf, 0.5)
+BEFORE = RoundFigures(0.5, 0.25, 0.75, 0.5, 1.5, math.inf, 0.5, devices=0)
+AFTER = replace(BEFORE, devices=len(DEVICES))
 
 
 def wire(answers: Tensor, baseline: Tensor | None = None, noise_std: float = 0.0) -> Wire:
@@ -31,7 +33,7 @@ def model(seed: int) -> nn.Module:
 
 def state(*wires: Wire) -> State:
     students = tuple(model(10 + number) for number in range(4))
-    return State(model(1), model(2), students, wires, (FIGURES,) * (len(wires) + 1))
+    return State(model(1), model(2), students, wires, (BEFORE, *[AFTER] * len(wires)))
 
 
 class TestKnowledge:

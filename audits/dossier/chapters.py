@@ -59,8 +59,21 @@ def ledger(facts: RunFacts) -> Section:
         "never added.",
         "Devices hold disjoint records, so a unit's epsilon is that of its worst device (parallel "
         "composition); rounds compose on each device.",
+        *_silence(facts),
     )
     return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round))
+
+
+def _silence(facts: RunFacts) -> tuple[str, ...]:
+    """How many devices took part, where not all did."""
+    everyone = facts.config.data.devices
+    fewest = min((row.devices for row in facts.rounds if row.number), default=everyone)
+    if fewest == everyone:
+        return ()
+    return (
+        f"In a round {fewest:,} or more of the {everyone:,} devices contributed; those "
+        "that fell silent before uploading are charged all the same.",
+    )
 
 
 def _statement(row: Statement) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ Standing: TypeAlias = Literal["ALARM", "within bound", "no protection claimed", 
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """What the journal says of one committed round: its number from 0, which is before the first, and the
-    upper bounds on epsilon that were spent by its end."""
+    """What the journal says of one committed round: its number from 0, which is before the first, how many
+    ``devices`` contributed, and the upper bounds on epsilon that were spent by its end."""
 
     number: int
+    devices: int
     accepted: float
     epsilon_record: float
     epsilon_device: float

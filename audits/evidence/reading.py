@@ -106,7 +106,7 @@ def _file(path: Path, name: str) -> FileFacts:
 
 def _round(row: Mapping[str, Any]) -> RoundFacts:
     found = {name: number(row["figures"][name]) for name in ("accepted", "epsilon_record", "epsilon_device")}
-    return RoundFacts(number=int(row["round"]), **found)
+    return RoundFacts(number=int(row["round"]), devices=len(row.get("devices", ())), **found)
 
 
 def _charges(path: Path) -> tuple[ChargeFacts, ...]:

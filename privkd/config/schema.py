@@ -214,7 +214,8 @@ class ChannelConfig(Settings):
         aggregation: what ``secure`` lets the cloud see of a query: the ``mean`` answer, or by ``votes`` the
             class that won, where there is a consensus, and nothing else (Confident-GNMax). Devices then send
             votes, and the group needs a third party.
-        vote_threshold: share of the devices that must vote for one class to make a consensus.
+        vote_threshold: share of the devices, of ``minimum_devices`` where that is set, that must vote for one
+            class to make a consensus.
         threshold_share: part of a vote's privacy that goes to finding out whether there is a consensus.
         answers: what a device sends for each query: ``probabilities``, ``votes`` (one-hot), or
             ``residuals`` against the teacher's own probabilities.
@@ -233,6 +234,7 @@ class ChannelConfig(Settings):
             ``devices`` a part, such that ``minimum_devices`` of them make the whole.
         norm_projections: random projections by which the parties check each device's norm;
             needs a third party. 0: no check.
+        dropout: share of the devices that fall silent in each round before they upload, drawn from the seed.
     """
 
     kind: Literal["plain", "noised", "secure"] = "secure"
@@ -252,6 +254,7 @@ class ChannelConfig(Settings):
     minimum_devices: Positive | None = None
     noise_from: Literal["aggregators", "devices"] = "aggregators"
     norm_projections: Annotated[int, Field(ge=0, le=256)] = 0
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
 
     @property
     def through_services(self) -> bool:
@@ -288,7 +291,8 @@ class ReverseConfig(Settings):
 
     Attributes:
         queries: proxy records put to the students in a round. ``None``: all of them where the channel adds
-            no noise, else ``100``: each query costs device-level noise.
+            no noise, else as many as keep its standard deviation on the mean answer within 0.17, but ``100``
+            at least and ``1000`` at most: each query costs device-level noise.
         selection: ``uncertain`` asks what the teacher knows least, ``random`` draws.
         fit: the update's steps; batches are drawn from both the public and the proxy data.
         trust: weight of the distillation from the release.
@@ -331,6 +335,11 @@ class RunConfig(Settings):
     channel: ChannelConfig = ChannelConfig()
     reverse: ReverseConfig = ReverseConfig()
 
+    @property
+    def silent_devices(self) -> int:
+        """How many devices fall silent in each round: public, and the same in every round."""
+        return round(self.channel.dropout * self.data.devices)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         noisy = self.privacy.device_epsilon is not None and math.isfinite(self.privacy.device_epsilon)
@@ -342,5 +351,23 @@ class RunConfig(Settings):
             raise ValueError(
                 f"reverse.aggregation={self.reverse.aggregation!r} needs each device's answers, and over the "
                 "secure channel the cloud sees their sum alone: take channel.kind 'plain' or 'noised'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_stay(self) -> Self:
+        devices, silent = self.data.devices, self.silent_devices
+        needed = (self.channel.minimum_devices or devices) if self.channel.kind == "secure" else 1
+        if needed > devices:
+            raise ValueError(f"channel.minimum_devices={needed}: there are {devices} devices")
+        if silent and devices - silent < needed:
+            cure = (
+                "lower channel.dropout"
+                if silent == devices
+                else (f"set channel.minimum_devices={devices - silent}, or lower channel.dropout")
+            )
+            raise ValueError(
+                f"channel.dropout={self.channel.dropout:g} silences {silent} of {devices} devices, and a "
+                f"release takes at least {needed}: {cure}"
             )
         return self

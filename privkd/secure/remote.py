@@ -43,7 +43,8 @@ class ServiceOptions:
         key: of ``certificate``.
         pins: the aggregators' public keys by rank, in hexadecimal; none believes what they say.
         run: names the run, so that its rounds are never taken for those of another.
-        minimum: fewest devices over which a sum is released; ``None`` for all of them.
+        roster: the devices that may contribute to a round; none for those that do.
+        minimum: fewest devices over which a sum is released; ``None`` for all of the roster.
         noise: who adds the noise; see ``privkd.secure.splits``.
         projections: of the norm check (``privkd.secure.normcheck``), which needs a third party; 0 for none.
         votes: hold a vote by this rule (``privkd.voting``) in place of a mean; it needs a third party too.
@@ -56,6 +57,7 @@ class ServiceOptions:
     key: Path | None = None
     pins: tuple[str, ...] = ()
     run: bytes = b""
+    roster: tuple[PartyId, ...] = ()
     minimum: int | None = None
     noise: Literal["aggregators", "devices"] = "aggregators"
     projections: int = 0
@@ -72,6 +74,7 @@ class ServiceOptions:
 class _Request:
     """What is asked of the parties in a round, beside its name and its devices."""
 
+    entries: int
     encoding: FixedPoint
     sigma2: Fraction | None
     minimum: int
@@ -83,10 +86,11 @@ class ServiceChannel(ChannelBase):
 
     With ``votes`` in its options it sees less: which class won on each query, where there is a consensus.
 
-    This process plays the cloud and all devices, so it opens the rounds, uploads for every device, and adds
-    what the parties post. The release is over the devices that all parties hold, and never over fewer than
-    the minimum. Without addresses it starts a group of services on this machine, whose noise then comes from
-    ``root``, and ends them with the channel. Running services have noise keys of their own.
+    This process plays the cloud and all devices, so it opens the rounds, uploads for every device that
+    answers, and adds what the parties post. The release is over the devices that all parties hold, and never
+    over fewer than the minimum; neither the noise nor the terms of a round depend on who falls silent.
+    Without addresses it starts a group of services on this machine, whose noise then comes from ``root``, and
+    ends them with the channel. Running services have noise keys of their own.
 
     A repeated release of a round is bit-identical: the parties keep what they agreed on, and refuse another
     set. For the trust model see ``privkd.secure.splits``.
@@ -187,10 +191,11 @@ class ServiceChannel(ChannelBase):
         without noise; a row of zeros is a query without consensus.
         """
         blocks = contributions(answers, devices, round)
-        request = self._request(answers, self._minimum(len(devices)))
+        roster = self._options.roster or tuple(devices)
+        request = self._request(answers, len(roster), self._minimum(roster, devices))
         try:
             self.start()
-            total = self._aggregate(blocks, devices, round, request)
+            total = self._aggregate(blocks, devices, self._terms(roster, round, request))
         except BaseException:
             self.close()
             raise
@@ -206,8 +211,8 @@ class ServiceChannel(ChannelBase):
             self.event,
         )
 
-    def _request(self, answers: Tensor, minimum: int) -> _Request:
-        devices, queries, classes = answers.shape
+    def _request(self, answers: Tensor, roster: int, minimum: int) -> _Request:
+        _, queries, classes = answers.shape
         rule = self._options.votes
         if rule is not None:
             _check_votes(answers, rule)
@@ -215,15 +220,18 @@ class ServiceChannel(ChannelBase):
             votes = VoteTerms(
                 classes=classes, threshold=rule.threshold, threshold_sigma2=_spelt(rule.threshold_sigma2)
             )
-            return _Request(FixedPoint(0, bound), rule.sigma2, minimum, votes)
-        draws = self.aggregators if self._options.noise == "aggregators" else -(-devices // minimum)
-        encoding = fitting_encoding(self.clip_norm, devices=devices, parties=draws, rho=self.rho)
-        return _Request(encoding, self._sigma2(encoding, minimum), minimum)
+            return _Request(queries * classes, FixedPoint(0, bound), rule.sigma2, minimum, votes)
+        draws = self.aggregators if self._options.noise == "aggregators" else -(-roster // minimum)
+        encoding = fitting_encoding(self.clip_norm, devices=roster, parties=draws, rho=self.rho)
+        return _Request(queries * classes, encoding, self._sigma2(encoding, minimum), minimum)
 
-    def _minimum(self, devices: int) -> int:
-        minimum = self._options.minimum or devices
-        if minimum > devices:
-            few = f"{devices} devices, fewer than minimum_devices={minimum}"
+    def _minimum(self, roster: Sequence[PartyId], devices: Sequence[PartyId]) -> int:
+        strangers = set(devices).difference(roster)
+        if strangers:
+            raise ChannelError(f"{min(strangers)} is not on the roster; nothing was released")
+        minimum = self._options.minimum or len(roster)
+        if minimum > len(devices):
+            few = f"{len(devices)} devices, fewer than minimum_devices={minimum}"
             raise ChannelError(f"{few}; nothing was released")
         return minimum
 
@@ -242,16 +250,13 @@ class ServiceChannel(ChannelBase):
         std = math.sqrt(request.sigma2 * draws)
         return math.ldexp(std, -request.encoding.fraction_bits) / devices
 
-    def _aggregate(
-        self, blocks: NDArray[np.float64], devices: Sequence[PartyId], round: int, request: _Request
-    ) -> Total:
-        group = self._group
-        assert group is not None
-        deadline = time.monotonic() + self._deadline
-        terms = RoundTerms(
+    def _terms(self, roster: tuple[PartyId, ...], round: int, request: _Request) -> RoundTerms:
+        """The terms of a round's first attempt; the parties must be up."""
+        assert self._group is not None
+        return RoundTerms(
             round=self._name(round),
-            keys=group.keys(deadline),
-            entries=blocks.shape[1],
+            keys=self._group.keys(time.monotonic() + self._deadline),
+            entries=request.entries,
             minimum=request.minimum,
             fraction_bits=request.encoding.fraction_bits,
             bound=request.encoding.bound,
@@ -259,26 +264,32 @@ class ServiceChannel(ChannelBase):
             noise=self._options.noise,
             projections=self._options.projections,
             votes=request.votes,
-            roster=tuple(devices),
+            roster=roster,
             expires=int(time.time() + self._deadline) + self._options.lifetime,
         )
+
+    def _aggregate(self, blocks: NDArray[np.float64], devices: Sequence[PartyId], terms: RoundTerms) -> Total:
+        group = self._group
+        assert group is not None
+        deadline = time.monotonic() + self._deadline
         terms = group.standing(terms, deadline)
         group.open(terms, deadline)
-        refused = self._upload(group, blocks, terms, deadline)
+        refused = self._upload(blocks, devices, terms, deadline)
         try:
             return group.close(terms, deadline)
         except RefusedError as error:
             raise ChannelError("; ".join([str(error), *refused]) + "; nothing was released") from error
 
     def _upload(
-        self, group: PartyGroup, blocks: NDArray[np.float64], terms: RoundTerms, deadline: float
+        self, blocks: NDArray[np.float64], devices: Sequence[PartyId], terms: RoundTerms, deadline: float
     ) -> list[str]:
         """Every device's work, relayed; what was refused is left to the parties to count."""
         uploads = [
             prepare(block, terms, device, self._root.subkey("device", device))
-            for device, block in zip(terms.roster, blocks, strict=True)
+            for device, block in zip(devices, blocks, strict=True)
         ]
-        return relay(uploads, group.aggregators, deadline=deadline)
+        assert self._group is not None
+        return relay(uploads, self._group.aggregators, deadline=deadline)
 
     def _name(self, round: int) -> int:
         """Names the round among all that these services will ever see."""
