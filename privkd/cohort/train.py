@@ -155,7 +155,7 @@ def _train_privately(
         average.update([theta])
         report.advance(len(randomness))
     average.write([theta])
-    return weights.models(students.models)
+    return [students.parted.rejoined(model) for model in weights.models(students.models)]
 
 
 def _optimizer(theta: Tensor, recipe: DpSgdConfig) -> torch.optim.Optimizer:
@@ -191,4 +191,4 @@ def _fit(
         optimizer.step()
         schedule.step()
         report.advance(len(generators))
-    return weights.models(students.models)
+    return [students.parted.rejoined(model) for model in weights.models(students.models)]
