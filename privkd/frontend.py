@@ -6,8 +6,10 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _BLOCK = 128
+_MOST_KEPT = 2 << 30
 
 
 class FrontEnd(nn.Module):
@@ -17,6 +19,23 @@ class FrontEnd(nn.Module):
     public constants alone it costs no privacy: DP-SGD clips and noises what follows it. `student`,
     `cohort` and the public distillation compute its outputs once for each record, not in every step.
     """
+
+    def same_as(self, other: "FrontEnd") -> bool:
+        """Whether both give the same features; those of one are then kept for the other."""
+        return self is other
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Features that ``front`` made of records, which have been written to ``version`` times."""
+
+    front: FrontEnd
+    version: int
+    features: Tensor
+
+
+_kept = WeakTensorKeyDictionary()
+"""By the tensor of records, for as long as it lives."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +59,26 @@ class Parted:
         holds = any(True for _ in front.parameters()) or any(True for _ in front.buffers())
         if not isinstance(front, FrontEnd) or holds:
             return cls(None, student)
-        rest = nn.Sequential(OrderedDict(others)).train(student.training)
+        rest = nn.Sequential(OrderedDict(others))
+        rest.training = student.training
         return cls(front, rest, name)
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
-        """What ``rest`` takes ``[record, *features]`` for the student's ``inputs`` ``[record, *shape]``."""
-        if self.front is None:
+        """What ``rest`` takes ``[record, *features]`` for the student's ``inputs`` ``[record, *shape]``.
+
+        Kept for the next time while the same tensor lives, up to 2 GiB in all: not to be written to.
+        """
+        if self.front is None or not len(inputs):
             return inputs
+        known = _kept.get(inputs)
+        if known is not None and known.version == inputs._version and self.front.same_as(known.front):
+            return known.features
         # Small blocks stay in the processor's cache.
-        blocks = inputs.split(_BLOCK) if len(inputs) else [inputs]
-        return torch.cat([self.front(block) for block in blocks])
+        features = torch.cat([self.front(block) for block in inputs.split(_BLOCK)])
+        if features.nbytes + sum(kept.features.nbytes for kept in list(_kept.values())) <= _MOST_KEPT:
+            _kept[inputs] = _Kept(self.front, inputs._version, features)
+        return features
 
     def rejoined(self, rest: nn.Module) -> nn.Module:
         """The front end before another ``rest``, such as this one after training."""

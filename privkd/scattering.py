@@ -41,9 +41,14 @@ class Scattering(FrontEnd):
         self.scales = 2 if min(height, width) >= _LARGE else 1
         _transform(self.scales, height, width, torch.device("cpu"))
 
+    def same_as(self, other: FrontEnd) -> bool:
+        """See `FrontEnd.same_as`: filters depend on the size alone."""
+        size = (self.height, self.width)
+        return isinstance(other, Scattering) and size == (other.height, other.width)
+
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        if not len(images):
+        if images.shape[0] == 0:
             return self(images.new_zeros((1, *images.shape[1:])))[:0]
         transform = _transform(self.scales, self.height, self.width, images.device)
         coefficients = transform(images.contiguous()).flatten(1, 2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from privkd import frontend
 from privkd.cohort import cohort_answers, fit_cohort, formulation, same_architecture, train_cohort
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
@@ -186,6 +187,32 @@ class TestTraining:
             records.append(Counted.seen)
         # The cohort also asks for the shape of the features.
         assert max(records) <= 40 + 10
+
+    def test_kept_while_the_records_live(self) -> None:
+        front, records = Counted(), shards()[0].inputs
+        parted = Parted.of(student(front))
+        first = parted.features(records)
+        Counted.seen = 0
+        assert parted.features(records) is first
+        assert Counted.seen == 0
+        other = Parted.of(student(Counted())).features(records)
+        assert other is not first
+        records.mul_(2)
+        torch.testing.assert_close(parted.features(records), 4 * first)
+        scatter, twin = (
+            Parted.of(build(ModelConfig(name="scatter"), input_shape=SHAPE, classes=CLASSES, seed=seed))
+            for seed in range(2)
+        )
+        assert scatter.features(records) is twin.features(records)
+        held = len(frontend._kept)
+        del records
+        assert len(frontend._kept) == held - 1
+
+    def test_too_many_are_not_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(frontend, "_MOST_KEPT", 0)
+        parted, records = Parted.of(student(Counted())), shards()[0].inputs
+        assert torch.equal(parted.features(records), parted.features(records))
+        assert parted.features(records) is not parted.features(records)
 
     def test_it_is_the_fast_program(self) -> None:
         scatter = build(ModelConfig(name="scatter"), input_shape=SHAPE, classes=CLASSES, seed=0)
