@@ -2,20 +2,29 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from running import play
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from audits.membership import audit_membership
+from audits.request import MembershipRequest
 from privkd import frontend
 from privkd.cohort import cohort_answers, fit_cohort, formulation, same_architecture, train_cohort
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ModelError
+from privkd.export.export import export_model
+from privkd.export.formats import suffix_of
 from privkd.fitting import logits_of
 from privkd.frontend import FrontEnd, Parted
 from privkd.models import build
+from privkd.progress import Silent
 from privkd.randomness import SeededRandomness, seeded_generator
+from privkd.store import RunFolder
 from privkd.student import Mechanism, check_trainable, train_private, train_unprotected
 from privkd.teacher import PublicData, distil_public
 
@@ -237,3 +246,42 @@ class TestChecks:
     def test_a_front_end_that_mixes_records_is_refused(self) -> None:
         with pytest.raises(ModelError, match="depends on the other records"):
             check_trainable(student(Mixing()), input_shape=SHAPE, classes=CLASSES, recipe=DpSgdConfig())
+
+
+class TestInTheLoop:
+    @pytest.mark.parametrize("epsilon", ["3", "inf"])
+    def test_both_engines_play_the_same_run(self, tmp_path: Path, epsilon: str) -> None:
+        """Also with a device that has no records."""
+        for engine in ("opacus", "cohort"):
+            play(
+                tmp_path / engine, "student.models=['scatter']", f"student.engine={engine}", "controls=true",
+                f"privacy.epsilon={epsilon}", "data.partition=dirichlet", "data.dirichlet_alpha=0.001",
+                "data.devices=15", "data.records_per_device=10", "rounds=1",
+            )  # fmt: skip
+        for file in sorted((tmp_path / "opacus").rglob("*.safetensors")):
+            one, other = (
+                load_file(file),
+                load_file(tmp_path / "cohort" / file.relative_to(tmp_path / "opacus")),
+            )
+            for name, tensor in one.items():
+                torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-4, msg=f"{file}: {name}")
+
+    @pytest.mark.parametrize("form", ["torch", "onnx", "executorch"])
+    def test_it_is_exported(self, tmp_path: Path, form: str) -> None:
+        pytest.importorskip({"onnx": "onnxruntime"}.get(form, form))
+        scatter = build(ModelConfig(name="scatter"), input_shape=SHAPE, classes=CLASSES, seed=0)
+        records = shards()[0].inputs.mul(16).round() / 16
+        path = tmp_path / f"student{suffix_of(form)}"
+        if form == "executorch":
+            with pytest.raises(ModelError, match=r"cannot be written as .pte.*take another --format"):
+                export_model(scatter, records, 16.0, form, path)
+            assert not path.exists()
+            return
+        assert export_model(scatter, records, 16.0, form, path).check.difference < 1e-5
+
+    def test_shadows_are_trained_with_it(self, tmp_path: Path) -> None:
+        play(tmp_path / "run", "student.models=['scatter']", "rounds=1")
+        with RunFolder.resume(tmp_path / "run") as folder:
+            request = MembershipRequest(view="student", attack="lira-online", shadows=8, targets=2)
+            (finding,) = audit_membership(folder, request, Silent()).findings
+        assert finding.epsilon_lower <= finding.epsilon_upper
