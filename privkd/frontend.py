@@ -52,16 +52,13 @@ class Parted:
     @classmethod
     def of(cls, student: nn.Module) -> Self:
         """``student`` parted, its modules shared. A front end that holds tensors is left where it is."""
-        children = list(student.named_children())
-        if type(student) is not nn.Sequential or len(children) < 2:
+        if type(student) is not nn.Sequential or len(student) < 2 or not isinstance(student[0], FrontEnd):
             return cls(None, student)
-        (name, front), *others = children
-        holds = any(True for _ in front.parameters()) or any(True for _ in front.buffers())
-        if not isinstance(front, FrontEnd) or holds:
+        front, rest = student[0], student[1:]
+        if any(True for _ in front.parameters()) or any(True for _ in front.buffers()):
             return cls(None, student)
-        rest = nn.Sequential(OrderedDict(others))
         rest.training = student.training
-        return cls(front, rest, name)
+        return cls(front, rest, next(iter(student._modules)))
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
@@ -84,6 +81,7 @@ class Parted:
         """The front end before another ``rest``, such as this one after training."""
         if self.front is None:
             return rest
-        whole = nn.Sequential(OrderedDict([(self._name, self.front), *rest.named_children()]))
+        others = ((name, module) for name, module in rest._modules.items() if module is not None)
+        whole = nn.Sequential(OrderedDict([(self._name, self.front), *others]))
         whole.training = rest.training
         return whole

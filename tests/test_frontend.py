@@ -99,6 +99,14 @@ class TestParted:
         assert same_architecture([whole, joined])
         assert list(joined.state_dict()) == list(whole.state_dict())
 
+    def test_a_layer_that_is_used_twice_stays_twice(self) -> None:
+        tanh = nn.Tanh()
+        whole = nn.Sequential(Counted(), tanh, nn.Linear(64, 6), tanh, nn.Linear(6, CLASSES))
+        parted, x = Parted.of(whole), shards()[0].inputs
+        torch.testing.assert_close(parted.rest(parted.features(x)), whole(x))
+        torch.testing.assert_close(parted.rejoined(parted.rest)(x), whole(x))
+        assert list(parted.rejoined(parted.rest).state_dict()) == list(whole.state_dict())
+
     @pytest.mark.parametrize("front", [Plain(), nn.Flatten()])
     def test_a_student_without_one_stays_whole(self, front: nn.Module) -> None:
         whole = student(front)
