@@ -83,7 +83,10 @@ def train(
         list[str] | None, typer.Option(help="A running party of the secure channel; repeat for each.")
     ] = None,
     student: Annotated[
-        Text, typer.Option(help="mlp, cnn, resnet or package.module:factory; a comma deals several. [auto]")
+        Text,
+        typer.Option(
+            help="mlp, cnn, resnet, scatter or package.module:factory; a comma deals several. [auto]"
+        ),
     ] = None,
     teacher: Annotated[Text, typer.Option(help="mlp, cnn, resnet or package.module:factory. [auto]")] = None,
     partition: Annotated[Text, typer.Option(help="iid, dirichlet or classes. [iid]")] = None,

@@ -52,6 +52,11 @@ def examine() -> list[Finding]:
             required=False,
         )
     )
+    findings.append(
+        _importable(
+            "kymatio", "pip install 'privkd[scatter]'", "privkd train --student scatter", required=False
+        )
+    )
     findings.append(_cuda())
     return findings
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from privkd.config import FitConfig
 from privkd.errors import TrainingError
+from privkd.frontend import Parted
 
 BatchLoss = Callable[[nn.Module, Tensor], Tensor]
 """Maps a model and the indices of a batch, int64 ``[record]``, to the batch's mean loss."""
@@ -67,9 +68,11 @@ def logits_of(model: nn.Module, inputs: Tensor, *, batch: int = 4096) -> Tensor:
     """The model's logits ``[record, class]`` in evaluation mode, in bounded batches."""
     was_training = model.training
     model.eval()
-    parts = [model(part) for part in inputs.split(batch)] if len(inputs) else [model(inputs)]
+    parted = Parted.of(model)
+    features = parted.features(inputs)
+    logits = [parted.rest(part) for part in features.split(batch)] if len(inputs) else [model(inputs)]
     model.train(was_training)
-    return torch.cat(parts)
+    return torch.cat(logits)
 
 
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
+from privkd.scattering import Scattering
 from privkd.userscode import users_callable
 
 Shape = tuple[int, ...]
@@ -97,10 +98,21 @@ def _resnet(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
     )
 
 
+def _scatter(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
+    """Fixed scattering features and a linear head: Tramer & Boneh 2021's ScatterNet."""
+    _, height, width = _image_shape(config, shape)
+    features = Scattering(height, width)
+    with torch.no_grad():
+        flat = features(torch.zeros(1, *shape)).numel()
+    head = nn.Linear(flat, classes)
+    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), head=head))
+
+
 _NAMED: dict[str, Callable[[ModelConfig, Shape, int], nn.Sequential]] = {
     "mlp": _mlp,
     "cnn": _cnn,
     "resnet": _resnet,
+    "scatter": _scatter,
 }
 
 

@@ -7,7 +7,7 @@ import copy
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from privkd.data.scenario import LabelledSet
 from privkd.distill import forward_loss
 from privkd.errors import ModelError
 from privkd.fitting import fit
+from privkd.frontend import Parted
 from privkd.models import trained_parameters
 from privkd.randomness import Randomness, SeededRandomness
 
@@ -133,8 +134,9 @@ def train_private(
     Raises:
         ModelError: every parameter of the part in training is frozen.
     """
-    recipe = mechanism.recipe
-    trained = copy.deepcopy(model).train()
+    recipe, parted = mechanism.recipe, Parted.of(model)
+    shard = replace(shard, inputs=parted.features(shard.inputs))
+    trained = copy.deepcopy(parted.rest).train()
     frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
     kept = {id(parameter) for parameter in trained_parameters(trained, recipe.part)}
     for parameter in trained.parameters():
@@ -156,7 +158,7 @@ def train_private(
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.grad = None
-    return trained.eval()
+    return parted.rejoined(trained.eval())
 
 
 def fastest_mode(model: nn.Module, inputs: Tensor) -> GradSampleMode:
@@ -210,15 +212,18 @@ def train_unprotected(
     are those of `fitting.fit`, the loss is the batch mean of `distill.forward_loss`.
     """
 
+    parted = Parted.of(model)
+    features = parted.features(shard.inputs)
+
     def loss(trained: nn.Module, chosen: Tensor) -> Tensor:
         chosen = chosen.to(shard.labels.device)
         targets = None if teacher_logits is None else teacher_logits[chosen]
         losses = forward_loss(
-            trained(shard.inputs[chosen]), shard.labels[chosen], targets, alpha=alpha, temperature=temperature
+            trained(features[chosen]), shard.labels[chosen], targets, alpha=alpha, temperature=temperature
         )
         return losses.mean()
 
-    return fit(model, loss, records=len(shard), config=config, generator=generator)
+    return parted.rejoined(fit(parted.rest, loss, records=len(shard), config=config, generator=generator))
 
 
 def _plain_optimizer(parameters: Sequence[nn.Parameter], recipe: DpSgdConfig) -> torch.optim.Optimizer:
@@ -320,10 +325,12 @@ def _check_records_apart(model: nn.Module, input_shape: tuple[int, ...]) -> None
 def seconds_per_step(
     model: nn.Module, *, input_shape: tuple[int, ...], classes: int, recipe: DpSgdConfig, batch: int
 ) -> float:
-    """How long one DP-SGD step on ``batch`` made-up records takes here."""
-    _made_up_step(model, input_shape, classes, recipe, batch=1)
+    """How long one DP-SGD step on ``batch`` made-up records takes here, once their features are computed."""
+    parted = Parted.of(model)
+    shape = tuple(parted.features(torch.zeros((1, *input_shape))).shape[1:])
+    _made_up_step(parted.rest, shape, classes, recipe, batch=1)
     start = time.perf_counter()
-    _made_up_step(model, input_shape, classes, recipe, batch=batch)
+    _made_up_step(parted.rest, shape, classes, recipe, batch=batch)
     return time.perf_counter() - start
 
 

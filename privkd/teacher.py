@@ -11,6 +11,7 @@ from privkd.config import FitConfig, ReverseConfig
 from privkd.data.scenario import LabelledSet
 from privkd.distill import ReverseWeights, divergence, reverse_loss, soft_targets
 from privkd.fitting import accuracy, fit, logits_of
+from privkd.frontend import Parted
 from privkd.reverse import Targets
 
 
@@ -61,12 +62,14 @@ def distil_public(
     """
     inputs = torch.cat([data.train.inputs, data.proxy])
     targets = soft_targets(logits_of(teacher, inputs), temperature)
+    parted = Parted.of(student)
+    features = parted.features(inputs)
 
     def loss(trained: nn.Module, chosen: Tensor) -> Tensor:
         chosen = chosen.to(inputs.device)
-        return temperature**2 * divergence(targets[chosen], trained(inputs[chosen]), temperature).mean()
+        return temperature**2 * divergence(targets[chosen], trained(features[chosen]), temperature).mean()
 
-    return fit(student, loss, records=len(inputs), config=config, generator=generator)
+    return parted.rejoined(fit(parted.rest, loss, records=len(inputs), config=config, generator=generator))
 
 
 def absorb(

@@ -16,6 +16,7 @@ from privkd.cohort.chunks import (
 from privkd.cohort.formulations import Formulation, choose
 from privkd.cohort.weights import Weights
 from privkd.fitting import logits_of
+from privkd.frontend import Parted
 
 
 @torch.no_grad()
@@ -37,7 +38,11 @@ def cohort_answers(
 
 def _answers(models: Sequence[nn.Module], inputs: Tensor, budget: int) -> list[Tensor]:
     several = len(models) > 1 and len(inputs) > 0
-    formulation = choose(models[0], tuple(inputs.shape[1:]), training=False) if several else None
+    if not several:
+        return [logits_of(model, inputs) for model in models]
+    inputs = Parted.of(models[0]).features(inputs)
+    models = [Parted.of(model).rest for model in models]
+    formulation = choose(models[0], tuple(inputs.shape[1:]), training=False)
     if formulation is None:
         return [logits_of(model, inputs) for model in models]
     cost = _cost(formulation, models[0], inputs)

@@ -15,6 +15,7 @@ from privkd.cohort.clipping import PerExample, beyond_clipping, clip_factors, gr
 from privkd.cohort.graph import Graph, UnsupportedError, graph_of
 from privkd.cohort.layers import Layer, Parameters
 from privkd.cohort.objective import Batch, Objective
+from privkd.frontend import Parted
 
 FormulationName = Literal["bookkeeping", "vmap", "loop"]
 _PROBE_RECORDS = 2
@@ -179,9 +180,11 @@ def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationNa
     """How a cohort of ``model`` on inputs ``[record, *input_shape]`` is computed.
 
     ``bookkeeping`` is the fast program; ``vmap`` maps `torch.func` over any other model that allows it;
-    ``loop`` trains one student after another.
+    ``loop`` trains one student after another. A front end is computed once and by itself in all.
     """
-    chosen = choose(model, input_shape, training=True)
+    parted = Parted.of(model)
+    features = parted.features(torch.zeros((1, *input_shape)))
+    chosen = choose(parted.rest, tuple(features.shape[1:]), training=True)
     if chosen is None:
         return "loop"
     return "bookkeeping" if isinstance(chosen, BookKeeping) else "vmap"

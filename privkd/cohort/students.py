@@ -1,7 +1,7 @@
 """A cohort of students, how their gradients are computed, and their training in chunks."""
 
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,12 +15,18 @@ from privkd.cohort.planning import Plan, plan_of
 from privkd.cohort.weights import Weights
 from privkd.data.scenario import LabelledSet
 from privkd.errors import DataError, ModelError
+from privkd.frontend import Parted
 
 
 @dataclass(frozen=True)
 class Students:
-    """Models of one architecture, the shard of each, and the teacher's answers on it."""
+    """Models of one architecture, the shard of each, and the teacher's answers on it.
 
+    ``models`` are what follows the students' front end, if they have one; ``parted`` is the first student
+    as its two parts.
+    """
+
+    parted: Parted
     models: tuple[nn.Module, ...]
     shards: tuple[LabelledSet, ...]
     teacher_logits: tuple[Tensor, ...] | None
@@ -45,7 +51,10 @@ class Students:
         if not same_architecture(models):
             raise ModelError("the students differ in architecture: train each architecture by itself")
         return Students(
-            tuple(models), tuple(shards), None if teacher_logits is None else tuple(teacher_logits)
+            Parted.of(models[0]) if models else Parted(None, nn.Identity()),
+            tuple(Parted.of(model).rest for model in models),
+            tuple(shards),
+            None if teacher_logits is None else tuple(teacher_logits),
         )
 
     @property
@@ -60,10 +69,11 @@ class Students:
     def part(self, chosen: Sequence[int]) -> "Students":
         """Some of the students."""
         logits = self.teacher_logits
-        return Students(
-            tuple(self.models[i] for i in chosen),
-            tuple(self.shards[i] for i in chosen),
-            None if logits is None else tuple(logits[i] for i in chosen),
+        return replace(
+            self,
+            models=tuple(self.models[i] for i in chosen),
+            shards=tuple(self.shards[i] for i in chosen),
+            teacher_logits=None if logits is None else tuple(logits[i] for i in chosen),
         )
 
     def weights(self, trained: frozenset[str]) -> Weights:
@@ -71,8 +81,8 @@ class Students:
         return Weights.stack(self.models, trained)
 
     def records(self, plan: Plan) -> Records:
-        """The shards on the models' device."""
-        inputs = joined([shard.inputs for shard in self.shards]).to(self.device)
+        """The shards on the models' device, as the models take them."""
+        inputs = joined([self.parted.features(shard.inputs) for shard in self.shards]).to(self.device)
         labels = joined([shard.labels for shard in self.shards]).to(self.device)
         logits = None if self.teacher_logits is None else joined(self.teacher_logits).to(self.device)
         targets = plan.gradients.objective.targets(labels, logits, plan.classes, inputs.dtype)
@@ -80,8 +90,9 @@ class Students:
 
     @cached_property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input; that of the largest shard, since an empty one may have lost it."""
-        return tuple(max(self.shards, key=len).inputs.shape[1:])
+        """Shape of one input of the models; from the largest shard, since an empty one may have lost it."""
+        inputs = max(self.shards, key=len).inputs
+        return tuple(self.parted.features(inputs.new_zeros((1, *inputs.shape[1:]))).shape[1:])
 
     def plan(
         self,

@@ -155,7 +155,7 @@ def _train_privately(
         average.update([theta])
         report.advance(len(randomness))
     average.write([theta])
-    return weights.models(students.models)
+    return [students.parted.rejoined(model) for model in weights.models(students.models)]
 
 
 def _poisson_samples(
@@ -205,4 +205,4 @@ def _fit(
         optimizer.step()
         schedule.step()
         report.advance(len(generators))
-    return weights.models(students.models)
+    return [students.parted.rejoined(model) for model in weights.models(students.models)]

@@ -91,9 +91,10 @@ class ModelConfig(Settings):
     """An architecture by name, or the user's own. The name alone may stand for the whole.
 
     Attributes:
-        name: ``mlp``, ``cnn``, ``resnet``, or ``package.module:factory``; ``auto`` is ``cnn`` for images
-            and ``mlp`` for anything else.
-        width: scales the layers of a named architecture.
+        name: ``mlp``, ``cnn``, ``resnet``, ``scatter`` (fixed scattering features and a linear head, for
+            images), or ``package.module:factory``; ``auto`` is ``cnn`` for images and ``mlp`` for anything
+            else.
+        width: scales the layers of a named architecture; ``scatter`` has none to scale.
         activation: the non-linearity of a named architecture.
     """
 
