@@ -190,8 +190,9 @@ class Game:
 
     def _train_students(self, teacher: nn.Module, before: Sequence[nn.Module], round: int) -> list[nn.Module]:
         self._stage(round, "distilling students on public data")
-        own = self.config.student.start == "own" and round > 0
-        starts = before if own else self.fleet.dealt(self._public_students(teacher, round=round))
+        # Before the first round the same students were distilled already, unless the run was resumed there.
+        go_on = bool(before) and (round == 0 or self.config.student.start == "own")
+        starts = before if go_on else self.fleet.dealt(self._public_students(teacher, round=round))
         self._stage(round, "training students on their devices")
         targets = self.fleet.teach(teacher)
         self._debit(Unit.RECORD, self.plan.record_event, round)
@@ -343,17 +344,18 @@ class Game:
         return [self._build(model, "student", number) for number, model in enumerate(models)]
 
     def _public_students(self, teacher: nn.Module, *, round: int) -> list[nn.Module]:
-        return [
-            distil_public(
-                student,
-                teacher,
-                self.data,
-                self.config.student.temperature,
-                self.config.student.public_fit,
-                self._generator("distil", round, number),
-            )
-            for number, student in enumerate(self._fresh_students())
-        ]
+        with seeded_layers(self.config.seed, "distil", round):
+            return [
+                distil_public(
+                    student,
+                    teacher,
+                    self.data,
+                    self.config.student.temperature,
+                    self.config.student.public_fit,
+                    self._generator("distil", round, number),
+                )
+                for number, student in enumerate(self._fresh_students())
+            ]
 
     def _debit(self, unit: Unit, event: PrivacyEvent, round: int) -> None:
         self.ledger.debit_all([Charge(unit, name, event, round) for name in self.fleet.names])
@@ -377,9 +379,11 @@ class Game:
         test = self.scenario.test
         # Nobody sees a private student in a deployment; before the first charge they are public.
         shown = self._simulated or not self.ledger.parties(Unit.RECORD)
+        teacher_accuracy = accuracy(teacher, test.inputs, test.labels)
+        same = control is teacher
         figures = RoundFigures(
-            teacher=accuracy(teacher, test.inputs, test.labels),
-            control=accuracy(control, test.inputs, test.labels),
+            teacher=teacher_accuracy,
+            control=teacher_accuracy if same else accuracy(control, test.inputs, test.labels),
             students=mean_accuracy(students, test) if shown else math.nan,
             accepted=accepted,
             epsilon_record=self.ledger.spent(Unit.RECORD).high,

@@ -10,6 +10,9 @@ from privkd.config import FitConfig
 from privkd.errors import TrainingError
 from privkd.frontend import Parted
 
+_NUMBERS_AT_ONCE = 200_000
+"""How many input numbers are answered in one batch: their activations should stay in a core's caches."""
+
 BatchLoss = Callable[[nn.Module, Tensor], Tensor]
 """Maps a model and the indices of a batch, int64 ``[record]``, to the batch's mean loss."""
 
@@ -30,7 +33,7 @@ def fit(
     Raises:
         TrainingError: a loss on the way, or a weight at the end, is not finite.
     """
-    trained = copy.deepcopy(model).train()
+    trained = quick_layout(model).train()
     finite = torch.tensor(True)
     if records:
         optimizer = torch.optim.AdamW(
@@ -54,7 +57,21 @@ def fit(
             f"a loss was not finite in training at learning rate {config.learning_rate:g}: lower it, or "
             "scale the inputs"
         )
-    return trained.eval()
+    return trained.to(memory_format=torch.contiguous_format).eval()
+
+
+def quick_layout(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose weights lie in memory as its layers are fastest on a CPU.
+
+    torch pools images with channels last several times faster. Only rounding differs. A user's own layer may
+    count on the usual layout, so a model with one keeps it.
+    """
+    copied = copy.deepcopy(model)
+    layers = list(copied.modules())
+    pools = any(isinstance(layer, nn.MaxPool2d) for layer in layers)
+    known = all(type(layer).__module__.startswith("torch.nn.") for layer in layers)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in copied.parameters())
+    return copied.to(memory_format=torch.channels_last) if pools and known and on_cpu else copied
 
 
 def check_finite(model: nn.Module, name: str, learning_rate: float) -> None:
@@ -64,15 +81,15 @@ def check_finite(model: nn.Module, name: str, learning_rate: float) -> None:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, inputs: Tensor, *, batch: int = 4096) -> Tensor:
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """The model's logits ``[record, class]`` in evaluation mode, in bounded batches."""
-    was_training = model.training
-    model.eval()
+    if not len(inputs):
+        empty: Tensor = copy.deepcopy(model).eval()(inputs)
+        return empty
     parted = Parted.of(model)
-    features = parted.features(inputs)
-    logits = [parted.rest(part) for part in features.split(batch)] if len(inputs) else [model(inputs)]
-    model.train(was_training)
-    return torch.cat(logits)
+    answering, features = quick_layout(parted.rest).eval(), parted.features(inputs)
+    batch = max(1, _NUMBERS_AT_ONCE // max(1, features[0].numel()))
+    return torch.cat([answering(part) for part in features.split(batch)])
 
 
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:

@@ -21,6 +21,7 @@ from privkd.forecast import forecast
 from privkd.ledger import Ledger
 from privkd.plan import make_plan
 from privkd.result import epsilon_of
+from privkd.teacher import distil_public
 
 
 def plan_of(*overrides: str) -> Any:
@@ -74,6 +75,20 @@ class TestSeed:
         play(tmp_path / "one", student, "student.engine=opacus")
         play(tmp_path / "two", student, "student.engine=opacus")
         assert same(tmp_path / "one", tmp_path / "two")
+
+    def test_the_first_round_takes_up_the_students_there_are(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Public distillation is the longest stage: once before the first round is enough."""
+        calls = []
+
+        def counted(*arguments: Any) -> torch.nn.Module:
+            calls.append(arguments)
+            return distil_public(*arguments)
+
+        monkeypatch.setattr("privkd.federation.distil_public", counted)
+        play(tmp_path / "run", "rounds=2")
+        assert len(calls) == 2
 
 
 class TestLedger:

@@ -10,18 +10,22 @@ DIGITS = Scale(
 )
 MNIST = Scale(
     "mnist",
-    "MNIST, 2,000 public labels with half of the classes rare, 10 devices of 1,000 records",
-    ("data.source=mnist", "data.devices=10"),
+    "MNIST, 2,000 public labels with half of the classes rare, 5 devices of 1,000 records",
+    ("data.source=mnist", "data.devices=5", "reverse.fit.steps=100"),
     seeds=3,
 )
 CIFAR10 = Scale(
     "cifar10",
-    "CIFAR-10, 5,000 public labels with half of the classes rare, 10 devices of 1,000 records, ResNets",
+    "CIFAR-10, 5,000 public labels with half of the classes rare, 5 devices of 1,000 records, small CNNs",
     (
         "data.source=cifar10",
-        "data.devices=10",
-        "teacher.model.name=resnet",
-        "student.models=[{name='resnet'}]",
+        "data.devices=5",
+        "teacher.model={name='cnn', width=64, activation='relu'}",
+        "teacher.fit.steps=600",
+        "student.models=[{name='cnn', width=16}]",
+        "student.public_fit={steps=300, learning_rate=2e-3}",
+        "student.private_fit.steps=200",
+        "reverse.fit.steps=100",
     ),
     seeds=3,
 )
