@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def fit(
             f"a loss was not finite in training at learning rate {config.learning_rate:g}: lower it, or "
             "scale the inputs"
         )
-    return trained.to(memory_format=torch.contiguous_format).eval()
+    return _laid_out(trained, torch.contiguous_format).eval()
 
 
 def quick_layout(model: nn.Module) -> nn.Module:
@@ -71,7 +72,13 @@ def quick_layout(model: nn.Module) -> nn.Module:
     pools = any(isinstance(layer, nn.MaxPool2d) for layer in layers)
     known = all(type(layer).__module__.startswith("torch.nn.") for layer in layers)
     on_cpu = all(tensor.device.type == "cpu" for tensor in copied.parameters())
-    return copied.to(memory_format=torch.channels_last) if pools and known and on_cpu else copied
+    return _laid_out(copied, torch.channels_last) if pools and known and on_cpu else copied
+
+
+def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """``model`` itself, its image weights in ``layout``."""
+    moved: nn.Module = cast(Any, model).to(memory_format=layout)  # torch's stubs leave this keyword out
+    return moved
 
 
 def check_finite(model: nn.Module, name: str, learning_rate: float) -> None:
