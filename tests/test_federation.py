@@ -220,6 +220,19 @@ class TestDropouts:
         )
         torch.testing.assert_close(few, everyone[stay], atol=1e-6, rtol=1e-5)
 
+    @pytest.mark.slow
+    def test_over_the_secure_channel_the_sum_is_over_those_who_stay(self, tmp_path: Path) -> None:
+        chosen = (*self.CHOSEN, "rounds=1", "channel.dropout=0.4")
+        play(tmp_path / "plain", *chosen)
+        result = play(tmp_path / "secure", *chosen, "channel.kind=secure", "channel.minimum_devices=2")
+        assert result.rounds[-1].devices == 3
+        assert silent_in(tmp_path / "secure") == silent_in(tmp_path / "plain")
+        each, mean = (
+            load_file(tmp_path / kind / "rounds/001/wire.safetensors")["answers"]
+            for kind in ("plain", "secure")
+        )
+        torch.testing.assert_close(mean, each.mean(0), atol=1e-4, rtol=0)
+
     def test_too_many_leave_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"set channel\.minimum_devices=3, or lower channel\.dropout"):
             play(tmp_path / "run", *self.CHOSEN, "channel.kind=secure", "channel.dropout=0.4")

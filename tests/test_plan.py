@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,6 +204,17 @@ class TestQueries:
             assert plan.queries == found
             assert plan.upload_bytes == found * 10 * 4
             assert plan.clip_norm == pytest.approx(config().channel.row_clip * math.sqrt(found))
+
+    def test_a_consensus_is_of_the_fewest_devices_that_a_release_takes(self) -> None:
+        chosen = {"channel__aggregation": "votes", "data__devices": 10, "privacy__device_epsilon": 8.0}
+        for more, found in (
+            ({}, 6),
+            ({"channel__minimum_devices": 8}, 5),
+            ({"channel__minimum_devices": 5, "channel__dropout": 0.4}, 3),
+        ):
+            votes = make_plan(config(**chosen, **more), replace(FACTS, devices=10)).votes
+            assert votes is not None
+            assert votes.threshold == found
 
     def test_an_empty_proxy_set_is_refused(self) -> None:
         empty = PublicFacts(devices=5, records_per_device=140, proxy=0, classes=10)
