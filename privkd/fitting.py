@@ -56,7 +56,7 @@ def fit(
             f"a loss was not finite in training at learning rate {config.learning_rate:g}: lower it, or "
             "scale the inputs"
         )
-    return trained.to(memory_format=torch.contiguous_format).eval()
+    return _laid_out(trained, torch.contiguous_format).eval()
 
 
 def quick_layout(model: nn.Module) -> nn.Module:
@@ -70,7 +70,16 @@ def quick_layout(model: nn.Module) -> nn.Module:
     pools = any(isinstance(layer, nn.MaxPool2d) for layer in layers)
     known = all(type(layer).__module__.startswith("torch.nn.") for layer in layers)
     on_cpu = all(tensor.device.type == "cpu" for tensor in copied.parameters())
-    return copied.to(memory_format=torch.channels_last) if pools and known and on_cpu else copied
+    return _laid_out(copied, torch.channels_last) if pools and known and on_cpu else copied
+
+
+@torch.no_grad()
+def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            # `contiguous` would keep a single channel's strides, from which the layers tell the layout.
+            parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
+    return model
 
 
 def check_finite(model: nn.Module, name: str, learning_rate: float) -> None:
