@@ -20,7 +20,7 @@ class Viewing(nn.Module):
 def pooling(last: nn.Module | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 4, 3), nn.Tanh(), nn.MaxPool2d(2, 1), last or nn.Flatten()]
+        layers = [nn.Conv2d(2, 4, 3), nn.Tanh(), nn.MaxPool2d(2, 1), last or nn.Flatten()]
         return nn.Sequential(*layers, nn.Linear(4 * 5 * 5, 3))
 
 
@@ -42,24 +42,33 @@ class TestLayout:
         torch.testing.assert_close(logits_of(model, records), expected, atol=1e-5, rtol=1e-5)
 
     def test_what_pools_changes_and_what_does_not_stays(self) -> None:
-        model, plain = pooling(), nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
-        assert quick_layout(model)[0].weight.is_contiguous(memory_format=torch.channels_last)
+        model, plain = pooling(), nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten())
+        first = next(quick_layout(model).parameters())
+        assert first.is_contiguous(memory_format=torch.channels_last)
+        assert not first.is_contiguous()
         assert strides(quick_layout(plain)) == strides(plain)
+
+    @torch.no_grad()
+    def test_a_single_channel_is_answered_with_channels_last(self) -> None:
+        """Its weights look alike in both layouts but for their strides."""
+        model = build(ModelConfig(name="cnn"), input_shape=(1, 28, 28), classes=10, seed=0)
+        first = next(quick_layout(model).children())
+        assert first(images(2, 1, 28, 28)).is_contiguous(memory_format=torch.channels_last)
 
     def test_someones_own_layer_keeps_what_it_counts_on(self) -> None:
         model = pooling(Viewing())
         assert strides(quick_layout(model)) == strides(model)
-        assert logits_of(model, images(2, 1, 8, 8)).shape == (2, 3)
+        assert logits_of(model, images(2, 2, 8, 8)).shape == (2, 3)
 
     def test_leaves_its_argument_alone(self) -> None:
         model = pooling().train()
         before = strides(model)
-        logits_of(model, images(2, 1, 8, 8))
+        logits_of(model, images(2, 2, 8, 8))
         assert strides(model) == before
         assert model.training
 
     def test_training_ends_in_the_usual_layout(self) -> None:
-        model, records = pooling(), images(8, 1, 8, 8)
+        model, records = pooling(), images(8, 2, 8, 8)
         labels = torch.arange(8) % 3
 
         def loss(trained: nn.Module, chosen: Tensor) -> Tensor:
@@ -72,4 +81,4 @@ class TestLayout:
 
 
 def test_without_records_there_are_no_logits() -> None:
-    assert logits_of(pooling(), images(0, 1, 8, 8)).shape == (0, 3)
+    assert logits_of(pooling(), images(0, 2, 8, 8)).shape == (0, 3)
