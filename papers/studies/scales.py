@@ -12,7 +12,6 @@ MNIST = Scale(
     "mnist",
     "MNIST, 2,000 public labels with half of the classes rare, 5 devices of 1,000 records",
     ("data.source=mnist", "data.devices=5", "reverse.fit.steps=100"),
-    seeds=3,
 )
 CIFAR10 = Scale(
     "cifar10",
