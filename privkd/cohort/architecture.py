@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
+PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Types of settings that cannot change."""
+
 _INTERNAL = frozenset(vars(nn.Module())) | {"training"}
 
 
@@ -69,7 +71,7 @@ def _number(tensor: Tensor, seen: dict[int, int]) -> int:
 
 def _setting(value: Any, unclear: list[object]) -> Hashable:
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return kind, value
     if kind is tuple or kind is list:
         return kind, tuple(_setting(item, unclear) for item in value)

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-_UNCHANGING = frozenset({int, float, complex, bool, str, bytes, type(None)})
+from privkd.cohort.architecture import PLAIN
+
 _TABLES = frozenset({dict, OrderedDict, set})
 _OWN_WAYS = (
     "__deepcopy__",
@@ -104,7 +105,7 @@ def _trained_copy(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     for module in modules:
         held = vars(memo[id(module)])
         for key, value in vars(module).items():
-            held[key] = value if type(value) in _UNCHANGING else _copied_setting(value, memo)
+            held[key] = value if type(value) in PLAIN else _copied_setting(value, memo)
         held["training"] = False
     return cast(nn.Module, memo[id(model)])
 
