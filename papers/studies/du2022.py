@@ -6,14 +6,7 @@ from papers.studies.scales import CIFAR10, DIGITS, MNIST, QUICK
 from papers.study import Case, Claim, Study
 
 _ROUNDS = 5
-# Without DP a CPU trains convolutional students faster one by one; the figures are the same up to rounding.
-_ONE_BY_ONE = "student.engine=opacus"
-_OPEN = Case(
-    "open",
-    (f"rounds={_ROUNDS}", "privacy.epsilon=inf"),
-    on={"mnist": (_ONE_BY_ONE,), "cifar10": (_ONE_BY_ONE,)},
-    probes=(Latency("torch"),),
-)
+_OPEN = Case("open", (f"rounds={_ROUNDS}", "privacy.epsilon=inf"), probes=(Latency("torch"),))
 _PRIVATE = Case("private", (f"rounds={_ROUNDS}", "privacy.epsilon=3"))
 _SIXTH = Case(
     "sixth",
@@ -21,8 +14,8 @@ _SIXTH = Case(
     on={
         "quick": ("data.records_per_device=23",),
         "digits": ("data.records_per_device=23",),
-        "mnist": ("data.records_per_device=167", _ONE_BY_ONE),
-        "cifar10": ("data.records_per_device=167", _ONE_BY_ONE),
+        "mnist": ("data.records_per_device=167",),
+        "cifar10": ("data.records_per_device=167",),
     },
 )
 
