@@ -144,7 +144,8 @@ def _accuracies(result: Result) -> Table:
     for name in ("model", "result", "control", "what the control is"):
         table.add_column(name, justify="left" if name in ("model", "what the control is") else "right")
     table.add_row("teacher", _percent(teacher.after), _percent(teacher.before), "the teacher before")
-    table.add_row("", "", _percent(teacher.control), "self-distilled with zero devices")
+    table.add_row("", "", _percent(teacher.self_distilled), "self-distilled with zero devices")
+    table.add_row("", "", _percent(teacher.labels_only), "public labels alone, zero devices")
     table.add_row(
         "students, mean", _percent(student.mean), _percent(student.public_only), "public distillation only"
     )

@@ -9,6 +9,7 @@ overspent stops the run before it starts.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from privkd.hardware import torch_device
 from privkd.ledger import Charge, Ledger
 from privkd.models import build
 from privkd.noise import NoiseRoot
-from privkd.plan import Plan, PublicFacts, budgets, make_plan
+from privkd.plan import Plan, budgets, facts_of, make_plan
 from privkd.progress import Progress, Silent
 from privkd.randomness import (
     Randomness,
@@ -50,8 +51,9 @@ from privkd.state import (
 )
 from privkd.store import RunFolder
 from privkd.student import Mechanism, check_trainable, quieted
-from privkd.teacher import PublicData, absorb, distil_public, own_targets, train_teacher
+from privkd.teacher import Absorbed, PublicData, absorb, distil_public, train_teacher
 from privkd.voting import VoteRule, data_dependent_rdp, rdp_epsilon
+from privkd.zero_devices import ZeroDevices
 
 
 @dataclass(frozen=True)
@@ -164,16 +166,17 @@ class Game:
         generator = self._generator("teacher")
         teacher = train_teacher(teacher, self.scenario.public, self.config.teacher.fit, generator)
         students = tuple(self.fleet.dealt(self._public_students(teacher, round=0)))
-        return State(teacher, teacher, students, (), (self._figures(teacher, teacher, students, 1.0, 0),))
+        idle = ZeroDevices(teacher, teacher)
+        return State(teacher, idle, students, (), (self._figures(teacher, idle, students, 1.0, 0),))
 
     def play(self, state: State) -> State:
         """One round."""
         students = self._train_students(state.teacher, state.students, state.round)
         wire = self._release(state, students)
         wires = (*state.wires, wire)
-        teacher, control, accepted = self._absorb(state, wires)
-        figures = self._figures(teacher, control, students, accepted, len(wire.devices))
-        return State(teacher, control, tuple(students), wires, (*state.figures, figures))
+        absorbed, idle = self._absorb(state, wires)
+        figures = self._figures(absorbed.teacher, idle, students, absorbed.accepted, len(wire.devices))
+        return State(absorbed.teacher, idle, tuple(students), wires, (*state.figures, figures))
 
     def students_after(self, teachers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
         """The devices' students after the rounds in which ``teachers`` were published, trained again.
@@ -253,15 +256,14 @@ class Game:
                 answered["epsilon_votes"] = rdp_epsilon(rdp, self.plan.delta)
         self.progress.figures(**answered)
 
-    def _absorb(self, state: State, wires: Sequence[Wire]) -> tuple[nn.Module, nn.Module, float]:
+    def _absorb(self, state: State, wires: Sequence[Wire]) -> tuple[Absorbed, ZeroDevices]:
         self._stage(state.round, "teacher: learning from the release")
         prior = F.softmax(logits_of(state.teacher, self.scenario.proxy), dim=-1)
         reverse = self.config.reverse
         targets = targets_of([wire.knowledge(reverse.aggregation) for wire in wires], prior, reverse)
-        absorbed = absorb(state.teacher, targets, self.data, reverse, self._generator("absorb", state.round))
-        idle = own_targets(state.control, targets, self.scenario.proxy)
-        control = absorb(state.control, idle, self.data, reverse, self._generator("absorb", state.round))
-        return absorbed.teacher, control.teacher, absorbed.accepted
+        batches = partial(self._generator, "absorb", state.round)
+        absorbed = absorb(state.teacher, targets, self.data, reverse, batches())
+        return absorbed, state.zero_devices.after(targets.queries, self.data, reverse, batches)
 
     def finish(self, state: State) -> Run:
         """Measure the controls beside the finished rounds."""
@@ -371,7 +373,7 @@ class Game:
     def _figures(
         self,
         teacher: nn.Module,
-        control: nn.Module,
+        idle: ZeroDevices,
         students: Sequence[nn.Module],
         accepted: float,
         devices: int,
@@ -379,11 +381,11 @@ class Game:
         test = self.scenario.test
         # Nobody sees a private student in a deployment; before the first charge they are public.
         shown = self._simulated or not self.ledger.parties(Unit.RECORD)
-        teacher_accuracy = accuracy(teacher, test.inputs, test.labels)
-        same = control is teacher
+        on_test = cache(lambda model: accuracy(model, test.inputs, test.labels))
         figures = RoundFigures(
-            teacher=teacher_accuracy,
-            control=teacher_accuracy if same else accuracy(control, test.inputs, test.labels),
+            teacher=on_test(teacher),
+            self_distilled=on_test(idle.self_distilled),
+            labels_only=on_test(idle.labels_only),
             students=mean_accuracy(students, test) if shown else math.nan,
             accepted=accepted,
             epsilon_record=self.ledger.spent(Unit.RECORD).high,
@@ -400,13 +402,3 @@ class Game:
 
     def _stage(self, round: int, name: str) -> None:
         self.progress.stage(f"round {round + 1} of {self.plan.rounds}: {name}")
-
-
-def facts_of(scenario: Scenario) -> PublicFacts:
-    """The public constants that a plan needs."""
-    return PublicFacts(
-        devices=len(scenario.devices),
-        records_per_device=scenario.records_per_device,
-        proxy=len(scenario.proxy),
-        classes=scenario.classes,
-    )

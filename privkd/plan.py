@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from privkd.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
 from privkd.config import RunConfig
+from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
 from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
 from privkd.ledger import Budget
@@ -23,6 +24,16 @@ class PublicFacts:
     records_per_device: int
     proxy: int
     classes: int
+
+
+def facts_of(scenario: Scenario) -> PublicFacts:
+    """The public constants of ``scenario``."""
+    return PublicFacts(
+        devices=len(scenario.devices),
+        records_per_device=scenario.records_per_device,
+        proxy=len(scenario.proxy),
+        classes=scenario.classes,
+    )
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,16 @@ from privkd.store import RunFolder
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """Accuracies on the global test set, and the time to answer one record on one CPU thread."""
+    """Accuracies on the global test set, and the time to answer one record on one CPU thread.
+
+    ``control`` is the better of the two that learned with zero devices: ``self_distilled``, ``labels_only``.
+    """
 
     before: float
     after: float
     control: float
+    self_distilled: float
+    labels_only: float
     latency_ms: float
     parameters: int
 
@@ -105,6 +110,8 @@ def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Resul
         before=figures[0].teacher,
         after=figures[-1].teacher,
         control=figures[-1].control,
+        self_distilled=figures[-1].self_distilled,
+        labels_only=figures[-1].labels_only,
         latency_ms=latency_ms(state.teacher, finished.example),
         parameters=parameter_count(state.teacher),
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from privkd.noise import NoiseRoot
 from privkd.reverse import Knowledge
 from privkd.store import RunFolder, prefixed, restore
 from privkd.transcript import Exchange, Transcript
+from privkd.zero_devices import ZeroDevices
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class RoundFigures:
 
     Attributes:
         teacher: accuracy of the teacher after the round.
-        control: accuracy of the teacher that learned with zero devices.
+        self_distilled: accuracy of the teacher that learned its own answers, with zero devices.
+        labels_only: accuracy of the teacher that learned the public labels alone, with zero devices.
         students: mean accuracy of the devices' students, of 20 of them at most.
         accepted: share of the proposed update that the gate let through; 0 is a rollback.
         epsilon_record: upper bound spent so far, worst device.
@@ -42,13 +45,19 @@ class RoundFigures:
     """
 
     teacher: float
-    control: float
+    self_distilled: float
+    labels_only: float
     students: float
     accepted: float
     epsilon_record: float
     epsilon_device: float
     personal: float
     devices: int
+
+    @property
+    def control(self) -> float:
+        """The better of the two teachers that learned with zero devices: what devices must beat."""
+        return max(self.self_distilled, self.labels_only)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class State:
 
     Attributes:
         teacher: the cloud's model.
-        control: the same with zero devices.
+        zero_devices: the same without any device.
         students: one for each device, those of the last round; before the first, after public
             distillation only. They belong to the devices and are never written: none after `load_state`.
         wires: all releases so far, oldest first.
@@ -85,7 +94,7 @@ class State:
     """
 
     teacher: nn.Module
-    control: nn.Module
+    zero_devices: ZeroDevices
     students: tuple[nn.Module, ...]
     wires: tuple[Wire, ...]
     figures: tuple[RoundFigures, ...]
@@ -106,7 +115,11 @@ def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
     files = {
         "cloud": folder.save(
             f"{place}/cloud.safetensors",
-            {**prefixed("teacher", state.teacher), **prefixed("control", state.control)},
+            {
+                **prefixed("teacher", state.teacher),
+                **prefixed("self_distilled", state.zero_devices.self_distilled),
+                **prefixed("labels_only", state.zero_devices.labels_only),
+            },
         ),
     }
     record: dict[str, Any] = {"step": "round", "round": state.round, "files": files}
@@ -207,9 +220,10 @@ def load_state(folder: RunFolder, record: Saved, teacher: nn.Module) -> State:
     """
     last = record.rounds[-1]
     cloud = _load(folder, last, "cloud")
+    kept = partial(_kept, teacher, cloud)
     return State(
-        teacher=restore(copy.deepcopy(teacher), cloud, "teacher"),
-        control=restore(copy.deepcopy(teacher), cloud, "control"),
+        teacher=kept("teacher"),
+        zero_devices=ZeroDevices(kept("self_distilled"), kept("labels_only")),
         students=(),
         wires=tuple(_wire(folder, round) for round in record.rounds[1:]),
         figures=tuple(round.figures for round in record.rounds),
@@ -222,9 +236,7 @@ def load_teachers(folder: RunFolder, record: Saved, teacher: nn.Module) -> list[
     Raises:
         RunError: a file is missing, damaged, or of another model.
     """
-    return [
-        restore(copy.deepcopy(teacher), _load(folder, round, "cloud"), "teacher") for round in record.rounds
-    ]
+    return [_kept(teacher, _load(folder, round, "cloud"), "teacher") for round in record.rounds]
 
 
 def load_transcript(folder: RunFolder, teacher: nn.Module) -> Transcript:
@@ -243,6 +255,10 @@ def load_transcript(folder: RunFolder, teacher: nn.Module) -> Transcript:
         for number, (published, wire) in enumerate(zip(teachers[:-1], wires, strict=True))
     )
     return Transcript(exchanges, teachers[-1])
+
+
+def _kept(like: nn.Module, cloud: Mapping[str, Tensor], name: str) -> nn.Module:
+    return restore(copy.deepcopy(like), cloud, name)
 
 
 def _load(folder: RunFolder, round: SavedRound, name: str) -> dict[str, Tensor]:

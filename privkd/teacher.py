@@ -81,8 +81,7 @@ def absorb(
 ) -> Absorbed:
     """The teacher after learning ``targets``, unless its public validation accuracy would fall.
 
-    With the teacher's own answers as targets this is the control with zero devices. Without any targets the
-    teacher stays as it is.
+    Without any targets the teacher stays as it is.
     """
     if not len(targets.queries):
         return Absorbed(teacher, 0.0)
@@ -139,9 +138,3 @@ def between(old: nn.Module, new: nn.Module, share: float) -> nn.Module:
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(start[name], tensor, share))
     return blend
-
-
-def own_targets(teacher: nn.Module, targets: Targets, proxy: Tensor) -> Targets:
-    """The teacher's own answers in place of a release: what the control with zero devices learns."""
-    probabilities = F.softmax(logits_of(teacher, proxy[targets.queries]), dim=-1)
-    return Targets(targets.queries, probabilities, torch.ones_like(targets.weights))

@@ -224,7 +224,8 @@ class TestTrain:
         assert answer.code == 0, answer.err
         found = run_of(answer)
         for key in (
-            "run", "teacher.before", "teacher.after", "teacher.control", "teacher.latency_ms", "student.mean",
+            "run", "teacher.before", "teacher.after", "teacher.control", "teacher.self_distilled",
+            "teacher.labels_only", "teacher.latency_ms", "student.mean",
             "student.direct", "student.direct_private", "student.public_only", "student.latency_ms",
             "ledger.record.epsilon", "ledger.record.delta", "ledger.device.epsilon", "ledger.device.delta",
             "channel", "seconds",
@@ -233,6 +234,8 @@ class TestTrain:
             for step in key.split("."):
                 value = value[step]
             assert value is not None, key
+        teacher = found["teacher"]
+        assert teacher["control"] == max(teacher["self_distilled"], teacher["labels_only"])
         assert found["run"] == "run"
         assert found["channel"] == "plain"
         assert 2.9 < found["ledger"]["record"]["epsilon"] <= 3.0
@@ -244,7 +247,8 @@ class TestTrain:
     def test_the_table_shows_each_control_beside_the_result(self, command: Command) -> None:
         answer = command("train", *SMALL_RUN, "--set", "controls=true", "--rounds", "1")
         assert answer.code == 0
-        for words in ("the teacher before", "self-distilled with zero devices", "public distillation only",
+        for words in ("the teacher before", "self-distilled with zero devices",
+                      "public labels alone, zero devices", "public distillation only",
                       "trained directly, same budget", "trained directly, no DP", "record", "device",
                       "plain channel: the cloud sees each", "not covered by the ledger"):  # fmt: skip
             assert words in answer.out

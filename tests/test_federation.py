@@ -16,10 +16,10 @@ from privkd.channel import NoisedChannel
 from privkd.data import build_scenario
 from privkd.errors import BudgetError, ConfigError, DataError, ModelError, TrainingError
 from privkd.events import DpSgd, NoPrivacy, PostProcessing, Unit, ZCdp
-from privkd.federation import facts_of, open_game
+from privkd.federation import open_game
 from privkd.forecast import forecast
 from privkd.ledger import Ledger
-from privkd.plan import make_plan
+from privkd.plan import facts_of, make_plan
 from privkd.result import epsilon_of
 from privkd.teacher import distil_public
 

@@ -14,9 +14,10 @@ from privkd.journal import Head
 from privkd.state import RoundFigures, State, Wire, commit, load_state, load_transcript, saved
 from privkd.store import RunFolder
 from privkd.transcript import Adversary, Transcript, view
+from privkd.zero_devices import ZeroDevices
 
 DEVICES = ("device-0000", "device-0001", "device-0002", "device-0003")
-BEFORE = RoundFigures(0.5, 0.25, 0.75, 0.5, 1.5, math.inf, 0.5, devices=0)
+BEFORE = RoundFigures(0.5, 0.25, 0.125, 0.75, 0.5, 1.5, math.inf, 0.5, devices=0)
 AFTER = replace(BEFORE, devices=len(DEVICES))
 
 
@@ -33,7 +34,7 @@ def model(seed: int) -> nn.Module:
 
 def state(*wires: Wire) -> State:
     students = tuple(model(10 + number) for number in range(4))
-    return State(model(1), model(2), students, wires, (BEFORE, *[AFTER] * len(wires)))
+    return State(model(1), ZeroDevices(model(2), model(3)), students, wires, (BEFORE, *[AFTER] * len(wires)))
 
 
 class TestKnowledge:
@@ -59,6 +60,11 @@ class TestKnowledge:
         torch.testing.assert_close(knowledge.answers, probabilities.double().mean(0), atol=1e-6, rtol=0)
 
 
+def test_the_control_is_the_better_of_two() -> None:
+    assert BEFORE.control == 0.25
+    assert replace(BEFORE, labels_only=0.375).control == 0.375
+
+
 class TestToTheDiskAndBack:
     def test_bit_for_bit(self, tmp_path: Path) -> None:
         first = state()
@@ -73,7 +79,13 @@ class TestToTheDiskAndBack:
         assert record.ledger == Head(3, "a" * 64)
         assert back.round == 2
         assert back.figures == third.figures
-        for ours, theirs in [(back.teacher, third.teacher), (back.control, third.control)]:
+        idle, kept = third.zero_devices, back.zero_devices
+        pairs = [
+            (back.teacher, third.teacher),
+            (kept.self_distilled, idle.self_distilled),
+            (kept.labels_only, idle.labels_only),
+        ]
+        for ours, theirs in pairs:
             assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
         assert back.students == (), "they stay on their devices"
         for ours, theirs in zip(back.wires, third.wires, strict=True):

@@ -18,7 +18,6 @@ from privkd.teacher import (
     between,
     distil_public,
     gate,
-    own_targets,
     train_teacher,
 )
 
@@ -175,17 +174,6 @@ class TestTraining:
             train_teacher(network(), public, FIT, generator())
 
 
-class TestOwnTargets:
-    def test_the_teachers_answers_all_trusted(self) -> None:
-        teacher, proxy = network(), blobs(20, 1).inputs
-        queries = torch.tensor([3, 5, 11])
-        release = Targets(queries, torch.full((3, 4), 0.25), torch.tensor([0.0, 1.0, 0.0]))
-        own = own_targets(teacher, release, proxy)
-        assert torch.equal(own.queries, queries)
-        torch.testing.assert_close(own.probabilities, F.softmax(teacher(proxy[queries]), dim=-1).detach())
-        assert own.weights.tolist() == [1.0, 1.0, 1.0]
-
-
 class TestAbsorb:
     """The teacher knows classes 0 to 2; the release knows all four on the proxy set."""
 
@@ -211,13 +199,6 @@ class TestAbsorb:
         assert before < 0.8
         assert after > 0.95
         assert absorbed.accepted == 1.0
-
-    def test_without_devices_nothing_is_learned(self) -> None:
-        """The control: the same steps on the teacher's own answers do not find the missing class."""
-        teacher, data, targets, test = self.scene()
-        idle = own_targets(teacher, targets, data.proxy)
-        absorbed = absorb(teacher, idle, data, self.CONFIG, generator(2))
-        assert accuracy(absorbed.teacher, test.inputs, test.labels) < 0.8
 
     def test_untrusted_targets_are_not_learned(self) -> None:
         teacher, data, targets, test = self.scene()

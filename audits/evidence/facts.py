@@ -54,7 +54,8 @@ class Accuracies:
         digest: SHA-256 of the test set; runs with different ones are not compared.
         teacher: after the last round.
         before: the teacher before any device.
-        control: the teacher self-distilled with zero devices.
+        control: the better of the teachers that learned with zero devices, by self-distillation or from the
+            public labels alone.
         students: mean over the devices; ``None`` was not computed, as is right in a deployment.
         public_only: likewise, after public distillation alone.
         direct: students trained directly, no DP; likewise.
