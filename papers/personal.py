@@ -6,22 +6,23 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from privkd.data.scenario import Device
+from privkd.delivery import deliver
 from privkd.errors import RunError
-from privkd.federation import Game, open_game
+from privkd.federation import open_game
 from privkd.fitting import accuracy
-from privkd.randomness import seeded_generator, seeded_layers
-from privkd.state import State
+from privkd.progress import Silent
+from privkd.randomness import seeded_layers
 from privkd.store import RunFolder
 from privkd.students import finished_state
-from privkd.teacher import distil_public
 
 
 def personal_figures(folder: RunFolder) -> Mapping[str, float]:
     """Means over the devices of accuracies on each device's own test set; devices without one are left out.
 
-    ``personal.student`` is each device's own student, ``personal.teacher`` the last teacher, and
-    ``personal.global`` the student that a device would start from in the next round: distilled from the last
-    teacher on public data alone, the same for all. ``personal.worst`` is the own student's worst device.
+    ``personal.student`` is the student that each device is left with, ``personal.trained`` the one it trained
+    in the last round, ``personal.teacher`` the last teacher, and ``personal.global`` the student that a
+    device would start from in the next round: distilled from the last teacher on public data alone, the
+    same for all. ``personal.worst`` is the first's worst device.
 
     Raises:
         RunError: the run is not finished, or no device has test records.
@@ -32,10 +33,13 @@ def personal_figures(folder: RunFolder) -> Mapping[str, float]:
     if not devices:
         raise RunError(f"{folder.path}: no device has test records; set data.device_test_records")
     tested = [game.scenario.devices[number] for number in devices]
-    own = _accuracies([state.students[number] for number in devices], tested)
-    shared = _global_student(game, state)
+    own = _accuracies(deliver(game, state, devices, Silent()), tested)
+    trained = _accuracies([state.students[number] for number in devices], tested)
+    with seeded_layers(game.config.seed, "global"):
+        shared = game.public_students(state.teacher, round=state.round)[0]
     return {
         "personal.student": statistics.fmean(own),
+        "personal.trained": statistics.fmean(trained),
         "personal.worst": min(own),
         "personal.global": statistics.fmean(_accuracies([shared] * len(tested), tested)),
         "personal.teacher": statistics.fmean(_accuracies([state.teacher] * len(tested), tested)),
@@ -47,17 +51,3 @@ def _accuracies(models: Sequence[nn.Module], devices: Sequence[Device]) -> list[
         accuracy(model, device.test.inputs, device.test.labels)
         for model, device in zip(models, devices, strict=True)
     ]
-
-
-def _global_student(game: Game, state: State) -> nn.Module:
-    config = game.config
-    blank = game.blank()[1][0]
-    with seeded_layers(config.seed, "global"):
-        return distil_public(
-            blank,
-            state.teacher,
-            game.data,
-            config.student.temperature,
-            config.student.public_fit,
-            seeded_generator(config.seed, "global"),
-        )

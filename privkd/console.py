@@ -149,6 +149,7 @@ def _accuracies(result: Result) -> Table:
     table.add_row(
         "students, mean", _percent(student.mean), _percent(student.public_only), "public distillation only"
     )
+    table.add_row("", "", _percent(student.trained), "as they answered in the last round")
     table.add_row("", "", _percent(student.direct_private), "trained directly, same budget")
     table.add_row("", "", _percent(student.direct), "trained directly, no DP")
     table.add_row("students, own data", _percent(student.personal), "", "each on its device's own test set")

@@ -89,10 +89,14 @@ def measure_controls(
     return Controls(direct_accuracy, mean_accuracy(private, test))
 
 
+def measured_devices(count: int) -> range:
+    """The numbers of those of ``count`` devices whose students are measured: 20 at most, evenly spaced."""
+    return range(0, count, max(1, math.ceil(count / _MEASURED)))
+
+
 def mean_accuracy(models: Sequence[nn.Module], test: LabelledSet) -> float:
-    """Mean over ``models`` of the accuracy on ``test``; where there are more than 20, of at most 20 of them,
-    evenly spaced."""
-    measured = models[:: math.ceil(len(models) / _MEASURED)]
+    """Mean of the accuracy on ``test`` over those of ``models`` that are measured, 20 at most."""
+    measured = [models[number] for number in measured_devices(len(models))]
     found = {id(model): model for model in measured}
     each = {key: accuracy(model, test.inputs, test.labels) for key, model in found.items()}
     return statistics.fmean(each[id(model)] for model in measured)

@@ -165,7 +165,7 @@ class Game:
         teacher, _ = self.blank()
         generator = self._generator("teacher")
         teacher = train_teacher(teacher, self.scenario.public, self.config.teacher.fit, generator)
-        students = tuple(self.fleet.dealt(self._public_students(teacher, round=0)))
+        students = tuple(self.fleet.dealt(self.public_students(teacher, round=0)))
         idle = ZeroDevices(teacher, teacher)
         return State(teacher, idle, students, (), (self._figures(teacher, idle, students, 1.0, 0),))
 
@@ -195,7 +195,7 @@ class Game:
         self._stage(round, "distilling students on public data")
         # Before the first round the same students were distilled already, unless the run was resumed there.
         go_on = bool(before) and (round == 0 or self.config.student.start == "own")
-        starts = before if go_on else self.fleet.dealt(self._public_students(teacher, round=round))
+        starts = before if go_on else self.fleet.dealt(self.public_students(teacher, round=round))
         self._stage(round, "training students on their devices")
         targets = self.fleet.teach(teacher)
         self._debit(Unit.RECORD, self.plan.record_event, round)
@@ -249,7 +249,7 @@ class Game:
     def _report_votes(self, votes: Tensor, release: Release, rule: VoteRule) -> None:
         """Say how many queries were answered, and in a simulation what that cost given the votes: private."""
         answered = {"answered": float(release.answers.any(-1).sum())}
-        if self._simulated:
+        if self.simulated:
             counts = votes.cpu().sum(0).to(torch.int64).numpy()
             rdp = data_dependent_rdp(counts, rule, self.config.channel.aggregators)
             if rdp is not None:
@@ -278,7 +278,7 @@ class Game:
                 seed=self.config.seed,
                 progress=self.progress,
             )
-            if self._simulated and self.config.controls
+            if self.simulated and self.config.controls
             else Controls(None, None)
         )
         return Run(
@@ -345,7 +345,8 @@ class Game:
         models = self.config.student.models[: len(self.scenario.devices)]
         return [self._build(model, "student", number) for number, model in enumerate(models)]
 
-    def _public_students(self, teacher: nn.Module, *, round: int) -> list[nn.Module]:
+    def public_students(self, teacher: nn.Module, *, round: int) -> list[nn.Module]:
+        """A student of each architecture, distilled on public data from the ``teacher`` of ``round``."""
         with seeded_layers(self.config.seed, "distil", round):
             return [
                 distil_public(
@@ -380,7 +381,7 @@ class Game:
     ) -> RoundFigures:
         test = self.scenario.test
         # Nobody sees a private student in a deployment; before the first charge they are public.
-        shown = self._simulated or not self.ledger.parties(Unit.RECORD)
+        shown = self.simulated or not self.ledger.parties(Unit.RECORD)
         on_test = cache(lambda model: accuracy(model, test.inputs, test.labels))
         figures = RoundFigures(
             teacher=on_test(teacher),
@@ -390,14 +391,15 @@ class Game:
             accepted=accepted,
             epsilon_record=self.ledger.spent(Unit.RECORD).high,
             epsilon_device=self.ledger.spent(Unit.DEVICE).high,
-            personal=personal_accuracy(students, self.scenario.devices) if self._simulated else math.nan,
+            personal=personal_accuracy(students, self.scenario.devices) if self.simulated else math.nan,
             devices=devices,
         )
         self.progress.figures(**asdict(figures))
         return figures
 
     @property
-    def _simulated(self) -> bool:
+    def simulated(self) -> bool:
+        """Whether noise is drawn from the seed, and so protects nobody."""
         return self.config.privacy.noise == "seeded"
 
     def _stage(self, round: int, name: str) -> None:

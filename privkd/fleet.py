@@ -1,10 +1,11 @@
 """The devices of a simulation: their students, trained one by one or as one vectorised program."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from privkd.cohort import cohort_answers, fit_cohort, group_by_architecture, train_cohort
 from privkd.config import FitConfig, StudentConfig
@@ -19,6 +20,10 @@ RandomnessOf = Callable[[PartyId], Randomness]
 
 Report = Callable[[int], None]
 """Told how many devices are done."""
+
+_LEAST_LOGIT = -100.0
+_COPIED = 256 << 20
+"""Bytes of public inputs that a cohort may hold, which has a copy for each of its devices."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Fleet:
     def shards(self) -> list[LabelledSet]:
         """The private training records, device by device."""
         return [device.train for device in self.devices]
+
+    def part(self, numbers: Sequence[int]) -> "Fleet":
+        """The devices of ``numbers`` alone."""
+        return replace(self, devices=tuple(self.devices[number] for number in numbers))
 
     def present(self, silent: int, generator: torch.Generator) -> list[int]:
         """The devices that answer, by number: all but ``silent`` that ``generator`` draws."""
@@ -134,6 +143,51 @@ class Fleet:
             report(i + 1)
         return self._finite(trained, config.learning_rate)
 
+    def merge(
+        self,
+        students: Sequence[nn.Module],
+        teacher: nn.Module,
+        starts: Sequence[nn.Module],
+        inputs: Tensor,
+        seed: int,
+        report: Report,
+    ) -> list[nn.Module]:
+        """Each device's student and ``teacher`` in one student, distilled toward the weighted mean of both.
+
+        Acts on public ``inputs`` ``[record, *shape]``: post-processing of what the students' DP-SGD paid for.
+
+        Args:
+            students: one for each device, with ``own_weight`` in the mean.
+            teacher: the published one, with the rest.
+            starts: the weights that each device starts from.
+            inputs: public.
+            seed: of the batches.
+            report: see `Report`.
+
+        Raises:
+            TrainingError: a student's weights are not finite.
+        """
+        own = self.config.own_weight
+        known = (1 - own) * F.softmax(logits_of(teacher, inputs), dim=-1)
+        # With all weight on the soft targets no label counts.
+        unlabelled = LabelledSet(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
+        public = Fleet(
+            tuple(replace(device, train=unlabelled) for device in self.devices),
+            self.config.model_copy(update={"alpha": 1.0, "temperature": 1.0}),
+        )
+        merged: list[nn.Module] = []
+        for some in _runs_of(len(students), max(1, _COPIED // max(1, inputs.nbytes))):
+            means = [own * F.softmax(logits_of(students[i], inputs), dim=-1) + known for i in some]
+            targets = [mean.log().clamp(min=_LEAST_LOGIT) for mean in means]
+            merged += public.part(some).fit(
+                [starts[i] for i in some],
+                targets,
+                self.config.delivery_fit,
+                seed,
+                _continued(report, some.start),
+            )
+        return merged
+
     def answer(self, students: Sequence[nn.Module], queries: Tensor) -> Tensor:
         """Each student's logits on public ``queries``, ``[device, query, class]``."""
         answers: dict[int, Tensor] = {}
@@ -156,3 +210,13 @@ class Fleet:
         for name, student in zip(self.names, students, strict=True):
             check_finite(student, f"the student of {name}", learning_rate)
         return students
+
+
+def _runs_of(count: int, length: int) -> list[range]:
+    """The numbers below ``count``, ``length`` at a time."""
+    return [range(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def _continued(report: Report, before: int) -> Report:
+    """``report`` for devices of which ``before`` are done already."""
+    return lambda done: report(before + done)

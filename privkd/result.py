@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from privkd.config import RunConfig
-from privkd.controls import latency_ms
+from privkd.controls import latency_ms, mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
+from privkd.delivery import deliver
 from privkd.events import Unit
 from privkd.federation import Game, Run, open_game, run
 from privkd.ledger import Statement
 from privkd.models import parameter_count
 from privkd.progress import Progress
-from privkd.state import RoundFigures
+from privkd.state import RoundFigures, State
 from privkd.store import RunFolder
+from privkd.students import with_students
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class StudentResult:
     """Mean accuracies over the devices, 20 of them at most, on the global test set; ``personal`` on each
     device's own.
 
-    ``direct``, ``direct_private`` and ``public_only`` are the controls; ``None``, or NaN, was not computed.
+    ``mean`` and ``personal`` are of the students that the devices are left with, ``trained`` of those that
+    answered in the last round. ``direct``, ``direct_private`` and ``public_only`` are the controls; ``None``,
+    or NaN, was not computed.
     """
 
     mean: float
     personal: float
+    trained: float
     direct: float | None
     direct_private: float | None
     public_only: float
@@ -89,8 +94,10 @@ def train(
     ``game`` is that of ``config``, if it is open already. Raises as `open_game` and `federation.run` do.
     """
     start = time.monotonic()
-    finished = run(game or open_game(config), folder, progress, resumed=resumed)
-    result = _result(finished, config, folder.path, start)
+    game = game or open_game(config)
+    finished = run(game, folder, progress, resumed=resumed)
+    left_with = _delivered(game, folder, finished.state, progress)
+    result = _result(finished, left_with, config, folder.path, start)
     folder.write_json("result.json", result_tree(result))
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
     return result
@@ -104,7 +111,28 @@ def result_tree(result: Result) -> dict[str, Any]:
     return {key: plain(value) for key, value in tree.items()}
 
 
-def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Result:
+@dataclass(frozen=True)
+class _LeftWith:
+    """Accuracies of the students that the devices are left with: see `StudentResult`."""
+
+    mean: float
+    personal: float
+
+
+def _delivered(game: Game, folder: RunFolder, state: State, progress: Progress) -> _LeftWith:
+    """NaN in a deployment, where no budget of a device covers them."""
+    if not game.simulated:
+        return _LeftWith(math.nan, math.nan)
+    if not state.students:
+        state = with_students(game, folder, state)
+    devices = game.scenario.devices
+    numbers = measured_devices(len(devices))
+    students = deliver(game, state, numbers, progress)
+    personal = personal_accuracy(students, [devices[number] for number in numbers])
+    return _LeftWith(mean_accuracy(students, game.scenario.test), personal)
+
+
+def _result(finished: Run, left_with: _LeftWith, config: RunConfig, path: Path, start: float) -> Result:
     state, controls, figures = finished.state, finished.controls, finished.state.figures
     teacher = TeacherResult(
         before=figures[0].teacher,
@@ -116,8 +144,9 @@ def _result(finished: Run, config: RunConfig, path: Path, start: float) -> Resul
         parameters=parameter_count(state.teacher),
     )
     student = StudentResult(
-        mean=figures[-1].students,
-        personal=figures[-1].personal,
+        mean=left_with.mean,
+        personal=left_with.personal,
+        trained=figures[-1].students,
         direct=controls.direct,
         direct_private=controls.direct_private,
         public_only=finished.public_only,

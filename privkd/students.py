@@ -29,7 +29,10 @@ def finished_state(game: Game, folder: RunFolder) -> State:
             f"{folder.path} is a deployment (privacy.noise='system') and holds no students: each is on its "
             "device alone, where privkd.export.export.export_model writes it; or name a simulation's folder"
         )
-    blank = game.blank()[0]
-    teachers = load_teachers(folder, record, blank)
-    students = game.students_after(teachers[: game.plan.rounds])
-    return replace(load_state(folder, record, blank), students=students)
+    return with_students(game, folder, load_state(folder, record, game.blank()[0]))
+
+
+def with_students(game: Game, folder: RunFolder, state: State) -> State:
+    """``state``, as loaded from the simulation in ``folder``, with its students: see `finished_state`."""
+    teachers = load_teachers(folder, saved(folder), game.blank()[0])
+    return replace(state, students=game.students_after(teachers[: state.round]))

@@ -24,6 +24,11 @@ class PublicData:
     validation: LabelledSet
     proxy: Tensor
 
+    @property
+    def inputs(self) -> Tensor:
+        """All public inputs on which a student is distilled, ``[record, *shape]``."""
+        return torch.cat([self.train.inputs, self.proxy])
+
 
 _SHARES = (1.0, 0.5, 0.25)
 
@@ -60,7 +65,7 @@ def distil_public(
 
     No private record is touched, so it costs no privacy.
     """
-    inputs = torch.cat([data.train.inputs, data.proxy])
+    inputs = data.inputs
     targets = soft_targets(logits_of(teacher, inputs), temperature)
     parted = Parted.of(student)
     features = parted.features(inputs)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from cli import app
 from privkd.controls import mean_accuracy
 from privkd.data.sources import load
+from privkd.delivery import deliver
 from privkd.errors import ModelError
 from privkd.export import export as exporting
 from privkd.export.artefact import TOLERANCE, Deployable, check_equal
 from privkd.export.export import export_student, raw_of
 from privkd.export.formats import format_named
 from privkd.federation import open_game
+from privkd.progress import Silent
 from privkd.store import RunFolder
 from privkd.students import finished_state
 
@@ -55,7 +57,8 @@ def code_of(*arguments: object) -> int:
 
 def student_of(run: Path, device: int) -> nn.Module:
     with RunFolder.resume(run) as folder:
-        return finished_state(open_game(folder.config), folder).students[device]
+        game = open_game(folder.config)
+        return deliver(game, finished_state(game, folder), [device], Silent())[0]
 
 
 class TestAnswers:
@@ -110,7 +113,7 @@ class TestStudents:
             with RunFolder.resume(tmp_path / start) as folder:
                 game = open_game(folder.config)
                 students = finished_state(game, folder).students
-            assert mean_accuracy(students, game.scenario.test) == result.student.mean
+            assert mean_accuracy(students, game.scenario.test) == result.student.trained
 
     def test_were_the_ones_that_answered(self, run: Path) -> None:
         """Over the plain channel the last release is what the students of the last round said."""

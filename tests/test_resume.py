@@ -94,6 +94,7 @@ STAGES = [
     ),
     "control: students trained directly",
     "control: students trained directly with DP-SGD",
+    "students: learning from the last teacher",
 ]
 
 

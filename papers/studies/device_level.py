@@ -24,6 +24,8 @@ _MANY = (
     "reverse.margin=1",
     "reverse.anchor=0",
     "controls=false",
+    # What the devices are left with is no part of these claims.
+    "student.own_weight=1",
 )
 """What won: the students learn the labels alone and vote, and the teacher learns the noisy first choices."""
 

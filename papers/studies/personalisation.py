@@ -33,11 +33,18 @@ _ABOUT = {
 
 
 def _claims(case: str, about: str) -> tuple[Claim, ...]:
-    own, shared, teacher = (Figure(case, f"personal.{name}") for name in ("student", "global", "teacher"))
+    names = ("student", "global", "teacher", "trained")
+    own, shared, teacher, trained = (Figure(case, f"personal.{name}") for name in names)
     return (
         Claim(f"{about}: own student", "-", own, "%"),
         Claim(f"{about}: over the global student", "better", Difference(own, shared), "points"),
         Claim(f"{about}: over the teacher", "-", Difference(own, teacher), "points"),
+        Claim(
+            f"{about}: over itself before it learned from the last teacher",
+            "-",
+            Difference(own, trained),
+            "points",
+        ),
     )
 
 

@@ -26,7 +26,6 @@ CIFAR10 = Scale(
         "student.private_fit.steps=200",
         "reverse.fit.steps=100",
     ),
-    seeds=3,
 )
 QUICK = Scale(
     "quick",

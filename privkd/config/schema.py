@@ -169,6 +169,10 @@ class StudentConfig(Settings):
         temperature: of the soft targets.
         start: where a round begins: ``teacher``, a student freshly distilled on public data from the
             teacher of the round, or ``own``, the device's student of the round before.
+        own_weight: what a device's own student weighs in the one that the device is left with: after the last
+            round it is distilled, on public inputs and so at no cost, toward the mean of its answers and the
+            last teacher's. ``0`` is the teacher alone, ``1`` leaves the device the student that it trained.
+        delivery_fit: that distillation, from a student freshly distilled from the last teacher.
         engine: ``cohort`` trains equal architectures as one vectorised program; ``opacus`` one by one.
     """
 
@@ -180,6 +184,8 @@ class StudentConfig(Settings):
     alpha: Share = 0.1
     temperature: PositiveFloat = 1.0
     start: Literal["teacher", "own"] = "teacher"
+    own_weight: Share = 0.5
+    delivery_fit: FitConfig = FitConfig(steps=200)
     engine: Literal["cohort", "opacus"] = "cohort"
 
     @field_validator("models", mode="before")

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from privkd.controls import latency_ms
+from privkd.delivery import deliver
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Check, Deployable, check_equal
 from privkd.export.formats import Answering, Format, format_named
 from privkd.federation import open_game
 from privkd.models import parameter_count
+from privkd.progress import Silent
 from privkd.result import plain
 from privkd.store import RunFolder
 from privkd.students import finished_state
@@ -54,7 +56,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Exported:
-    """An ``artefact`` of the student that ``device`` had after ``round`` rounds of the run ``run``."""
+    """An ``artefact`` of the student that ``device`` is left with by ``run`` after ``round`` rounds."""
 
     run: str
     device: str
@@ -63,7 +65,7 @@ class Exported:
 
 
 def export_student(folder: RunFolder, form: str, device: int, out: Path | None) -> Exported:
-    """Write the student of device number ``device`` of a finished simulation as `export_model` does.
+    """Write what device number ``device`` is left with by a finished simulation, as `export_model` does.
 
     ``out`` is ``export/<device><suffix>`` in the run's folder where it is ``None``.
 
@@ -82,7 +84,8 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     state = finished_state(game, folder)
     name = scenario.devices[device].name
     path = out or folder.path / "export" / f"{name}{suffix}"
-    artefact = export_model(state.students[device], scenario.public.inputs, scenario.divisor, form, path)
+    student = deliver(game, state, [device], Silent())[0]
+    artefact = export_model(student, scenario.public.inputs, scenario.divisor, form, path)
     exported = Exported(str(folder.path), name, state.round, artefact)
     folder.write_json(f"export/{name}-{form}.json", exported_tree(exported))
     return exported
