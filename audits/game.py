@@ -26,7 +26,6 @@ from privkd.fitting import logits_of
 from privkd.fleet import Fleet
 from privkd.randomness import Randomness, SeededRandomness, derive_seed, seeded_generator
 from privkd.reverse import bounded_answers
-from privkd.teacher import distil_public
 from privkd.transcript import Transcript
 
 Role: TypeAlias = Literal["target", "shadow"]
@@ -96,23 +95,9 @@ class DeviceSide:
     @classmethod
     def of(cls, game: Game, transcript: Transcript) -> "DeviceSide":
         """Distil each round's students from the teacher that was published in it, as the run did."""
-        fresh = game.blank()[1][: len(game.config.student.models)]
-        student, seed = game.config.student, game.config.seed
-        rounds = transcript.exchanges if student.start == "teacher" else transcript.exchanges[:1]
-        starts = tuple(
-            tuple(
-                distil_public(
-                    model,
-                    exchange.teacher,
-                    game.data,
-                    student.temperature,
-                    student.public_fit,
-                    seeded_generator(seed, "distil", exchange.round, number),
-                )
-                for number, model in enumerate(fresh)
-            )
-            for exchange in rounds
-        )
+        fresh_each_round = game.config.student.start == "teacher"
+        rounds = transcript.exchanges if fresh_each_round else transcript.exchanges[:1]
+        starts = tuple(tuple(game.public_students(each.teacher, round=each.round)) for each in rounds)
         return cls(game, transcript, starts)
 
     @property
@@ -160,6 +145,24 @@ class DeviceSide:
             kind = self.game.config.channel.sends
             answers.append(bounded_answers(logits, self.baseline(round), kind).cpu())
         return Replayed(tuple(students), torch.stack(answers, dim=1))
+
+    def beside(self, others: Sequence[int], answers: Tensor) -> Tensor:
+        """Of what the ``others`` would send, what reaches the channel beside the audited device.
+
+        The audited device always answers, in the place of another where it was silent in the run. With it
+        as many contribute to each round as to the run's smallest: the fewer, the less they hide it.
+
+        Args:
+            others: the numbers of all devices but the audited one.
+            answers: theirs, ``[other, round, query, class]``.
+        """
+        names, exchanges = self.game.fleet.names, self.transcript.exchanges
+        fewest = min(len(exchange.devices) for exchange in exchanges) - 1
+        rounds = []
+        for round, exchange in enumerate(exchanges):
+            present = [row for row, number in enumerate(others) if names[number] in exchange.devices]
+            rounds.append(answers[present[:fewest], round])
+        return torch.stack(rounds, dim=1)
 
     @staticmethod
     def answer(students: Sequence[nn.Module], inputs: Tensor) -> Tensor:

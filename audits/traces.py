@@ -17,7 +17,7 @@ from privkd.data.scenario import LabelledSet
 from privkd.errors import RunError
 from privkd.store import RunFolder, versions
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised whenever the same key would name other arrays."""
 
 
@@ -99,7 +99,10 @@ def traces(side: DeviceSide, pool: Pool, cache: Cache, role: Role, models: int, 
 
 
 def others_answers(side: DeviceSide, cache: Cache, report: Report) -> Tensor:
-    """What the run's other devices send in a replay on their own records ``[other, round, query, class]``."""
+    """What the run's other devices send in a replay on their own records ``[other, round, query, class]``.
+
+    Of those that fell silent in a round there is nothing in it: see `DeviceSide.beside`.
+    """
     devices = side.game.scenario.devices
     chosen = [number for number in range(len(devices)) if number != cache.key.device]
 
@@ -112,7 +115,8 @@ def others_answers(side: DeviceSide, cache: Cache, report: Report) -> Tensor:
         query, classes = len(exchanges[0].queries), side.game.scenario.classes
         return torch.zeros((0, len(exchanges), query, classes))
     records = _digest(*(devices[number].train for number in chosen))
-    return cache.tensors({"what": "others", "records": records}, compute)["answers"]
+    answers = cache.tensors({"what": "others", "records": records}, compute)["answers"]
+    return side.beside(chosen, answers)
 
 
 def _digest(*sets: LabelledSet) -> str:

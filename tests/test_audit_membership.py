@@ -177,6 +177,24 @@ def test_a_damaged_cache_is_computed_again(side: tuple[RunFolder, DeviceSide]) -
     assert torch.equal(first.answers, second.answers)
 
 
+@pytest.mark.parametrize("audited", range(4))
+def test_silent_devices_are_no_part_of_a_round(tmp_path: Path, audited: int) -> None:
+    """Else the sum of an audit would hide a device among more than the run's did."""
+    silent = SMALL | SETTINGS["plain"] | {"data.devices": 4, "channel.dropout": 0.3, "rounds": 4}
+    with RunFolder.create(tmp_path / "run", load_config(None, (), silent)) as folder:
+        train(folder.config, folder, Silent())
+        game = open_game(folder.config)
+        side = DeviceSide.of(game, load_transcript(folder, game.blank()[0]))
+    others = [number for number in range(4) if number != audited]
+    answers = torch.tensor(others)[:, None, None, None].expand(3, 4, 30, 10)
+    beside = side.beside(others, answers)
+    assert beside.shape == (2, 4, 30, 10), "with the audited device three of four"
+    assert len({exchange.devices for exchange in side.transcript.exchanges}) > 1
+    for round, exchange in enumerate(side.transcript.exchanges):
+        sent = {game.fleet.names[int(number)] for number in beside[:, round, 0, 0]}
+        assert sent <= set(exchange.devices) - {game.fleet.names[audited]}
+
+
 def test_views_agree_about_the_same_answers() -> None:
     game = open_game(load_config(None, (), SMALL | SETTINGS["plain"]))
     generator = torch.Generator().manual_seed(0)

@@ -103,7 +103,8 @@ class Replays:
             return {"answers": replayed.answers}
 
         self.progress.stage("audit: the other devices, without the secret classes")
-        return self.cache.tensors({"what": "class-others"}, compute)["answers"]
+        answers = self.cache.tensors({"what": "class-others"}, compute)["answers"]
+        return self.first_round.beside(chosen, answers)
 
     @cached_property
     def record_trials(self) -> Played:
