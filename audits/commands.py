@@ -1,13 +1,11 @@
 """What ``privkd audit`` does, between the command line's parsing and the audits."""
 
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 from audits.reconstruction.request import ReconstructionRequest
 from audits.request import MembershipRequest
 from privkd.errors import RunError
+from privkd.stdout import print_json
 
 __all__ = [
     "MembershipRequest",
@@ -41,7 +39,7 @@ def membership_command(run: Path | None, request: MembershipRequest, *, as_json:
         tree = report_tree(report)
         folder.write_json("audit/membership.json", tree)
     if as_json:
-        _print_json(tree)
+        print_json(tree)
     else:
         print_report(report, curves)
     raise_alarm(report.findings)
@@ -66,7 +64,7 @@ def reconstruction_command(run: Path | None, request: ReconstructionRequest, *, 
         tree = reconstruction_tree(report)
         folder.write_json("audit/reconstruction.json", tree)
     if as_json:
-        _print_json(tree)
+        print_json(tree)
     else:
         print_reconstruction(report)
     raise_reconstruction_alarm(report.findings)
@@ -82,7 +80,7 @@ def mechanism_command(*, seed: int, as_json: bool) -> None:
     with progress_on_stderr() as progress:
         report = audit_mechanisms(seed, progress)
     if as_json:
-        _print_json(mechanism_tree(report))
+        print_json(mechanism_tree(report))
     else:
         print_mechanisms(report)
     raise_alarm(report.findings)
@@ -99,7 +97,3 @@ def latest_run(root: Path) -> Path:
     if not journals:
         raise RunError(f"no run under {root}/: name a run's folder, or start one with `privkd train`")
     return max(journals, key=lambda path: path.stat().st_mtime).parent
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

@@ -1,12 +1,12 @@
 """What ``privkd papers`` does, between the command line's parsing and the studies."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from papers.catalogue import STUDIES, study_named
 from privkd.errors import ConfigError
+from privkd.stdout import print_json
 
 _MOST_SEEDS = 1000
 _QUICK = "quick"
@@ -29,7 +29,7 @@ def list_command(*, as_json: bool) -> None:
     """Print the studies."""
     if as_json:
         rows = [{"name": s.name, "title": s.title, "scales": [x.name for x in s.scales]} for s in STUDIES]
-        sys.stdout.write(json.dumps({"papers": rows}) + "\n")
+        print_json({"papers": rows})
         return
     from papers.console import print_studies
 
@@ -66,6 +66,6 @@ def run_command(request: PaperRequest) -> None:
         player = Player(request.out, request.data_dir, progress)
         found = reproduce(study, scale, request.seeds or scale.seeds, player)
     if request.json:
-        sys.stdout.write(json.dumps(reproduction_tree(found), allow_nan=False) + "\n")
+        print_json(reproduction_tree(found))
     else:
         print_reproduction(found)

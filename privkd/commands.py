@@ -3,8 +3,6 @@
 Settings are checked before the heavy libraries are loaded, so that a typo is answered at once.
 """
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from privkd.config import RunConfig, load_config
 from privkd.errors import ConfigError
+from privkd.stdout import print_json
 
 if TYPE_CHECKING:
     from privkd.federation import Game
@@ -79,7 +78,7 @@ def _run(folder: "RunFolder", game: "Game | None", *, as_json: bool) -> None:
     with progress_on_stderr() as progress:
         result = run_training(folder.config, folder, progress, resumed=game is None, game=game)
     if as_json:
-        _print_json(result_tree(result))
+        print_json(result_tree(result))
     else:
         print_result(result)
 
@@ -91,10 +90,6 @@ def _forecast(config: RunConfig, *, as_json: bool) -> None:
 
     found = forecast(config)
     if as_json:
-        _print_json(plain(asdict(found)))
+        print_json(plain(asdict(found)))
     else:
         print_forecast(found)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

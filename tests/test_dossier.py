@@ -18,6 +18,7 @@ from audits.dossier.composing import run_page
 from audits.dossier.html import as_html
 from audits.dossier.markdown import as_markdown
 from audits.evidence.reading import read_run
+from audits.evidence.wording import counted
 from audits.tradeoff.curve import CELLS
 from audits.tradeoff.request import CurveRequest, request_tree
 from audits.tradeoff.worker import DONE
@@ -368,3 +369,10 @@ def test_the_browser_s_eye_is_good(pages: dict[str, Path], tmp_path: Path) -> No
 
 def test_html_is_the_same_for_the_same_run(run: Path) -> None:
     assert as_html(run_page(read_run(run))) == as_html(run_page(read_run(run)))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 rounds"), (1, "1 round"), (2, "2 rounds"), (1000, "1,000 rounds")]
+)
+def test_things_are_counted_as_people_do(number: int, words: str) -> None:
+    assert counted(number, "round") == words

@@ -1,10 +1,9 @@
 """What ``privkd compare`` does, between the command line's parsing and the comparison."""
 
-import json
-import sys
 from pathlib import Path
 
 from privkd.errors import InputError
+from privkd.stdout import print_json
 
 
 def compare_command(first: Path, second: Path, *, as_json: bool) -> None:
@@ -27,16 +26,12 @@ def compare_command(first: Path, second: Path, *, as_json: bool) -> None:
     if all(kinds):
         curves = compare_curves(read_curve(first), read_curve(second))
         if as_json:
-            _print_json(curves_tree(curves))
+            print_json(curves_tree(curves))
         else:
             print_curves(curves)
         return
     runs = compare_runs(read_run(first), read_run(second))
     if as_json:
-        _print_json(runs_tree(runs))
+        print_json(runs_tree(runs))
     else:
         print_runs(runs)
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ from audits.dossier.page import Figure, Section, Table, columns
 from audits.estimators import TprAtFpr
 from audits.evidence.facts import Accuracies, LabelFacts, RunFacts
 from audits.evidence.intervals import Interval
-from audits.evidence.wording import epsilon_text, event_text, percent, points
+from audits.evidence.wording import counted, epsilon_text, event_text, percent, points
 from audits.verdict import Finding, Refused
 from privkd.events import Unit
 from privkd.ledger import Statement
@@ -27,7 +27,7 @@ def ledger(facts: RunFacts) -> Section:
     if not facts.statements:
         return Section("ledger", "Privacy spent", ("Nothing was charged yet.",))
     by_unit = Table(
-        f"By unit, {facts.config.channel.kind} channel, {facts.played} rounds together",
+        f"By unit, {facts.config.channel.kind} channel, {counted(facts.played, 'round')} together",
         columns(
             "unit",
             ">epsilon, upper bound [numerical bracket]",

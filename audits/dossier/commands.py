@@ -1,10 +1,10 @@
 """What ``privkd report`` does, between the command line's parsing and the pages."""
 
 import json
-import sys
 from pathlib import Path
 
 from privkd.errors import AuditAlarm, RunError
+from privkd.stdout import print_json
 
 _RUNS = Path("runs")
 
@@ -39,7 +39,7 @@ def report_command(path: Path | None, out: Path | None, *, as_json: bool) -> Non
         files["registry.yaml"] = registry
     _write(out or path, files)
     if as_json:
-        sys.stdout.write(json.dumps(tree, allow_nan=False) + "\n")
+        print_json(tree)
     else:
         _print(page.verdict.word, page.verdict.sentences, [str((out or path) / name) for name in files])
     if alarms:

@@ -5,7 +5,7 @@ from audits.dossier.curve import curve_sections
 from audits.dossier.page import Page
 from audits.dossier.verdicts import verdict_on_curve, verdict_on_run
 from audits.evidence.facts import RunFacts
-from audits.evidence.wording import epsilon_text
+from audits.evidence.wording import counted, epsilon_text
 from audits.tradeoff.curve import Curve
 
 _FOOTER = (
@@ -18,7 +18,7 @@ def run_page(facts: RunFacts) -> Page:
     """The report of one run."""
     config = facts.config
     subtitle = (
-        f"{config.data.source}, {config.data.devices:,} devices, {config.rounds} rounds, "
+        f"{config.data.source}, {counted(config.data.devices, 'device')}, {counted(config.rounds, 'round')}, "
         f"{config.channel.kind} channel, record-level budget epsilon {epsilon_text(config.privacy.epsilon)}; "
         f"started {facts.started}"
     )

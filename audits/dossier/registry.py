@@ -14,7 +14,7 @@ import yaml
 from audits.dossier import chapters
 from audits.dossier.drawing import trust_of
 from audits.evidence.facts import RunFacts
-from audits.evidence.wording import epsilon_text, event_text
+from audits.evidence.wording import counted, epsilon_text, event_text
 from privkd.events import Unit
 from privkd.ledger import Statement
 
@@ -45,7 +45,8 @@ def _record(facts: RunFacts, row: Statement) -> dict[str, Any]:
                 "bound_on_input_distance": f"one {row.unit}",
                 "output_measure": "hockey-stick divergence",
                 "bound_on_output_distance": _distance(row),
-                "data_domain": f"records of {row.parties:,} devices; data source: {facts.config.data.source}",
+                "data_domain": f"records of {counted(row.parties, 'device')}; data source: "
+                f"{facts.config.data.source}",
                 "unprotected_quantities": "; ".join(chapters.unprotected(facts).points),
             },
             "privacy_loss": _loss(facts, row),
@@ -53,8 +54,8 @@ def _record(facts: RunFacts, row: Statement) -> dict[str, Any]:
             "accounting": {
                 "post_processing": "The teacher learns from the release; answers of DP-SGD students to "
                 "public inputs are post-processing of the training.",
-                "composition": f"{row.method}, over {facts.played} rounds on each device; in parallel over "
-                "devices, which hold disjoint records.",
+                "composition": f"{row.method}, over {counted(facts.played, 'round')} on each device; in "
+                "parallel over devices, which hold disjoint records.",
             },
             "implementation": _implementation(facts, row),
             "resources": {"sources": _UNKNOWN, "registry_authors": [_UNKNOWN]},
@@ -120,7 +121,8 @@ def _model(facts: RunFacts, row: Statement) -> dict[str, Any]:
         else " ".join(trust.words),
         "actors": "\n".join(f"- {box.title}: {'; '.join(box.lines)}; {box.badge}" for box in trust.boxes),
         "release_type": "Many releases" if facts.config.rounds > 1 else "One release",
-        "release_type_description": f"One a round, {facts.config.rounds} rounds, under one budget.",
+        "release_type_description": f"One a round, {counted(facts.config.rounds, 'round')}, "
+        "under one budget.",
         "data_source_type": "Static",
         "access_type": "Non-interactive",
     }

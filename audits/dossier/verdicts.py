@@ -4,7 +4,7 @@ import math
 
 from audits.dossier.page import Verdict
 from audits.evidence.facts import RunFacts
-from audits.evidence.wording import certainty, epsilon_text
+from audits.evidence.wording import certainty, counted, epsilon_text
 from audits.tradeoff.curve import Curve
 from privkd.events import Unit
 
@@ -33,8 +33,8 @@ def verdict_on_run(facts: RunFacts) -> Verdict:
                 "Unfinished",
                 "warn",
                 (
-                    f"{facts.played} of {facts.config.rounds} rounds were played. What was spent is below; "
-                    "nothing can be said of the run as a whole.",
+                    f"{facts.played} of {counted(facts.config.rounds, 'round')} were played. What was spent "
+                    "is below; nothing can be said of the run as a whole.",
                     *_promises(facts),
                 ),
                 (f"privkd train --resume {facts.path}",),

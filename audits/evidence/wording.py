@@ -11,6 +11,11 @@ def epsilon_text(value: float) -> str:
     return "inf" if math.isinf(value) else f"{value:.4g}"
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things: ``1 round``, ``1,000 devices``."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 def percent(interval: Interval) -> str:
     """A share with its interval."""
     low, high = 100 * interval.low, 100 * interval.high

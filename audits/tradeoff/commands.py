@@ -1,7 +1,5 @@
 """What ``privkd curve`` does, between the command line's parsing and the cells."""
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from audits.tradeoff.request import Cell, CurveRequest
 from privkd.errors import AuditAlarm, ConfigError, PrivkdError, RunError
+from privkd.stdout import print_json
 
 if TYPE_CHECKING:
     from audits.tradeoff.curve import Curve
@@ -74,7 +73,7 @@ def curve_command(options: CurveOptions) -> None:
         curve = play_curve(path, request, limits, watcher)
     files = write_outputs(curve)
     if options.json:
-        sys.stdout.write(json.dumps(curve_tree(curve, files), allow_nan=False) + "\n")
+        print_json(curve_tree(curve, files))
     else:
         print_curve(curve, files)
     _raise_for(curve)

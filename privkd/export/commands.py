@@ -1,12 +1,11 @@
 """What ``privkd export`` does, between the command line's parsing and the export."""
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from privkd.errors import ConfigError
 from privkd.export.formats import check_installed, suffix_of
+from privkd.stdout import print_json
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,6 @@ def export_command(request: ExportRequest) -> None:
     with RunFolder.resume(request.run) as folder:
         exported = export_student(folder, request.format, request.device, request.out)
     if request.json:
-        sys.stdout.write(json.dumps(exported_tree(exported), allow_nan=False) + "\n")
+        print_json(exported_tree(exported))
     else:
         print_exported(exported)
