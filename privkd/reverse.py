@@ -99,12 +99,19 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher is asked to learn: ``probabilities`` ``[query, class]`` on proxy ``queries``
-    ``[query]``, each with a weight in [0, 1] ``[query]``."""
+    """What the teacher is asked to learn.
+
+    Attributes:
+        queries: proxy indices, int64 ``[query]``.
+        probabilities: to learn, ``[query, class]``.
+        weights: of each query, in [0, 1], ``[query]``.
+        prior: what the teacher answers before, ``[query, class]``.
+    """
 
     queries: Tensor
     probabilities: Tensor
     weights: Tensor
+    prior: Tensor
 
 
 def targets_of(buffer: Sequence[Knowledge], prior: Tensor, config: ReverseConfig) -> Targets:
@@ -142,7 +149,7 @@ def targets_of(buffer: Sequence[Knowledge], prior: Tensor, config: ReverseConfig
     # Relative to the first choice, so that no power of it vanishes.
     sharpened = (consensus / consensus.amax(-1, keepdim=True)) ** config.sharpen
     sharpened = sharpened / sharpened.sum(-1, keepdim=True)
-    return Targets(queries, sharpened.to(prior), weights.to(prior))
+    return Targets(queries, sharpened.to(prior), weights.to(prior), prior[queries.to(prior.device)])
 
 
 def trust(consensus: Tensor, prior: Tensor, noise_std: Tensor, config: ReverseConfig) -> Tensor:

@@ -90,7 +90,6 @@ def absorb(
     """
     if not len(targets.queries):
         return Absorbed(teacher, 0.0)
-    old = F.softmax(logits_of(teacher, data.proxy[targets.queries]), dim=-1)
     weights = ReverseWeights(config.trust, config.anchor)
     device = data.train.labels.device
 
@@ -104,7 +103,7 @@ def absorb(
             trained(queries),
             targets.probabilities[asked],
             targets.weights[asked],
-            old[asked],
+            targets.prior[asked],
             weights,
         )
 

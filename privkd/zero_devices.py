@@ -48,7 +48,7 @@ class ZeroDevices:
 
         def learned(teacher: nn.Module, weight: float) -> nn.Module:
             own = F.softmax(logits_of(teacher, data.proxy[queries]), dim=-1)
-            targets = Targets(queries, own, own.new_full((len(queries),), weight))
+            targets = Targets(queries, own, own.new_full((len(queries),), weight), own)
             return absorb(teacher, targets, data, config, generator()).teacher
 
         return ZeroDevices(learned(self.self_distilled, 1.0), learned(self.labels_only, 0.0))

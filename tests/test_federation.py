@@ -88,7 +88,7 @@ class TestSeed:
 
         monkeypatch.setattr("privkd.federation.distil_public", counted)
         play(tmp_path / "run", "rounds=2")
-        assert len(calls) == 2
+        assert len(calls) == 3, "one for each round, and the last to be delivered"
 
 
 class TestLedger:

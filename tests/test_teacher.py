@@ -1,6 +1,7 @@
 """The cloud: the gate on constructed models, and learning that really improves on given targets."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ class TestAbsorb:
         teacher = train_teacher(network(), public, FIT, generator())
         data = PublicData(public, LabelledSet(validation.inputs[kept], validation.labels[kept]), proxy.inputs)
         answers = F.one_hot(proxy.labels, 4) * 0.9 + 0.025
-        return teacher, data, Targets(torch.arange(100), answers, torch.ones(100)), blobs(200, 4)
+        prior = F.softmax(logits_of(teacher, proxy.inputs), dim=-1)
+        return teacher, data, Targets(torch.arange(100), answers, torch.ones(100), prior), blobs(200, 4)
 
     def test_learns_what_the_release_knows(self) -> None:
         teacher, data, targets, test = self.scene()
@@ -202,7 +204,7 @@ class TestAbsorb:
 
     def test_untrusted_targets_are_not_learned(self) -> None:
         teacher, data, targets, test = self.scene()
-        untrusted = Targets(targets.queries, targets.probabilities, torch.zeros(100))
+        untrusted = replace(targets, weights=torch.zeros(100))
         absorbed = absorb(teacher, untrusted, data, self.CONFIG, generator(2))
         assert accuracy(absorbed.teacher, test.inputs, test.labels) < 0.8
 
@@ -210,13 +212,13 @@ class TestAbsorb:
         """Targets are rows of the queries asked, not of the whole proxy set."""
         teacher, data, targets, test = self.scene()
         asked = torch.arange(1, 100, 2)
-        part = Targets(asked, targets.probabilities[asked], torch.ones(len(asked)))
+        part = Targets(asked, targets.probabilities[asked], torch.ones(len(asked)), targets.prior[asked])
         absorbed = absorb(teacher, part, data, self.CONFIG, generator(2))
         assert accuracy(absorbed.teacher, test.inputs, test.labels) > 0.95
 
     def test_a_lie_is_rolled_back(self) -> None:
         teacher, data, targets, _ = self.scene()
-        lies = Targets(targets.queries, targets.probabilities.roll(1, dims=1), torch.ones(100))
+        lies = replace(targets, probabilities=targets.probabilities.roll(1, dims=1))
         config = self.CONFIG.model_copy(update={"trust": 1000.0})
         absorbed = absorb(teacher, lies, data, config, generator(2))
         validation = data.validation

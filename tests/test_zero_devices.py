@@ -58,7 +58,8 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def absorbed(teacher: nn.Module, probabilities: Tensor, weight: float, public: PublicData) -> nn.Module:
-    targets = Targets(QUERIES, probabilities, torch.full((len(QUERIES),), weight))
+    prior = F.softmax(teacher(public.proxy[QUERIES]), dim=-1).detach()
+    targets = Targets(QUERIES, probabilities, torch.full((len(QUERIES),), weight), prior)
     return absorb(teacher, targets, public, CONFIG, BATCHES()).teacher
 
 
