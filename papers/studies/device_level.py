@@ -30,7 +30,7 @@ _MANY = (
 """What won: the students learn the labels alone and vote, and the teacher learns the noisy first choices."""
 
 
-def _mnist(devices: int, records: int) -> Scale:
+def _mnist(devices: int, records: int, *, seeds: int) -> Scale:
     about = (
         f"MNIST, {devices:,} devices of {records} records, 30 % of them silent, 2,000 public labels with "
         "half of the classes rare"
@@ -40,7 +40,7 @@ def _mnist(devices: int, records: int) -> Scale:
         f"data.records_per_device={records}",
         f"channel.minimum_devices={devices * 7 // 10}",
     )
-    return Scale(f"mnist-{devices}", about, (*_MANY, *sizes), seeds=3)
+    return Scale(f"mnist-{devices}", about, (*_MANY, *sizes), seeds=seeds)
 
 
 _QUICK = replace(
@@ -76,7 +76,7 @@ def _claims(epsilon: int) -> tuple[Claim, ...]:
 STUDY = Study(
     name="device-level",
     title="PATE 2018 and PrivateKT 2023: device-level privacy",
-    scales=(_mnist(250, 200), _mnist(1000, 50), _QUICK),
+    scales=(_mnist(250, 200, seeds=5), _mnist(1000, 50, seeds=3), _QUICK),
     cases=tuple(Case(f"device-{e}", (f"privacy.device_epsilon={e}",)) for e in _EPSILONS),
     claims=tuple(claim for epsilon in _EPSILONS for claim in _claims(epsilon)),
 )
