@@ -11,7 +11,7 @@ _PROBES = (Personal(),)
 
 
 def _tested(scale: Scale, about: str, *settings: str) -> Scale:
-    return replace(scale, about=f"{scale.about}, {about}", settings=(*scale.settings, *settings), seeds=3)
+    return replace(scale, about=f"{scale.about}, {about}", settings=(*scale.settings, *settings), seeds=5)
 
 
 _DIRICHLET = "data.partition=dirichlet"
