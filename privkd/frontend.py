@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_BLOCK = 128
+_BLOCK = 16
 _MOST_KEPT = 2 << 30
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
 from privkd.models import build, parameter_count, trained_parameters
-from privkd.scattering import Scattering, _transform
+from privkd.scattering import Scattering, _wavelets
 
 Array = NDArray[np.float64]
 ANGLES = 8
@@ -87,8 +87,7 @@ def scattered(image: Array, scales: int) -> Array:
 
 def coefficients(images: Tensor) -> Tensor:
     """Before normalisation, ``[record, channel, coefficient, y, x]``."""
-    front = Scattering(*images.shape[2:])
-    return _transform(front.scales, *images.shape[2:], images.device)(images)
+    return Scattering(*images.shape[2:]).coefficients(images)
 
 
 def smooth(size: int, seed: int = 0) -> Tensor:
@@ -106,6 +105,14 @@ class TestDefinition:
         assert found.shape == twin.shape
         # Kymatio's pi is 3.1415.
         np.testing.assert_allclose(found, twin, rtol=1e-4, atol=2e-6)
+
+    @pytest.mark.parametrize("size", [(28, 28), (32, 32), (16, 19), (8, 8), (3, 2)])
+    def test_equals_kymatio(self, size: tuple[int, int]) -> None:
+        from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
+
+        images = torch.rand((3, 2, *size), generator=torch.Generator().manual_seed(1))
+        theirs = ScatteringTorch2D(J=Scattering(*size).scales, shape=size, L=ANGLES)(images)
+        torch.testing.assert_close(coefficients(images), theirs, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(
         ("shape", "features"),
@@ -127,8 +134,15 @@ class TestDefinition:
         features = front(images)
         grouped = features.unflatten(1, (27, 3)).flatten(2)
         torch.testing.assert_close(grouped.mean(-1), torch.zeros(5, 27), atol=1e-5, rtol=0)
-        assert torch.equal(features, torch.cat([front(image[None]) for image in images]))
+        alone = torch.cat([front(image[None]) for image in images])
+        torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
         assert bool(front(torch.zeros(1, 1, 16, 16)).isfinite().all())
+
+    def test_a_blank_image_has_a_gradient(self) -> None:
+        blank = torch.zeros((1, 1, 16, 16), requires_grad=True)
+        Scattering(16, 16)(blank).square().sum().backward()
+        assert blank.grad is not None
+        assert bool(blank.grad.isfinite().all())
 
 
 class TestProperties:
@@ -165,7 +179,7 @@ class TestStudent:
             build(ModelConfig(name="scatter"), input_shape=(12,), classes=3, seed=0)
 
     def test_without_kymatio(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "kymatio.scattering2d.frontend.torch_frontend", None)
-        _transform.cache_clear()
+        monkeypatch.setitem(sys.modules, "kymatio.scattering2d.filter_bank", None)
+        _wavelets.cache_clear()
         with pytest.raises(ConfigError, match=r"needs kymatio .*pip install 'privkd\[scatter\]'"):
             build(ModelConfig(name="scatter"), input_shape=(1, 8, 8), classes=3, seed=0)
