@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,16 @@ def folder_name(config: RunConfig) -> str:
 
 
 def flat(tree: Any, prefix: str = "") -> Mapping[str, float]:
-    """The numbers among nested JSON values by dotted names; ``"inf"`` is infinity, the rest is left out."""
+    """The numbers among nested JSON values by dotted names; the rest is left out.
+
+    As `privkd.result.plain` spells them: ``"inf"`` is infinity, ``null`` NaN.
+    """
     if isinstance(tree, Mapping):
         items: Sequence[tuple[Any, Any]] = list(tree.items())
     elif isinstance(tree, list):
         items = list(enumerate(tree))
+    elif tree is None:
+        return {prefix: math.nan}
     elif tree == "inf" or (isinstance(tree, int | float) and not isinstance(tree, bool)):
         return {prefix: float(tree)}
     else:

@@ -1,5 +1,6 @@
 """What is measured on a finished run beyond what it reports itself. Heavy imports wait until then."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -70,7 +71,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Membership:
-    """``privkd audit membership`` on one ``view``, with one ``attack`` or ``all``, seeded as the run."""
+    """``privkd audit membership`` on one ``view``, with one ``attack`` or ``all``, seeded as the run.
+
+    A TPR that the audit refuses, since too few non-members would carry it, is NaN.
+    """
 
     view: str
     attack: str = "all"
@@ -100,8 +104,8 @@ class Membership:
             if finding.auc is not None:
                 figures[f"{start}.auc"] = finding.auc.estimate
             for rate in finding.tpr_at_fpr:
-                if isinstance(rate, TprAtFpr):
-                    figures[f"{start}.tpr_at_{rate.fpr:g}"] = rate.estimate
+                found = rate.estimate if isinstance(rate, TprAtFpr) else math.nan
+                figures[f"{start}.tpr_at_{rate.fpr:g}"] = found
         return figures
 
 

@@ -17,7 +17,7 @@ from papers.catalogue import STUDIES, study_named
 from papers.console import shown
 from papers.personal import personal_figures
 from papers.player import Player, config_of, flat, folder_name
-from papers.probes import Effort, Latency, Personal
+from papers.probes import Effort, Latency, Membership, Personal
 from papers.quantity import Change, Difference, Figure, Share
 from papers.reproduce import Answer, reproduce, reproduction_tree, scale_named
 from papers.statistics import Estimate, t_interval
@@ -245,6 +245,13 @@ class TestProbes:
         assert found["personal.worst"] <= found["personal.student"]
         assert all(0 <= value <= 1 for value in found.values())
 
+    def test_a_refused_rate_is_nan(self, run: Path) -> None:
+        with RunFolder.resume(run) as folder:
+            found = Membership("student", "attack-p").measure(folder, Silent(), Effort(shadows=4, targets=2))
+        assert math.isnan(found["student.attack-p.tpr_at_0.001"])
+        assert 0 <= found["student.attack-p.auc"] <= 1
+        assert found["student.attack-p.epsilon_lower"] <= found["student.attack-p.epsilon_upper"]
+
     def test_latency_measures_both(self, run: Path) -> None:
         with RunFolder.resume(run) as folder:
             found = Latency("torch").measure(folder, Silent(), Effort())
@@ -254,9 +261,11 @@ class TestProbes:
         assert all(value > 0 for value in found.values())
 
 
-def test_flat_spells_infinity_and_leaves_out_text() -> None:
+def test_flat_spells_infinity_and_nan_and_leaves_out_text() -> None:
     tree = {"a": [1, {"b": "inf"}], "c": None, "d": "words", "e": True, "f": {"g": 0.5}}
-    assert flat(tree) == {"a.0": 1.0, "a.1.b": math.inf, "f.g": 0.5}
+    assert flat(tree) == pytest.approx(
+        {"a.0": 1.0, "a.1.b": math.inf, "c": math.nan, "f.g": 0.5}, nan_ok=True
+    )
 
 
 class TestCommand:
