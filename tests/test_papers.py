@@ -247,7 +247,7 @@ class TestProbes:
 
     def test_a_refused_rate_is_nan(self, run: Path) -> None:
         with RunFolder.resume(run) as folder:
-            found = Membership("student", "attack-p").measure(folder, Silent(), Effort(shadows=4, targets=2))
+            found = Membership("student", "attack-p").measure(folder, Silent(), Effort(shadows=8, targets=2))
         assert math.isnan(found["student.attack-p.tpr_at_0.001"])
         assert 0 <= found["student.attack-p.auc"] <= 1
         assert found["student.attack-p.epsilon_lower"] <= found["student.attack-p.epsilon_upper"]
