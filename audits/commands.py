@@ -2,21 +2,18 @@
 
 from pathlib import Path
 
+from audits.latest import RUNS, latest
 from audits.reconstruction.request import ReconstructionRequest
 from audits.request import MembershipRequest
-from privkd.errors import RunError
 from privkd.stdout import print_json
 
 __all__ = [
     "MembershipRequest",
     "ReconstructionRequest",
-    "latest_run",
     "mechanism_command",
     "membership_command",
     "reconstruction_command",
 ]
-
-_RUNS = Path("runs")
 
 
 def membership_command(run: Path | None, request: MembershipRequest, *, as_json: bool) -> None:
@@ -32,7 +29,7 @@ def membership_command(run: Path | None, request: MembershipRequest, *, as_json:
     from privkd.console import progress_on_stderr
     from privkd.store import RunFolder
 
-    with RunFolder.resume(run or latest_run(_RUNS)) as folder:
+    with RunFolder.resume(run or latest(RUNS, "run")) as folder:
         with progress_on_stderr() as progress:
             report = audit_membership(folder, request, progress)
         curves = write_curves(folder, report.scored)
@@ -58,7 +55,7 @@ def reconstruction_command(run: Path | None, request: ReconstructionRequest, *, 
     from privkd.console import progress_on_stderr
     from privkd.store import RunFolder
 
-    with RunFolder.resume(run or latest_run(_RUNS)) as folder:
+    with RunFolder.resume(run or latest(RUNS, "run")) as folder:
         with progress_on_stderr() as progress:
             report = audit_reconstruction(folder, request, progress)
         tree = reconstruction_tree(report)
@@ -85,15 +82,3 @@ def mechanism_command(*, seed: int, as_json: bool) -> None:
         print_mechanisms(report)
     raise_alarm(report.findings)
     raise_failed(report.checks)
-
-
-def latest_run(root: Path) -> Path:
-    """The run under ``root`` whose journal was written last.
-
-    Raises:
-        RunError: there is none.
-    """
-    journals = list(root.glob("*/journal.jsonl")) if root.is_dir() else []
-    if not journals:
-        raise RunError(f"no run under {root}/: name a run's folder, or start one with `privkd train`")
-    return max(journals, key=lambda path: path.stat().st_mtime).parent

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import audits.membership
 from attacks.scores import rescaled_logit
 from audits.canaries import Pool, draw_pool
-from audits.commands import latest_run
 from audits.curves import draw, roc
 from audits.game import DeviceSide, draw_halves, flip_coins, shard_of
 from audits.labels import draw_uneven, infer_labels
+from audits.latest import latest
 from audits.membership import audit_membership, views_of
 from audits.release import Crowd, per_client, ring_mean
 from audits.request import MODEL_ATTACKS, MembershipRequest
@@ -412,10 +412,10 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(tmp_path: Path, plain: Pa
 
 def test_the_latest_run_is_the_default(tmp_path: Path, plain: Path) -> None:
     with pytest.raises(RunError, match="privkd train"):
-        latest_run(tmp_path / "runs")
+        latest(tmp_path / "runs", "run")
     shutil.copytree(plain, tmp_path / "runs" / "one")
     (tmp_path / "runs" / "notes").mkdir()
-    assert latest_run(tmp_path / "runs") == tmp_path / "runs" / "one"
+    assert latest(tmp_path / "runs", "run") == tmp_path / "runs" / "one"
 
 
 def test_roc_calls_ties_together() -> None:

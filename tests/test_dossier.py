@@ -13,12 +13,12 @@ from evidence import audited, finding, rebuilt
 from running import SMALL, StopAt, play
 from typer.testing import CliRunner, Result
 
-from audits.dossier.commands import latest
 from audits.dossier.composing import run_page
 from audits.dossier.html import as_html
 from audits.dossier.markdown import as_markdown
 from audits.evidence.reading import read_run
 from audits.evidence.wording import counted
+from audits.latest import latest
 from audits.tradeoff.curve import CELLS
 from audits.tradeoff.request import CurveRequest, request_tree
 from audits.tradeoff.worker import DONE
@@ -292,7 +292,7 @@ def test_the_latest_is_the_default(tmp_path: Path, run: Path, monkeypatch: pytes
     assert report().exit_code == 2
     assert report(tmp_path).exit_code == 2
     with pytest.raises(RunError, match="privkd train"):
-        latest(Path("runs"))
+        latest(Path("runs"), "run", "curve")
     shutil.copytree(run, "runs/a")
     assert report().exit_code == 0
     assert Path("runs/a/report.html").exists()

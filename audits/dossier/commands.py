@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from privkd.errors import AuditAlarm, RunError
+from audits.latest import RUNS, latest
+from privkd.errors import AuditAlarm
 from privkd.stdout import print_json
-
-_RUNS = Path("runs")
 
 
 def report_command(path: Path | None, out: Path | None, *, as_json: bool) -> None:
@@ -24,7 +23,7 @@ def report_command(path: Path | None, out: Path | None, *, as_json: bool) -> Non
     from audits.evidence.reading import read_run
     from audits.tradeoff.curve import is_curve, read_curve
 
-    path = path or latest(_RUNS)
+    path = path or latest(RUNS, "run", "curve")
     if is_curve(path):
         curve = read_curve(path)
         page, tree, registry = curve_page(curve), curve_report_tree(curve), ""
@@ -44,18 +43,6 @@ def report_command(path: Path | None, out: Path | None, *, as_json: bool) -> Non
         _print(page.verdict.word, page.verdict.sentences, [str((out or path) / name) for name in files])
     if alarms:
         raise AuditAlarm(f"{path}: {alarms[0]}; do not release")
-
-
-def latest(root: Path) -> Path:
-    """The run or curve under ``root`` that was written last.
-
-    Raises:
-        RunError: there is none.
-    """
-    found = [*root.glob("*/journal.jsonl"), *root.glob("*/curve.json")] if root.is_dir() else []
-    if not found:
-        raise RunError(f"no run or curve under {root}/: name its folder, or start one with `privkd train`")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

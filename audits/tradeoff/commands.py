@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from audits.latest import RUNS, latest
 from audits.tradeoff.request import Cell, CurveRequest
 from privkd.errors import AuditAlarm, ConfigError, PrivkdError, RunError
 from privkd.stdout import print_json
@@ -13,7 +14,6 @@ from privkd.stdout import print_json
 if TYPE_CHECKING:
     from audits.tradeoff.curve import Curve
 
-_RUNS = Path("runs")
 _GIB = 2**30
 
 
@@ -103,8 +103,8 @@ def _request(options: CurveOptions) -> tuple[CurveRequest, Path]:
             raise RunError(f"{path} is not empty: {hint}")
         request = _changed(CurveRequest(), options)
         _check(request.cells)
-        return request, path or _RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
-    path = path or latest_curve(_RUNS)
+        return request, path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
+    path = path or latest(RUNS, "curve")
     request = _changed(read_request(path)[0], options)
     _check(request.cells)
     return request, path
@@ -129,18 +129,6 @@ def _check(cells: tuple[Cell, ...]) -> None:
     """Refuse settings that are bad in any cell before the first is started."""
     for cell in cells:
         cell.config()
-
-
-def latest_curve(root: Path) -> Path:
-    """The curve under ``root`` that was written last.
-
-    Raises:
-        RunError: there is none.
-    """
-    records = list(root.glob("*/curve.json")) if root.is_dir() else []
-    if not records:
-        raise RunError(f"no curve under {root}/: name its folder with --out, or start one without --resume")
-    return max(records, key=lambda record: record.stat().st_mtime).parent
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -149,8 +149,11 @@ class ServiceChannel(ChannelBase):
 
     def start(self) -> None:
         """Start local services, or have running ones start their workers, without waiting for these."""
+        self._started()
+
+    def _started(self) -> PartyGroup:
         if self._group is not None:
-            return
+            return self._group
         urls, tls = self._options.urls, self._options.tls
         if not urls:
             third_party = self._needs_third_party
@@ -161,15 +164,16 @@ class ServiceChannel(ChannelBase):
                 self.aggregators, third_party=third_party, limits=limits, noise_keys=keys
             )
             urls, tls = self._local.urls, self._local.client_tls
-        self._group = PartyGroup(urls, tls, pins=self._options.pins)
+        group = self._group = PartyGroup(urls, tls, pins=self._options.pins)
         deadline = time.monotonic() + self._deadline
-        found = len(self._group.keys(deadline))
+        found = len(group.keys(deadline))
         if found != self.aggregators:
             raise ConfigError(f"aggregators={self.aggregators}, but the services are a group of {found}")
-        if self._needs_third_party and not self._group.third_party:
+        if self._needs_third_party and not group.third_party:
             raise ConfigError("votes and norm checks need a third party, and the services have none: "
                               "`privkd keys --third-party` makes one")  # fmt: skip
-        self._group.gather(deadline)
+        group.gather(deadline)
+        return group
 
     @property
     def _needs_third_party(self) -> bool:
@@ -194,8 +198,8 @@ class ServiceChannel(ChannelBase):
         roster = self._options.roster or tuple(devices)
         request = self._request(answers, len(roster), self._minimum(roster, devices))
         try:
-            self.start()
-            total = self._aggregate(blocks, devices, self._terms(roster, round, request))
+            group = self._started()
+            total = self._aggregate(group, blocks, devices, self._terms(group, roster, round, request))
         except BaseException:
             self.close()
             raise
@@ -250,12 +254,13 @@ class ServiceChannel(ChannelBase):
         std = math.sqrt(request.sigma2 * draws)
         return math.ldexp(std, -request.encoding.fraction_bits) / devices
 
-    def _terms(self, roster: tuple[PartyId, ...], round: int, request: _Request) -> RoundTerms:
-        """The terms of a round's first attempt; the parties must be up."""
-        assert self._group is not None
+    def _terms(
+        self, group: PartyGroup, roster: tuple[PartyId, ...], round: int, request: _Request
+    ) -> RoundTerms:
+        """The terms of a round's first attempt."""
         return RoundTerms(
             round=self._name(round),
-            keys=self._group.keys(time.monotonic() + self._deadline),
+            keys=group.keys(time.monotonic() + self._deadline),
             entries=request.entries,
             minimum=request.minimum,
             fraction_bits=request.encoding.fraction_bits,
@@ -268,28 +273,22 @@ class ServiceChannel(ChannelBase):
             expires=int(time.time() + self._deadline) + self._options.lifetime,
         )
 
-    def _aggregate(self, blocks: NDArray[np.float64], devices: Sequence[PartyId], terms: RoundTerms) -> Total:
-        group = self._group
-        assert group is not None
+    def _aggregate(
+        self, group: PartyGroup, blocks: NDArray[np.float64], devices: Sequence[PartyId], terms: RoundTerms
+    ) -> Total:
         deadline = time.monotonic() + self._deadline
         terms = group.standing(terms, deadline)
         group.open(terms, deadline)
-        refused = self._upload(blocks, devices, terms, deadline)
-        try:
-            return group.close(terms, deadline)
-        except RefusedError as error:
-            raise ChannelError("; ".join([str(error), *refused]) + "; nothing was released") from error
-
-    def _upload(
-        self, blocks: NDArray[np.float64], devices: Sequence[PartyId], terms: RoundTerms, deadline: float
-    ) -> list[str]:
-        """Every device's work, relayed; what was refused is left to the parties to count."""
         uploads = [
             prepare(block, terms, device, self._root.subkey("device", device))
             for device, block in zip(devices, blocks, strict=True)
         ]
-        assert self._group is not None
-        return relay(uploads, self._group.aggregators, deadline=deadline)
+        # What a party refused is left to all of them to count.
+        refused = relay(uploads, group.aggregators, deadline=deadline)
+        try:
+            return group.close(terms, deadline)
+        except RefusedError as error:
+            raise ChannelError("; ".join([str(error), *refused]) + "; nothing was released") from error
 
     def _name(self, round: int) -> int:
         """Names the round among all that these services will ever see."""
