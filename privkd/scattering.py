@@ -111,19 +111,21 @@ class _Scale:
     """The wavelets of one scale.
 
     Attributes:
+        step: of the fields that are kept of them, ``2**scale`` points.
         spectra: ``[angle, y, x]`` over the frequencies of a padded image; they are real.
-        back: from such frequencies to a field thinned out by ``2**scale``.
-        mean: from that field to coefficients.
+        back: from the frequencies of such a field to the field.
+        mean: from the field to coefficients.
     """
 
+    step: int
     spectra: Tensor
     back: _Fourier
     mean: _Mean
 
     def moduli(self, spectrum: _Complex) -> Tensor:
         """Of fields with ``spectrum`` ``[record, field, y, x]``: ``[record, field x angle, y, x]``."""
-        real, imag = ((part[:, :, None] * self.spectra).flatten(1, 2) for part in spectrum)
-        return self.back.modulus(_Complex(real, imag))
+        products = ((part[:, :, None] * self.spectra).flatten(1, 2) for part in spectrum)
+        return self.back.modulus(_Complex(*(_folded(product, self.step) for product in products)))
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,14 @@ class _Wavelets:
             for scale, moduli in zip((*self.scales, *self.scales[1:]), (*first, *second), strict=True)
         ]
         return torch.cat([self.image_mean.of(images), *means], dim=1)
+
+
+def _folded(spectrum: Tensor, step: int) -> Tensor:
+    """That of each ``step``-th point, times ``step**2``: frequencies that those cannot tell apart, summed."""
+    for axis in (-2, -1):
+        first, *others = spectrum.chunk(step, axis)
+        spectrum = sum(others, start=first)
+    return spectrum
 
 
 def _product(one: _Complex, other: _Complex) -> _Complex:
@@ -188,9 +198,11 @@ def _wavelets(scales: int, height: int, width: int, device: torch.device, dtype:
 
     def scale_of(scale: int) -> _Scale:
         spectra = [wave["levels"][0] for wave in bank["psi"] if wave["j"] == scale]
+        thinned = [size >> scale for size in sizes]
         return _Scale(
+            step=2**scale,
             spectra=constant(np.stack(spectra)),
-            back=fourier([_inverse(size, np.arange(0, size, 2**scale)) for size in sizes]),
+            back=fourier([_inverse(size, np.arange(size)) / 2**scale for size in thinned]),
             mean=_Mean(*map(constant, means(scale))),
         )
 

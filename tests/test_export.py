@@ -105,6 +105,28 @@ class TestAnswers:
         assert not any(b".py" in text for text in texts)
 
 
+class TestExecutorch:
+    def test_large_layers_are_summed_in_blocks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Otherwise rounding is seen to be several times larger."""
+        executorch_format = pytest.importorskip("privkd.export.executorch_format")
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn((40, 4000), generator=generator)
+        model = nn.Sequential(nn.Linear(4000, 10))
+        before = model[0].weight.detach().clone()
+
+        def error() -> float:
+            form, path = executorch_format.ExecutorchFormat(), tmp_path / "s.pte"
+            form.write(model, inputs[:2], path)
+            exact = inputs.double() @ model[0].weight.double().T + model[0].bias.double()
+            return float((form.load(path)(inputs) - exact).abs().max())
+
+        with torch.no_grad():
+            blocked = error()
+            monkeypatch.setattr(executorch_format, "_in_blocks", lambda model: model)
+            assert blocked < error() / 2
+        assert torch.equal(model[0].weight, before)
+
+
 class TestStudents:
     def test_trained_again_are_those_of_the_run(self, tmp_path: Path) -> None:
         """Their accuracy is what the run reported, whether a round starts from the teacher or their own."""
