@@ -23,6 +23,8 @@ def print_reproduction(found: Reproduction) -> None:
         table.add_row(answer.claim.text, answer.claim.published, shown(answer))
     console.print(table)
     console.print(f"Ours: {found.scale.about}.", highlight=False, markup=False, soft_wrap=True)
+    if any(math.isnan(answer.ours.mean) for answer in found.answers):
+        console.print("-: undefined, or refused, at this scale.", highlight=False)
     seeds = found.answers[0].ours.seeds
     console.print(
         "One seed: no interval."
