@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from attacks.channel import label_distribution, label_divergence
 from audits.canaries import Pool
 from audits.game import DeviceSide, Report, shard_of
+from audits.intervals import mean_of
 from audits.release import Floats
 from audits.traces import Cache
 from privkd.randomness import derive_seed
 
-_CONFIDENCE = 0.95
 _STRENGTHS = np.concatenate([[0.0], np.geomspace(0.05, 50, 31)])
 """By which an answer's shift may be scaled; 0 leaves the blind guess."""
 
@@ -118,19 +117,16 @@ def infer_labels(
 
     strength = _best(lambda s: float(divergences(s, shadows).mean()))
     found, blind = divergences(strength, targets), divergences(0.0, targets)
-    gain = blind - found
-    error = float(gain.std(ddof=1)) / len(gain) ** 0.5
-    reach = float(student_t.ppf((1 + _CONFIDENCE) / 2, len(gain) - 1)) * error
-    mean = float(gain.mean())
+    gain = mean_of(blind - found)
     return LabelFinding(
         view=view,
         divergence=float(found.mean()),
         blind=float(blind.mean()),
-        gain=mean,
-        low=mean - reach,
-        high=mean + reach,
-        confidence=_CONFIDENCE,
-        devices=len(gain),
+        gain=gain.estimate,
+        low=gain.low,
+        high=gain.high,
+        confidence=gain.confidence,
+        devices=gain.n,
         epsilon_upper=epsilon_upper,
     )
 

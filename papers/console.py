@@ -23,9 +23,9 @@ def print_reproduction(found: Reproduction) -> None:
         table.add_row(answer.claim.text, answer.claim.published, shown(answer))
     console.print(table)
     console.print(f"Ours: {found.scale.about}.", highlight=False, markup=False, soft_wrap=True)
-    if any(math.isnan(answer.ours.mean) for answer in found.answers):
+    if any(math.isnan(answer.ours.estimate) for answer in found.answers):
         console.print("-: undefined, or refused, at this scale.", highlight=False)
-    seeds = found.answers[0].ours.seeds
+    seeds = found.answers[0].ours.n
     console.print(
         "One seed: no interval."
         if seeds < 2
@@ -49,8 +49,8 @@ def print_studies(studies: Sequence[Study]) -> None:
 def shown(answer: Answer) -> str:
     """Our estimate as the table spells it."""
     unit, ours = answer.claim.unit, answer.ours
-    mean = _number(ours.mean, unit, signed=unit == "points")
-    if ours.low is None or ours.high is None:
+    mean = _number(ours.estimate, unit, signed=unit == "points")
+    if ours.n < 2 or math.isnan(ours.estimate):
         return mean
     low, high = (_number(value, unit, bare=True) for value in (ours.low, ours.high))
     return f"{mean} [{low}, {high}]"

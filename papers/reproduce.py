@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from audits.intervals import Interval, mean_of
 from papers.player import Player
 from papers.quantity import Figures
-from papers.statistics import Estimate, t_interval
 from papers.study import Claim, Scale, Study
 from privkd.errors import ConfigError
 from privkd.result import plain
@@ -15,7 +15,7 @@ class Answer:
     """A claim and our estimate of its quantity."""
 
     claim: Claim
-    ours: Estimate
+    ours: Interval
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def reproduce(study: Study, scale: Scale, seeds: int, player: Player) -> Reprodu
         {case.name: player.figures(case, scale, seed) for case in study.cases} for seed in range(seeds)
     ]
     answers = [
-        Answer(claim, t_interval([claim.quantity.of(figures) for figures in played]))
+        Answer(claim, mean_of([claim.quantity.of(figures) for figures in played]).within(*claim.range))
         for claim in study.claims
     ]
     return Reproduction(study, scale, tuple(answers))
@@ -64,10 +64,10 @@ def reproduction_tree(found: Reproduction) -> dict[str, object]:
         {
             "claim": answer.claim.text,
             "published": answer.claim.published,
-            "ours": answer.ours.mean,
-            "low": answer.ours.low,
-            "high": answer.ours.high,
-            "seeds": answer.ours.seeds,
+            "ours": answer.ours.estimate,
+            "low": answer.ours.low if answer.ours.n > 1 else None,
+            "high": answer.ours.high if answer.ours.n > 1 else None,
+            "seeds": answer.ours.n,
             "unit": answer.claim.unit,
         }
         for answer in found.answers

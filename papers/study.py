@@ -1,12 +1,13 @@
 """A paper's claims as declarations: which runs, which figures of them, and what was published."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Literal, TypeAlias
 
 from papers.probes import FULL, Effort, Probe
-from papers.quantity import Quantity
+from papers.quantity import Figure, Quantity
 
 Unit: TypeAlias = Literal["%", "points", "epsilon", "number"]
 """How a quantity is printed: a share in per cent, a difference of such in points, or as it is."""
@@ -60,6 +61,14 @@ class Claim:
     published: str
     quantity: Quantity
     unit: Unit
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the most that its quantity can be."""
+        if self.unit == "epsilon":
+            return 0, math.inf
+        is_share = self.unit == "%" and isinstance(self.quantity, Figure)
+        return (0, 1) if is_share else (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)

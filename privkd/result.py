@@ -189,13 +189,13 @@ def _statement_tree(statement: Statement) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON spells it: infinity as ``"inf"``, NaN as ``null``, tuples as lists."""
+    """``value`` as JSON spells it: infinities as ``"inf"``, ``"-inf"``; NaN as ``null``, tuples as lists."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf"
+        return None if math.isnan(value) else str(value)
     return value
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from audits.comparison.curves import compare_curves
 from audits.comparison.runs import compare_runs
-from audits.evidence.intervals import mean_over_seeds
 from audits.evidence.reading import read_run
+from audits.intervals import mean_of
 from audits.tradeoff.curve import CELLS, read_curve
 from audits.tradeoff.request import CurveRequest, request_tree
 from audits.tradeoff.worker import DONE
@@ -144,7 +144,7 @@ def test_two_curves_are_paired_over_seeds(tmp_path: Path) -> None:
     (point,) = compare_curves(read_curve(first), read_curve(second)).points
     changes = [run.accuracies[0].change.estimate for run in point.runs]
     assert point.seeds == 2
-    assert point.teacher == mean_over_seeds(changes)
+    assert point.teacher == mean_of(changes)
     printed = compare(first, second)
     assert printed.exit_code == 0, printed.output
     assert "paired over common seeds" in printed.stdout

@@ -12,6 +12,7 @@ import pytest
 from running import SMALL
 from typer.main import get_command
 
+from audits.intervals import Interval, mean_of
 from cli import app
 from papers.catalogue import STUDIES, study_named
 from papers.console import shown
@@ -20,7 +21,6 @@ from papers.player import Player, config_of, flat, folder_name
 from papers.probes import Effort, Latency, Membership, Personal
 from papers.quantity import Change, Difference, Figure, Share
 from papers.reproduce import Answer, reproduce, reproduction_tree, scale_named
-from papers.statistics import Estimate, t_interval
 from papers.study import Case, Claim, Scale, Study
 from privkd.errors import ConfigError, RunError
 from privkd.progress import Silent
@@ -139,16 +139,33 @@ class TestQuantities:
 class TestIntervals:
     def test_students(self) -> None:
         """Textbook: t(0.975, 4) = 2.776445."""
-        found = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+        found = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
         half = 2.7764451 * math.sqrt(2.5 / 5)
-        assert found.mean == 3
+        assert found.estimate == 3
         assert found.low == pytest.approx(3 - half)
         assert found.high == pytest.approx(3 + half)
-        assert found.clear_of_zero
 
-    def test_of_one_seed_there_is_none(self) -> None:
-        assert t_interval([0.5]) == Estimate(0.5, None, None, 1)
-        assert not t_interval([0.5]).clear_of_zero
+    def test_of_one_seed_tells_nothing_of_others(self) -> None:
+        assert mean_of([0.5]) == Interval(0.5, -math.inf, math.inf, 1)
+        assert shown(Answer(replace(MADE_UP.claims[0], unit="%"), mean_of([0.5]))) == "50.00 %"
+
+    def test_end_where_the_quantity_does(self) -> None:
+        """A share ends at 0 and 1, a bound on epsilon begins at 0, a difference ends nowhere."""
+        gain, share = MADE_UP.claims
+        assert mean_of([0.9, 1.0]).high > 1
+        assert mean_of([0.9, 1.0]).within(*share.range).high == 1
+        assert mean_of([0.0, 0.1]).within(*share.range).low == 0
+        assert mean_of([0.0, 3.0]).within(*replace(share, unit="epsilon").range).low == 0
+        assert mean_of([0.0, 3.0]).within(*replace(share, unit="epsilon").range).high > 3
+        assert mean_of([0.0, 0.1]).within(*gain.range) == mean_of([0.0, 0.1])
+        change = replace(share, quantity=Share(share.quantity, share.quantity))
+        assert mean_of([0.9, 1.0]).within(*change.range).high > 1
+
+    def test_of_what_was_refused_are_none(self) -> None:
+        claim = MADE_UP.claims[1]
+        refused = mean_of([math.nan, 0.5]).within(*claim.range)
+        assert math.isnan(refused.low)
+        assert shown(Answer(claim, refused)) == "-"
 
     def test_cover_in_19_of_20_cases(self) -> None:
         """2,000 means of 3 normal draws: outside [0.93, 0.97] with probability below 1e-4."""
@@ -160,17 +177,15 @@ class TestIntervals:
 
     def test_are_shown_in_the_claims_unit(self) -> None:
         claim = MADE_UP.claims[0]
-        assert shown(Answer(claim, Estimate(0.051, 0.04, 0.062, 3))) == "+5.10 points [4.00, 6.20]"
+        assert shown(Answer(claim, Interval(0.051, 0.04, 0.062, 3))) == "+5.10 points [4.00, 6.20]"
         percent = replace(claim, unit="%")
-        assert shown(Answer(percent, Estimate(0.951, None, None, 1))) == "95.10 %"
-        assert shown(Answer(percent, Estimate(math.nan, None, None, 1))) == "-"
-        assert shown(Answer(replace(claim, unit="epsilon"), Estimate(2.5, 2, 3, 3))) == "2.500 [2.000, 3.000]"
+        assert shown(Answer(percent, mean_of([0.951]))) == "95.10 %"
+        assert shown(Answer(percent, mean_of([math.nan]))) == "-"
+        assert shown(Answer(replace(claim, unit="epsilon"), Interval(2.5, 2, 3, 3))) == "2.500 [2.000, 3.000]"
 
 
 def bounds(values: object) -> tuple[float, float]:
-    found = t_interval(list(values))  # type: ignore[call-overload]
-    assert found.low is not None
-    assert found.high is not None
+    found = mean_of(list(values))  # type: ignore[call-overload]
     return found.low, found.high
 
 
@@ -183,7 +198,7 @@ class TestRuns:
         assert first.stages
         assert not second.stages, "a finished run was played again"
         assert len(list(tmp_path.iterdir())) == 2
-        assert found.answers[0].ours.seeds == 2
+        assert found.answers[0].ours.n == 2
 
     def test_are_resumed_where_they_were_cut_short(self, tmp_path: Path) -> None:
         case = MADE_UP.cases[0]

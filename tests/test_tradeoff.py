@@ -18,7 +18,7 @@ from evidence import audited, finding, rebuilt
 from running import SMALL, StopAt
 from typer.testing import CliRunner
 
-from audits.evidence.intervals import difference, mean_over_seeds, share
+from audits.intervals import difference, mean_of, share
 from audits.tradeoff.curve import CELLS, Curve, read_curve
 from audits.tradeoff.figures import FIGURES, draw_figures
 from audits.tradeoff.play import play_curve
@@ -289,9 +289,9 @@ def test_intervals_are_the_textbook_s() -> None:
     # Newcombe 1998, Table II, example (a), method 10: 56/70 - 48/80.
     apart = difference(share(56 / 70, 70), share(48 / 80, 80))
     assert (apart.low, apart.high) == pytest.approx((0.0524, 0.3339), abs=1e-4)
-    student = mean_over_seeds([1.0, 2.0, 3.0])
+    student = mean_of([1.0, 2.0, 3.0])
     assert (student.low, student.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
-    assert math.isinf(mean_over_seeds([1.0]).high)
+    assert math.isinf(mean_of([1.0]).high)
 
 
 def test_the_command_checks_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

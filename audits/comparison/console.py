@@ -9,8 +9,8 @@ from rich.text import Text
 
 from audits.comparison.curves import CurveComparison
 from audits.comparison.runs import Differing, Leaks, Ledgers, RunComparison
-from audits.evidence.intervals import CONFIDENCE
 from audits.evidence.wording import epsilon_text, percent, points
+from audits.intervals import CONFIDENCE
 from audits.tradeoff.request import spelt
 from audits.verdict import Finding
 from privkd.ledger import Statement

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from audits.comparison.runs import Differing, RunComparison, compare_runs
-from audits.evidence.intervals import Interval, mean_over_seeds
+from audits.intervals import Interval, mean_of
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.request import request_tree
 from privkd.errors import InputError
@@ -93,4 +93,4 @@ def _paired(changes: list[Interval]) -> Interval | None:
 
 
 def _mean(changes: list[Interval]) -> Interval:
-    return changes[0] if len(changes) == 1 else mean_over_seeds([change.estimate for change in changes])
+    return changes[0] if len(changes) == 1 else mean_of([change.estimate for change in changes])

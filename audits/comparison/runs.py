@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from audits.evidence.command import settings_of
 from audits.evidence.facts import Accuracies, RunFacts
-from audits.evidence.intervals import Interval, difference
+from audits.intervals import Interval, difference
 from audits.verdict import Finding
 from privkd.errors import InputError
 from privkd.events import Unit

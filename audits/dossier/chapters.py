@@ -7,8 +7,8 @@ from audits.dossier.drawing import trust_of
 from audits.dossier.page import Figure, Section, Table, columns
 from audits.estimators import TprAtFpr
 from audits.evidence.facts import Accuracies, LabelFacts, RunFacts
-from audits.evidence.intervals import Interval
 from audits.evidence.wording import counted, epsilon_text, event_text, percent, points
+from audits.intervals import Interval
 from audits.verdict import Finding, Refused
 from privkd.events import Unit
 from privkd.ledger import Statement

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from audits.evidence.intervals import Interval, difference
+from audits.intervals import Interval, difference
 from audits.verdict import Finding, Verdict
 from privkd.config import RunConfig
 from privkd.events import PrivacyEvent, Unit

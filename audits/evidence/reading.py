@@ -19,9 +19,9 @@ from audits.evidence.facts import (
     RoundFacts,
     RunFacts,
 )
-from audits.evidence.intervals import Interval, share
 from audits.evidence.parsing import count, number, read_json, well_formed
 from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
+from audits.intervals import Interval, share
 from audits.verdict import Finding, Refused
 from privkd.charges import decode_charge
 from privkd.config import load_config

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from audits.evidence.facts import RebuiltFacts, ReconstructionFacts
-from audits.evidence.intervals import Interval
 from audits.evidence.parsing import count, number, well_formed
+from audits.intervals import Interval
 from audits.verdict import Verdict
 from privkd.errors import RunError
 from privkd.events import Unit

@@ -2,7 +2,7 @@
 
 import math
 
-from audits.evidence.intervals import Interval
+from audits.intervals import Interval
 from privkd.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
 
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from attacks.reconstruction.similarity import mse, nearest, psnr, ssim
 from audits.estimators import TprAtFpr, tpr_at_fpr
 from audits.estimators.confusion import upper_confidence_bound
+from audits.intervals import CONFIDENCE, mean_of
 from audits.reconstruction.finding import AttributeScores, ImageScores, PublicLikeness, Success
 from audits.verdict import Refused
 from privkd.errors import InputError
@@ -15,7 +15,6 @@ Floats = NDArray[np.float64]
 Secrets = NDArray[np.int64]
 
 FALSE_POSITIVE_RATE = 0.05
-_INTERVAL = 0.95
 _TINY = 1e-12
 
 
@@ -34,14 +33,14 @@ def reidentification(table: Floats, secrets: Secrets) -> Success:
     """How often the best-scoring candidate ``[trial, candidate]`` is the secret one ``[trial]``."""
     trials, candidates = table.shape
     right = int((table.argmax(axis=1) == secrets).sum())
-    error = (1 - _INTERVAL) / 2
+    error = (1 - CONFIDENCE) / 2
     return Success(
         estimate=right / trials,
         low=_lower(right, trials, error),
         high=upper_confidence_bound(right, trials, error=error),
         chance=1 / candidates,
         trials=trials,
-        confidence=_INTERVAL,
+        confidence=CONFIDENCE,
     )
 
 
@@ -93,10 +92,8 @@ def attribute_scores(drawn: Floats, targets: Floats, public: Floats) -> Attribut
     guess = drawn.reshape(len(drawn), -1)[:, kept] > middle
     constant = (flat[:, kept] > middle).mean(axis=0) > 0.5
     right, blind = (guess == truth).mean(axis=1), (constant == truth).mean(axis=1)
-    gained = right - blind
-    reach = float(student.ppf((1 + _INTERVAL) / 2, len(gained) - 1) * gained.std(ddof=1) / len(gained) ** 0.5)
-    mean = float(gained.mean())
-    return AttributeScores(float(right.mean()), float(blind.mean()), mean, mean - reach, mean + reach)
+    gained = mean_of(right - blind)
+    return AttributeScores(float(right.mean()), float(blind.mean()), gained.estimate, gained.low, gained.high)
 
 
 def _lower(right: int, trials: int, error: float) -> float:

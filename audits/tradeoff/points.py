@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from audits.evidence.facts import Accuracies
-from audits.evidence.intervals import Interval, mean_over_seeds
+from audits.intervals import Interval, mean_of
 from audits.tradeoff.curve import Curve, Row
 from privkd.events import Unit
 
@@ -33,7 +33,8 @@ class Point:
 
     def accuracy(self, figure: Callable[[Accuracies], Interval | None]) -> Interval | None:
         """Mean of one accuracy."""
-        return _share(self._measured(figure))
+        found = self._measured(figure)
+        return found.within(0, 1) if found else None
 
     @property
     def gain(self) -> Interval | None:
@@ -49,7 +50,8 @@ class Point:
     def leak_rate(self, view: str) -> Interval | None:
         """TPR at 1 % FPR."""
         rates = [row.leak_rate(view) for row in self.rows]
-        return _share(_over_seeds([Interval(r.estimate, r.low, r.high, r.members) for r in rates if r]))
+        found = _over_seeds([Interval(r.estimate, r.low, r.high, r.members) for r in rates if r])
+        return found.within(0, 1) if found else None
 
     def lower(self, view: str) -> Interval | None:
         """Mean of the lower bounds on record epsilon, never below zero."""
@@ -59,8 +61,7 @@ class Point:
             return None
         if len(values) == 1:
             return Interval(values[0], values[0], values[0], 1)
-        mean = mean_over_seeds(values)
-        return replace(mean, low=max(0.0, mean.low))
+        return mean_of(values).within(0, math.inf)
 
 
 def points_of(curve: Curve) -> tuple[Point, ...]:
@@ -106,14 +107,7 @@ def seeds_note(points: Sequence[Point], mark: str = "bars") -> str:
     return f"means over {many} seeds; {mark}: 95 % interval over seeds (Student's t)"
 
 
-def _share(interval: Interval | None) -> Interval | None:
-    """Student's interval does not know that a share lies from 0 to 1."""
-    if interval is None:
-        return None
-    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
-
-
 def _over_seeds(intervals: Sequence[Interval]) -> Interval | None:
     if not intervals:
         return None
-    return intervals[0] if len(intervals) == 1 else mean_over_seeds([one.estimate for one in intervals])
+    return intervals[0] if len(intervals) == 1 else mean_of([one.estimate for one in intervals])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from audits.evidence.facts import Accuracies
-from audits.evidence.intervals import CONFIDENCE, Interval
+from audits.intervals import CONFIDENCE, Interval
 from audits.tradeoff.curve import Curve, Row
 from privkd.events import Unit
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from audits.evidence.facts import Accuracies
-from audits.evidence.intervals import Interval
+from audits.intervals import Interval
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.points import Point, ceiling_of, seeds_note
 from audits.tradeoff.style import INK, MUTED, STUDENT, TEACHER, bars, canvas, handle, heading, rendered

@@ -1,10 +1,11 @@
-"""Intervals of shares, of their differences, and of means over seeds."""
+"""Intervals of shares, of their differences, and of means."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from privkd.errors import InputError
@@ -21,6 +22,14 @@ class Interval:
     high: float
     n: int
     confidence: float = CONFIDENCE
+
+    def within(self, least: float, most: float) -> "Interval":
+        """The part in ``[least, most]``, outside of which the quantity cannot lie.
+
+        Student's interval does not know that a share lies from 0 to 1; what is cut off costs no coverage.
+        """
+        # In this order NaN stays NaN.
+        return replace(self, low=max(self.low, least), high=min(self.high, most))
 
 
 def share(estimate: float, n: int) -> Interval:
@@ -53,14 +62,16 @@ def difference(first: Interval, second: Interval) -> Interval:
     return Interval(apart, apart - down, apart + up, min(first.n, second.n), first.confidence)
 
 
-def mean_over_seeds(values: Sequence[float]) -> Interval:
-    """Student's t interval of the mean; unbounded for a single seed, which tells nothing of others.
+def mean_of(values: Sequence[float] | NDArray[np.float64]) -> Interval:
+    """Student's t interval of the mean of ``[sample]``, normal errors assumed.
+
+    It is unbounded for a single value, which tells nothing of others; one that is NaN makes all of it NaN.
 
     Raises:
         InputError: no value.
     """
-    if not values:
-        raise InputError("no seed finished: there is no mean")
+    if not len(values):
+        raise InputError("no value: there is no mean")
     sample = np.asarray(values, dtype=np.float64)
     mean, n = float(sample.mean()), len(sample)
     if n == 1:
