@@ -3,14 +3,12 @@
 import json
 import math
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import click
 import pytest
+from pages import ROOT, commands_of, files_named, parsed
 from running import SMALL
-from typer.main import get_command
 
 from audits.intervals import Interval, mean_of
 from cli import app
@@ -26,7 +24,6 @@ from privkd.errors import ConfigError, RunError
 from privkd.progress import Silent
 from privkd.store import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = Scale("tiny", "made up", SMALL, seeds=2)
 GAIN = Difference(Figure("open", "teacher.after"), Figure("open", "teacher.control"))
 MADE_UP = Study(
@@ -55,11 +52,6 @@ class Counting:
     def figures(self, **figures: float) -> None: ...
 
 
-def commands_of(page: str) -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line]
-
-
 def code_of(*arguments: object) -> int:
     with pytest.raises(SystemExit) as left:
         app([str(argument) for argument in arguments])
@@ -75,7 +67,7 @@ class TestPages:
         assert "@@" not in study.page
 
     def test_every_file_they_name_exists(self, study: Study) -> None:
-        named = re.findall(r"`((?:privkd|papers|audits|attacks|tests)/[\w./-]+)`", study.page)
+        named = files_named(study.page)
         assert named
         assert [name for name in named if not (ROOT / name).is_file()] == []
 
@@ -105,17 +97,6 @@ class TestPages:
                 assert config_of(case, scale, 1, None).seed == 1
         assert "quick" in [scale.name for scale in study.scales]
         assert len({case.name for case in study.cases}) == len(study.cases)
-
-
-def parsed(words: list[str]) -> None:
-    """Let the command line parse ``words`` without running them; it raises on what it does not know."""
-    command: click.Command = get_command(app)
-    context = click.Context(command, info_name="privkd")
-    while isinstance(command, click.Group):
-        found = command.get_command(context, words[0])
-        assert found is not None, words
-        command, words = found, words[1:]
-    command.make_context(command.name, list(words), parent=context)
 
 
 class TestQuantities:
