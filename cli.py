@@ -104,6 +104,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Let private students teach the cloud teacher, within a stated budget."""
+    from audits.commands import closing_audit
     from privkd.commands import TrainRequest, train_command
 
     settings = {
@@ -134,7 +135,8 @@ def train(
             resume=_path(resume),
             dry_run=dry_run,
             json=json_,
-        )
+        ),
+        closing_audit,
     )
 
 

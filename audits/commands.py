@@ -1,19 +1,33 @@
 """What ``privkd audit`` does, between the command line's parsing and the audits."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from audits.latest import RUNS, latest
 from audits.reconstruction.request import ReconstructionRequest
 from audits.request import MembershipRequest
 from privkd.stdout import print_json
 
+if TYPE_CHECKING:
+    from privkd.bounds import LowerBound
+    from privkd.federation import Game
+    from privkd.progress import Progress
+
 __all__ = [
     "MembershipRequest",
     "ReconstructionRequest",
+    "closing_audit",
     "mechanism_command",
     "membership_command",
     "reconstruction_command",
 ]
+
+
+def closing_audit(game: "Game", progress: "Progress") -> "tuple[LowerBound, ...]":
+    """See `audits.closing`, which is loaded when it is called."""
+    from audits.closing import closing_audit as audit
+
+    return audit(game, progress)
 
 
 def membership_command(run: Path | None, request: MembershipRequest, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from privkd.stdout import print_json
 
 if TYPE_CHECKING:
     from privkd.federation import Game
+    from privkd.result import ClosingAudit
     from privkd.store import RunFolder
 
 
@@ -30,23 +31,24 @@ class TrainRequest:
     json: bool
 
 
-def train_command(request: TrainRequest) -> None:
-    """Run, resume or forecast, and print.
+def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
+    """Run, resume or forecast, and print. ``audit`` closes the run.
 
     Raises:
+        AuditAlarm: a lower bound lies above the ledger's upper bound; both were printed first.
         PrivkdError: see its tree; the message is for people.
     """
     if request.resume is not None:
-        _resume(request, request.resume)
+        _resume(request, request.resume, audit)
         return
     config = load_config(request.config, request.overrides, request.settings)
     if request.dry_run:
         _forecast(config, as_json=request.json)
         return
-    _start(config, request)
+    _start(config, request, audit)
 
 
-def _start(config: RunConfig, request: TrainRequest) -> None:
+def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> None:
     from privkd.console import print_folder
     from privkd.federation import open_game
     from privkd.store import RunFolder, default_folder
@@ -55,10 +57,10 @@ def _start(config: RunConfig, request: TrainRequest) -> None:
     game = open_game(config)
     with RunFolder.create(request.out or default_folder(), config) as folder:
         print_folder(folder.path)
-        _run(folder, game, as_json=request.json)
+        _run(folder, game, audit, as_json=request.json)
 
 
-def _resume(request: TrainRequest, path: Path) -> None:
+def _resume(request: TrainRequest, path: Path, audit: "ClosingAudit") -> None:
     if request.settings or request.overrides or request.config or request.out or request.dry_run:
         raise ConfigError(
             f"--resume {path}: a run goes on with the settings it was started with; give no others"
@@ -66,21 +68,23 @@ def _resume(request: TrainRequest, path: Path) -> None:
     from privkd.store import RunFolder
 
     with RunFolder.resume(path) as folder:
-        _run(folder, None, as_json=request.json)
+        _run(folder, None, audit, as_json=request.json)
 
 
-def _run(folder: "RunFolder", game: "Game | None", *, as_json: bool) -> None:
+def _run(folder: "RunFolder", game: "Game | None", audit: "ClosingAudit", *, as_json: bool) -> None:
     """Start ``game``, or go on with the folder's run where there is none."""
     from privkd.console import print_result, progress_on_stderr
-    from privkd.result import result_tree
+    from privkd.result import raise_crossed, result_tree
     from privkd.result import train as run_training
 
     with progress_on_stderr() as progress:
-        result = run_training(folder.config, folder, progress, resumed=game is None, game=game)
+        resumed = game is None
+        result = run_training(folder.config, folder, progress, resumed=resumed, game=game, audit=audit)
     if as_json:
         print_json(result_tree(result))
     else:
         print_result(result)
+    raise_crossed(result)
 
 
 def _forecast(config: RunConfig, *, as_json: bool) -> None:

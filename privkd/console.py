@@ -13,7 +13,6 @@ from rich.text import Text
 
 from privkd.events import Unit
 from privkd.forecast import Forecast
-from privkd.ledger import Statement
 from privkd.progress import Progress
 from privkd.result import Result
 
@@ -85,7 +84,7 @@ def print_result(result: Result) -> None:
     """The final table: every result beside its controls, then the ledger by unit."""
     console = Console()
     console.print(_accuracies(result))
-    console.print(_ledger(result.ledger))
+    console.print(_ledger(result))
     for line in _remarks(result):
         console.print(line)
     folder = f"run folder: {result.run}   ({result.seconds:.1f} s)"
@@ -160,23 +159,27 @@ def _accuracies(result: Result) -> Table:
     return table
 
 
-def _ledger(statements: tuple[Statement, ...]) -> Table:
-    table = Table(
-        title="Privacy spent, all rounds (upper bounds; units are never added)", title_justify="left"
-    )
-    for name in ("unit", "epsilon", "budget", "delta", "neighbouring relation"):
-        table.add_column(name, justify="right" if name in ("epsilon", "budget", "delta") else "left")
-    for row in statements:
-        style = "red" if math.isinf(row.epsilon.high) else ""
-        epsilon = Text(_epsilon(row.epsilon.high), style=style)
+def _ledger(result: Result) -> Table:
+    table = Table(title="Epsilon spent, all rounds (units are never added)", title_justify="left")
+    for name in ("unit", "at least", "at most", "budget", "delta"):
+        table.add_column(name, justify="left" if name == "unit" else "right")
+    table.add_column("neighbouring relation")
+    for row in result.ledger:
+        bound = result.lower_bound(row.unit)
+        crossed = bound is not None and bound.beside(row.epsilon.high, row.delta)
         table.add_row(
-            row.unit.value, epsilon, _epsilon(row.budget), f"{row.delta:g}", row.neighbouring_relation
+            row.unit.value,
+            Text(f"{bound.epsilon:.2f}" if bound else "-", style="bold red" if crossed else ""),
+            Text(_epsilon(row.epsilon.high), style="red" if math.isinf(row.epsilon.high) else ""),
+            _epsilon(row.budget),
+            f"{row.delta:g}",
+            row.neighbouring_relation,
         )
     return table
 
 
 def _remarks(result: Result) -> list[Text]:
-    remarks = []
+    remarks = _lower_bounds(result)
     for row in result.ledger:
         if row.unit is Unit.RECORD and math.isinf(row.epsilon.high):
             remarks.append(_NO_RECORD_DP)
@@ -191,6 +194,16 @@ def _remarks(result: Result) -> list[Text]:
     if result.student.direct is not None:
         remarks.append(Text("Controls trained on device records are not covered by the ledger.", style="dim"))
     return remarks
+
+
+def _lower_bounds(result: Result) -> list[Text]:
+    """What the column ``at least`` rests on."""
+    if not result.lower_bounds:
+        return []
+    trials = " and ".join(f"{bound.canaries:,} per {bound.unit}" for bound in result.lower_bounds)
+    confidence = f"{100 * result.lower_bounds[0].confidence:.4g} %"
+    words = f"At least: canaries through the run's own mechanisms, {trials}; confidence {confidence} each."
+    return [Text(words, style="dim")]
 
 
 def _figures(figures: dict[str, float]) -> str:

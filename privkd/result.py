@@ -3,14 +3,17 @@
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from privkd.bounds import LowerBound
 from privkd.config import RunConfig
 from privkd.controls import latency_ms, mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.delivery import deliver
+from privkd.errors import AuditAlarm
 from privkd.events import Unit
 from privkd.federation import Game, Run, open_game, run
 from privkd.ledger import Statement
@@ -57,6 +60,15 @@ class StudentResult:
     parameters: int
 
 
+ClosingAudit: TypeAlias = Callable[[Game, Progress], tuple[LowerBound, ...]]
+"""Audits a run that is about to end."""
+
+
+def no_audit(game: Game, progress: Progress) -> tuple[LowerBound, ...]:
+    """Leave the audit to others."""
+    return ()
+
+
 @dataclass(frozen=True)
 class TestSet:
     """The global test set: how many ``records``, and the SHA-256 of their inputs and labels."""
@@ -67,7 +79,10 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Result:
-    """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum."""
+    """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
+
+    The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited.
+    """
 
     run: str
     seed: int
@@ -76,9 +91,14 @@ class Result:
     teacher: TeacherResult
     student: StudentResult
     ledger: tuple[Statement, ...]
+    lower_bounds: tuple[LowerBound, ...]
     rounds: tuple[RoundFigures, ...]
     noise: str
     seconds: float
+
+    def lower_bound(self, unit: Unit) -> LowerBound | None:
+        """That of ``unit``, if it was audited."""
+        return next((bound for bound in self.lower_bounds if bound.unit is unit), None)
 
 
 def train(
@@ -88,25 +108,47 @@ def train(
     *,
     resumed: bool = False,
     game: Game | None = None,
+    audit: ClosingAudit = no_audit,
 ) -> Result:
-    """Run ``config`` in ``folder`` and write ``result.json`` there.
+    """Run ``config`` in ``folder``, audit it, and write ``result.json`` there.
 
-    ``game`` is that of ``config``, if it is open already. Raises as `open_game` and `federation.run` do.
+    ``game`` is that of ``config``, if it is open already. Raises as `open_game` and `federation.run` do;
+    bounds that cross are the caller's to raise, by `raise_crossed`.
     """
     start = time.monotonic()
     game = game or open_game(config)
     finished = run(game, folder, progress, resumed=resumed)
     left_with = _delivered(game, folder, finished.state, progress)
-    result = _result(finished, left_with, config, folder.path, start)
+    lower_bounds = audit(game, progress)
+    result = _result(finished, left_with, lower_bounds, config, folder.path, start)
     folder.write_json("result.json", result_tree(result))
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
     return result
 
 
+def raise_crossed(result: Result) -> None:
+    """Do nothing, unless a lower bound lies above the ledger's upper bound.
+
+    Raises:
+        AuditAlarm: it names the unit and both bounds.
+    """
+    for statement in result.ledger:
+        bound = result.lower_bound(statement.unit)
+        alarm = bound and bound.beside(statement.epsilon.high, statement.delta)
+        if alarm:
+            raise AuditAlarm(
+                f"{alarm}; do not release {result.run}, the mechanism or its accounting is broken"
+            )
+
+
 def result_tree(result: Result) -> dict[str, Any]:
     """The result as JSON values: infinity is ``"inf"``, what was not computed is ``null``."""
     tree = asdict(result)
-    tree["ledger"] = {statement.unit.value: _statement_tree(statement) for statement in result.ledger}
+    del tree["lower_bounds"]
+    tree["ledger"] = {
+        statement.unit.value: _statement_tree(statement, result.lower_bound(statement.unit))
+        for statement in result.ledger
+    }
     tree["rounds"] = [asdict(figures) for figures in result.rounds]
     return {key: plain(value) for key, value in tree.items()}
 
@@ -132,7 +174,14 @@ def _delivered(game: Game, folder: RunFolder, state: State, progress: Progress) 
     return _LeftWith(mean_accuracy(students, game.scenario.test), personal)
 
 
-def _result(finished: Run, left_with: _LeftWith, config: RunConfig, path: Path, start: float) -> Result:
+def _result(
+    finished: Run,
+    left_with: _LeftWith,
+    lower_bounds: tuple[LowerBound, ...],
+    config: RunConfig,
+    path: Path,
+    start: float,
+) -> Result:
     state, controls, figures = finished.state, finished.controls, finished.state.figures
     teacher = TeacherResult(
         before=figures[0].teacher,
@@ -161,6 +210,7 @@ def _result(finished: Run, left_with: _LeftWith, config: RunConfig, path: Path, 
         teacher=teacher,
         student=student,
         ledger=finished.ledger.statement(),
+        lower_bounds=lower_bounds,
         rounds=figures,
         noise=config.privacy.noise,
         seconds=time.monotonic() - start,
@@ -173,11 +223,17 @@ def _test_set(test: LabelledSet) -> TestSet:
     return TestSet(len(test), digest.hexdigest())
 
 
-def _statement_tree(statement: Statement) -> dict[str, Any]:
+def _statement_tree(statement: Statement, lower_bound: LowerBound | None) -> dict[str, Any]:
+    audited = lower_bound and {
+        "epsilon": lower_bound.epsilon,
+        "confidence": lower_bound.confidence,
+        "canaries": lower_bound.canaries,
+    }
     return {
         "epsilon": statement.epsilon.high,
         "epsilon_low": statement.epsilon.low,
         "epsilon_estimate": statement.epsilon.estimate,
+        "lower_bound": audited,
         "delta": statement.delta,
         "budget": statement.budget,
         "neighbouring_relation": statement.neighbouring_relation,

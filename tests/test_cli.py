@@ -293,7 +293,7 @@ class TestTrain:
     def test_resume(self, command: Command) -> None:
         with pytest.raises(KeyboardInterrupt):
             play(Path("run"), progress=StopAt(6))
-        play(Path("whole"))
+        assert command("train", *SMALL_RUN, "--out", "whole").code == 0
         answer = command("train", "--resume", "run", "--json")
         assert answer.code == 0
         assert run_of(answer)["run"] == "run"

@@ -90,7 +90,7 @@ def test_it_needs_nothing_from_elsewhere(run: Path) -> None:
 def test_a_run_without_audits_says_so_and_names_the_commands(run: Path) -> None:
     page = run_page(read_run(run))
     assert page.verdict.word == "Not audited"
-    assert "unaudited" in page.verdict.sentences[0]
+    assert page.verdict.sentences[0].startswith("No attack was made")
     assert page.verdict.commands == (f"privkd audit membership {run}", f"privkd audit reconstruction {run}")
 
 
@@ -124,7 +124,7 @@ def test_units_keep_apart_in_the_ledger(run: Path) -> None:
     section = run_page(read_run(run)).sections[1]
     by_unit, by_round = section.tables
     assert [row[0] for row in by_unit.rows] == ["record", "device"]
-    assert [row[4] for row in by_unit.rows] == [unit.neighbouring_relation for unit in Unit]
+    assert [row[5] for row in by_unit.rows] == [unit.neighbouring_relation for unit in Unit]
     assert len(by_round.rows) == 2 * 3
     assert all(
         row[-1].endswith("per record" if row[0] == "record" else "per device") for row in by_round.rows

@@ -10,10 +10,11 @@ from audits.evidence.facts import Accuracies, LabelFacts, RunFacts
 from audits.evidence.wording import counted, epsilon_text, event_text, percent, points
 from audits.intervals import Interval
 from audits.verdict import Finding, Refused
+from privkd.bounds import LowerBound
 from privkd.events import Unit
 from privkd.ledger import Statement
 
-_UNAUDITED = "Not audited: the bounds above follow from the ledger, and no attack has tried them."
+_UNAUDITED = "Not audited: no attack was made on what the run shows of a device."
 
 
 def trust(facts: RunFacts) -> Section:
@@ -31,6 +32,7 @@ def ledger(facts: RunFacts) -> Section:
         columns(
             "unit",
             ">epsilon, upper bound [numerical bracket]",
+            ">epsilon, lower bound [confidence]",
             ">budget",
             ">delta",
             "neighbouring relation",
@@ -38,7 +40,7 @@ def ledger(facts: RunFacts) -> Section:
             "composition",
             ">devices",
         ),
-        tuple(_statement(row) for row in facts.statements),
+        tuple(_statement(row, facts.lower_bound(row.unit)) for row in facts.statements),
     )
     by_round = Table(
         "By round (epsilon is the total by the end of the round, for the worst device)",
@@ -59,9 +61,20 @@ def ledger(facts: RunFacts) -> Section:
         "never added.",
         "Devices hold disjoint records, so a unit's epsilon is that of its worst device (parallel "
         "composition); rounds compose on each device.",
+        *_closing(facts),
         *_silence(facts),
     )
     return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round))
+
+
+def _closing(facts: RunFacts) -> tuple[str, ...]:
+    """What the lower bounds rest on."""
+    if not facts.closing:
+        return ()
+    return (
+        "The lower bounds come from canaries that went through the run's own mechanisms at its end, the "
+        "worst case that the accountant assumes: no record and no model had a part in them.",
+    )
 
 
 def _silence(facts: RunFacts) -> tuple[str, ...]:
@@ -76,13 +89,14 @@ def _silence(facts: RunFacts) -> tuple[str, ...]:
     )
 
 
-def _statement(row: Statement) -> tuple[str, ...]:
+def _statement(row: Statement, lower: LowerBound | None) -> tuple[str, ...]:
     bound = row.epsilon
     bracket = f"{epsilon_text(bound.high)} [{epsilon_text(bound.low)}, {epsilon_text(bound.high)}]"
     view = "all that a run shows of a device" if row.unit is Unit.RECORD else "what crosses the channel"
     return (
         f"{row.unit}",
         f"{bracket} per {row.unit}",
+        f"{lower.epsilon:.2f} per {row.unit} [{100 * lower.confidence:.4g} %]" if lower else "not measured",
         epsilon_text(row.budget),
         f"{row.delta:g}",
         row.neighbouring_relation,

@@ -11,6 +11,7 @@ from audits.report import finding_tree
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.request import request_tree
 from audits.tradeoff.table import rows_of
+from privkd.bounds import LowerBound
 from privkd.charges import Charge, encode_charge
 from privkd.ledger import Statement
 from privkd.result import plain
@@ -25,7 +26,7 @@ def run_tree(facts: RunFacts) -> dict[str, Any]:
         "standing": facts.standing,
         "trust": _trust(trust_of(facts.config)),
         "ledger": {
-            "units": [_statement(row) for row in facts.statements],
+            "units": [_statement(row, facts.lower_bound(row.unit)) for row in facts.statements],
             "rounds": [
                 encode_charge(Charge(row.unit, "each device", row.event, row.round))
                 | {"devices": row.parties}
@@ -76,12 +77,13 @@ def _trust(trust: Trust) -> dict[str, Any]:
     return {"channel": trust.channel, "parties": parties, "words": list(trust.words)}
 
 
-def _statement(row: Statement) -> dict[str, Any]:
+def _statement(row: Statement, lower: LowerBound | None) -> dict[str, Any]:
     return {
         "unit": row.unit.value,
         "neighbouring_relation": row.neighbouring_relation,
         "epsilon_upper": row.epsilon.high,
         "epsilon_bracket": [row.epsilon.low, row.epsilon.high],
+        "lower_bound": lower and {key: value for key, value in asdict(lower).items() if key != "unit"},
         "budget": row.budget,
         "delta": row.delta,
         "composition": row.method,

@@ -45,8 +45,10 @@ def verdict_on_run(facts: RunFacts) -> Verdict:
                 "No protection claimed", "bad", (*words, *_promises(facts), *_evidence(facts)), _audits(facts)
             )
         case "not audited":
-            words = ("The bounds are unaudited: they follow from the ledger, and no attack has tried them.",)
-            return Verdict("Not audited", "warn", (*words, *_promises(facts)), _audits(facts))
+            words = ("No attack was made on what the run shows of a device.",)
+            return Verdict(
+                "Not audited", "warn", (*words, *_promises(facts), *_closing(facts)), _audits(facts)
+            )
         case "within bound":
             words = ("No attack that was made contradicts what the ledger promises.",)
             return Verdict(
@@ -79,7 +81,7 @@ def _promise(facts: RunFacts, unit: Unit) -> str:
 
 def _evidence(facts: RunFacts) -> tuple[str, ...]:
     """The strongest finding of each kind."""
-    said = []
+    said = [*_closing(facts)]
     best = facts.membership.best if facts.membership else None
     if facts.membership and best:
         said.append(
@@ -93,6 +95,15 @@ def _evidence(facts: RunFacts) -> tuple[str, ...]:
     if facts.reconstruction:
         said.append(f"{len(facts.reconstruction.findings)} reconstruction attacks were made; see below.")
     return tuple(said)
+
+
+def _closing(facts: RunFacts) -> tuple[str, ...]:
+    """What the audit shows that the run ended with."""
+    return tuple(
+        f"{bound.canaries:,} canaries through the run's own mechanism show that epsilon is at least "
+        f"{bound.epsilon:.2f} per {bound.unit} ({100 * bound.confidence:.4g} % confidence)."
+        for bound in facts.closing
+    )
 
 
 def _audits(facts: RunFacts) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from audits.intervals import Interval, difference
 from audits.verdict import Finding, Verdict
+from privkd.bounds import LowerBound
 from privkd.config import RunConfig
 from privkd.events import PrivacyEvent, Unit
 from privkd.ledger import Statement
@@ -196,6 +197,7 @@ class RunFacts:
         charges: the ledger by unit and round.
         accuracies: ``None`` for an unfinished run, or one older than the count of its test records.
         finished: whether all rounds were played and the result written.
+        closing: lower bounds from the audit that the run ended with.
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
         versions: of what computed the run, by name.
         files: what the report rests on.
@@ -210,6 +212,7 @@ class RunFacts:
     charges: tuple[ChargeFacts, ...]
     accuracies: Accuracies | None
     finished: bool
+    closing: tuple[LowerBound, ...]
     membership: MembershipFacts | None
     reconstruction: ReconstructionFacts | None
     versions: tuple[tuple[str, str], ...]
@@ -230,9 +233,13 @@ class RunFacts:
         row = self.statement(unit)
         return math.inf if row is None else row.epsilon.high
 
+    def lower_bound(self, unit: Unit) -> LowerBound | None:
+        """What the closing audit proves of one unit."""
+        return next((bound for bound in self.closing if bound.unit is unit), None)
+
     @property
     def alarms(self) -> tuple[Finding | RebuiltFacts, ...]:
-        """Findings that the ledger rules out."""
+        """Attacks' findings that the ledger rules out."""
         guessed = self.membership.findings if self.membership else ()
         rebuilt = self.reconstruction.findings if self.reconstruction else ()
         both: tuple[Finding | RebuiltFacts, ...] = (*guessed, *rebuilt)
@@ -240,18 +247,20 @@ class RunFacts:
 
     @property
     def audited(self) -> bool:
-        """Whether any audit was made."""
+        """Whether any attack was made on what the run shows of a device."""
         return self.membership is not None or self.reconstruction is not None
 
     @property
     def alarm_words(self) -> tuple[str, ...]:
         """Each alarm in one sentence."""
-        return tuple(_in_words(alarm) for alarm in self.alarms)
+        bounds = [(self.lower_bound(row.unit), row) for row in self.statements]
+        crossed = [bound.beside(row.epsilon.high, row.delta) for bound, row in bounds if bound]
+        return (*filter(None, crossed), *(_in_words(alarm) for alarm in self.alarms))
 
     @property
     def standing(self) -> Standing:
         """What the run comes to, in the order of what an officer must know first."""
-        if self.alarms:
+        if self.alarm_words:
             return "ALARM"
         if not self.finished:
             return "unfinished"

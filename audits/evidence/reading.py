@@ -23,6 +23,7 @@ from audits.evidence.parsing import count, number, read_json, well_formed
 from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
 from audits.intervals import Interval, share
 from audits.verdict import Finding, Refused
+from privkd.bounds import LowerBound
 from privkd.charges import decode_charge
 from privkd.config import load_config
 from privkd.errors import RunError
@@ -58,6 +59,7 @@ def read_run(path: Path) -> RunFacts:
     ledger = _ledger(path / "ledger.jsonl", journal)
     finished = any(row.get("step") == "finished" for row in journal)
     statements = ledger.statement() if ledger else ()
+    result = _result(path, journal) if finished else {}
     return RunFacts(
         path=path,
         config=config,
@@ -65,8 +67,9 @@ def read_run(path: Path) -> RunFacts:
         rounds=rounds,
         statements=statements,
         charges=_charges(path / "ledger.jsonl"),
-        accuracies=_accuracies(path, journal) if finished else None,
+        accuracies=_accuracies(path, result),
         finished=finished,
+        closing=_closing(path, result),
         membership=_membership(path / MEMBERSHIP, statements),
         reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
         versions=_versions(path / "versions.json"),
@@ -123,11 +126,26 @@ def _charges(path: Path) -> tuple[ChargeFacts, ...]:
     return tuple(sorted(rows, key=lambda row: (row.unit is Unit.DEVICE, row.round)))
 
 
-def _accuracies(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Accuracies | None:
+def _result(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any]:
+    """The finished run's ``result.json``, which the journal vouches for."""
     noted = [row.get("result") for row in journal if row.get("step") == "finished"]
     if noted[-1] != _digest(path / "result.json"):
         raise RunError(f"{path / 'result.json'} was changed since the run finished: resume the run")
-    tree = read_json(path / "result.json")
+    with well_formed(path / "result.json"):
+        return dict(read_json(path / "result.json"))
+
+
+def _closing(path: Path, tree: Mapping[str, Any]) -> tuple[LowerBound, ...]:
+    with well_formed(path / "result.json"):
+        units = {Unit(name): row.get("lower_bound") for name, row in tree.get("ledger", {}).items()}
+        return tuple(
+            LowerBound(unit, number(row["epsilon"]), number(row["confidence"]), count(row["canaries"]))
+            for unit, row in units.items()
+            if row
+        )
+
+
+def _accuracies(path: Path, tree: Mapping[str, Any]) -> Accuracies | None:
     with well_formed(path / "result.json"):
         if "test" not in tree:
             return None

@@ -76,7 +76,7 @@ def _claims(epsilon: int) -> tuple[Claim, ...]:
 STUDY = Study(
     name="device-level",
     title="PATE 2018 and PrivateKT 2023: device-level privacy",
-    scales=(_mnist(250, 200, seeds=5), _mnist(1000, 50, seeds=3), _QUICK),
+    scales=(_mnist(250, 200, seeds=5), _mnist(1000, 50, seeds=5), _QUICK),
     cases=tuple(Case(f"device-{e}", (f"privacy.device_epsilon={e}",)) for e in _EPSILONS),
     claims=tuple(claim for epsilon in _EPSILONS for claim in _claims(epsilon)),
 )

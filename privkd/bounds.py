@@ -1,0 +1,29 @@
+"""What an audit proves of a run, to stand beside what the ledger promises."""
+
+from dataclasses import dataclass
+
+from privkd.events import Unit
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """What an audit of the run's mechanisms proves: that it spends at least ``epsilon`` on ``unit``.
+
+    It is wrong with probability ``1 - confidence`` at most, and rests on ``canaries`` trials; the delta and
+    the neighbouring relation are those of the ledger's statement for the unit.
+    """
+
+    unit: Unit
+    epsilon: float
+    confidence: float
+    canaries: int
+
+    def beside(self, epsilon_upper: float, delta: float) -> str | None:
+        """The alarm in words, where the bound lies above the ledger's upper bound."""
+        if self.epsilon <= epsilon_upper:
+            return None
+        return (
+            f"canaries through the run's own mechanism show that epsilon is at least {self.epsilon:.4g} per "
+            f"{self.unit} (confidence {100 * self.confidence:.4g} %), but the ledger claims at most "
+            f"{epsilon_upper:.4g} at delta {delta:g}"
+        )
