@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audits.gradient import LOUD, Scores, bound_many_trials, dirac_scores, log_ratio
+from audits.gradient import (
+    LOUD,
+    DpSgdStep,
+    Scores,
+    bound_many_trials,
+    dirac_scores,
+    log_ratio,
+    one_by_one,
+)
 from audits.processes import bound_canaries
 from audits.release import Floats, per_client, ring_mean
 from privkd.bounds import LowerBound
@@ -19,11 +27,10 @@ from privkd.federation import Game
 from privkd.noise import NoiseRoot
 from privkd.progress import Progress
 from privkd.randomness import derive_seed, seeded_generator
-from privkd.student import Mechanism
 
 CONFIDENCE = 0.999
 """Of all bounds of one run together: a sound run ends in an alarm with at most the rest."""
-_MOST, _FEWEST = 20_000, 2_000
+_MOST, _MOST_ONE_BY_ONE, _FEWEST = 20_000, 5_000, 2_000
 """Canaries; a long run has fewer, and a lower bound for it."""
 _STEPS = 1_000
 """Of DP-SGD, beyond which a run is followed no longer."""
@@ -49,9 +56,8 @@ def closing_audit(game: Game, progress: Progress) -> tuple[LowerBound, ...]:
 
 
 def _record_bound(game: Game, confidence: float, seed: int) -> LowerBound:
-    mechanism, plan = game.mechanism, game.plan
-    assert mechanism is not None
-    scores = record_scores(mechanism, plan.steps * plan.rounds, seed)
+    plan = game.plan
+    scores = record_scores(game, seed)
     epsilon = bound_many_trials(
         scores, sampling_rate=plan.sampling_rate, delta=plan.delta, confidence=confidence, seed=seed
     )
@@ -65,11 +71,16 @@ def _device_bound(game: Game, confidence: float, seed: int) -> LowerBound:
     return LowerBound(Unit.DEVICE, epsilon, confidence, len(scores.values))
 
 
-def record_scores(mechanism: Mechanism, steps: int, seed: int) -> Scores:
-    """Orthogonal records through the run's DP-SGD steps, as many steps as it took of all its rounds."""
-    steps = min(steps, _STEPS)
+def record_scores(game: Game, seed: int) -> Scores:
+    """Orthogonal records through DP-SGD steps of the run's engine, as many as it took in all its rounds."""
+    mechanism, plan = game.mechanism, game.plan
+    assert mechanism is not None
+    steps = min(plan.steps * plan.rounds, _STEPS)
     canaries = _affordable(_CANARY_STEPS, steps)
-    return dirac_scores(train_cohort, mechanism, steps, canaries=canaries, block=_BLOCK, seed=seed)
+    step: DpSgdStep = train_cohort
+    if game.config.student.engine == "opacus":
+        canaries, step = min(canaries, _MOST_ONE_BY_ONE), one_by_one
+    return dirac_scores(step, mechanism, steps, canaries=canaries, block=_BLOCK, seed=seed)
 
 
 def _affordable(work: int, times: int) -> int:

@@ -4,15 +4,15 @@ Each mechanism claims an event; the ledger's price of that event is the upper bo
 lower bound beside. A sound mechanism comes near it from below; a broken one goes above.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from audits.gradient import DpSgdStep, bound_many_trials, dirac_scores
+from audits.gradient import DpSgdStep, bound_many_trials, dirac_scores, one_by_one
 from audits.processes import (
     AGGREGATORS,
     CLIP_NORM,
@@ -38,12 +38,11 @@ from privkd.accounting import price
 from privkd.channel import NoisedChannel
 from privkd.cohort import train_cohort
 from privkd.config import DpSgdConfig
-from privkd.data.scenario import LabelledSet
 from privkd.events import DpSgd, PrivacyEvent, Unit, ZCdp
 from privkd.noise import NoiseRoot
 from privkd.progress import Progress
-from privkd.randomness import Randomness, derive_seed
-from privkd.student import Mechanism, train_private
+from privkd.randomness import derive_seed
+from privkd.student import Mechanism
 
 _DELTA = 1e-5
 _CONFIDENCE = 0.95
@@ -185,20 +184,6 @@ def secure_release(rho: float | None, seed: int) -> ReleaseMany:
         )
 
     return release
-
-
-def one_by_one(
-    models: Sequence[nn.Module],
-    shards: Sequence[LabelledSet],
-    teacher_logits: None,
-    mechanism: Mechanism,
-    randomness: Sequence[Randomness],
-) -> list[nn.Module]:
-    """The reference path, one student after the other."""
-    return [
-        train_private(model, shard, teacher_logits, mechanism, source)
-        for model, shard, source in zip(models, shards, randomness, strict=True)
-    ]
 
 
 def _finding(

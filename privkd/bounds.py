@@ -18,7 +18,7 @@ class LowerBound:
     confidence: float
     canaries: int
 
-    def beside(self, epsilon_upper: float, delta: float) -> str | None:
+    def alarm(self, epsilon_upper: float, delta: float) -> str | None:
         """The alarm in words, where the bound lies above the ledger's upper bound."""
         if self.epsilon <= epsilon_upper:
             return None

@@ -166,7 +166,7 @@ def _ledger(result: Result) -> Table:
     table.add_column("neighbouring relation")
     for row in result.ledger:
         bound = result.lower_bound(row.unit)
-        crossed = bound is not None and bound.beside(row.epsilon.high, row.delta)
+        crossed = bound is not None and bound.alarm(row.epsilon.high, row.delta)
         table.add_row(
             row.unit.value,
             Text(f"{bound.epsilon:.2f}" if bound else "-", style="bold red" if crossed else ""),

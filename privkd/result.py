@@ -134,7 +134,7 @@ def raise_crossed(result: Result) -> None:
     """
     for statement in result.ledger:
         bound = result.lower_bound(statement.unit)
-        alarm = bound and bound.beside(statement.epsilon.high, statement.delta)
+        alarm = bound and bound.alarm(statement.epsilon.high, statement.delta)
         if alarm:
             raise AuditAlarm(
                 f"{alarm}; do not release {result.run}, the mechanism or its accounting is broken"

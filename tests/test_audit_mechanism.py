@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import audits.mechanism
-from audits.gradient import DpSgdStep, Scores, bound_one_run, dirac_scores, noised_sums, probe
+from audits.gradient import DpSgdStep, Scores, bound_one_run, dirac_scores, noised_sums, one_by_one, probe
 from audits.mechanism import (
     RHO,
     Level,
@@ -25,7 +25,6 @@ from audits.mechanism import (
     audit_dirac,
     audit_dp_sgd,
     noised_release,
-    one_by_one,
     secure_release,
 )
 from audits.release import Floats

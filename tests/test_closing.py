@@ -80,6 +80,11 @@ class TestSoundRuns:
         found = bounds("student.dp={sampling_rate=0.2, steps=20}", f"seed={seed}")
         assert 0.3 < found[Unit.RECORD].epsilon < 3
 
+    def test_of_the_reference_engine_go_through_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(audits.closing, "train_cohort", None)
+        found = bounds("student.engine=opacus", "privacy.epsilon=8")
+        assert 4 < found[Unit.RECORD].epsilon < 8
+
     @pytest.mark.parametrize(
         "settings",
         [
@@ -121,9 +126,8 @@ class TestScores:
         assert apart == pytest.approx(math.sqrt(2 * (plan.rho or 0) * plan.rounds), rel=0.15)
 
     def test_of_a_long_run_rest_on_fewer_canaries(self) -> None:
-        game = open_game(small("student.dp.sampling_rate=0.5"))
-        assert game.mechanism is not None
-        assert len(record_scores(game.mechanism, 400, 0).values) == 5_000
+        game = open_game(small("student.dp={sampling_rate=0.5, steps=200}"))
+        assert len(record_scores(game, 0).values) == 5_000
 
 
 def too_quiet(game: Game) -> Game:

@@ -254,7 +254,7 @@ class RunFacts:
     def alarm_words(self) -> tuple[str, ...]:
         """Each alarm in one sentence."""
         bounds = [(self.lower_bound(row.unit), row) for row in self.statements]
-        crossed = [bound.beside(row.epsilon.high, row.delta) for bound, row in bounds if bound]
+        crossed = [bound.alarm(row.epsilon.high, row.delta) for bound, row in bounds if bound]
         return (*filter(None, crossed), *(_in_words(alarm) for alarm in self.alarms))
 
     @property
