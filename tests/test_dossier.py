@@ -79,6 +79,25 @@ def test_what_the_answers_tell_of_classes_is_a_matter_of_the_device(run: Path) -
     assert report(run).exit_code == 0
 
 
+def test_exported_students_are_listed(run: Path) -> None:
+    exported = CliRunner().invoke(app, ["export", str(run), "--device-index", "1", "--json"])
+    assert exported.exit_code == 0, exported.output
+    found = json.loads(exported.stdout)
+    section = run_page(read_run(run)).sections[5]
+    assert section.key == "exports"
+    (row,) = section.tables[0].rows
+    assert row[:3] == ("device-0001", "torch", f"{found['size_bytes']:,} bytes")
+    assert row[4] == f"{found['check']['difference']:.1e} on {found['check']['records']} records"
+    assert report(run).exit_code == 0
+    tree = json.loads((run / "report.json").read_text())
+    assert [row["latency_ms"] for row in tree["exports"]] == [found["latency_ms"]]
+    assert "export/device-0001-torch.json" in tree["files"]
+    _cut(run / "export" / "device-0001-torch.json")
+    damaged = report(run)
+    assert damaged.exit_code == 2
+    assert "device-0001-torch.json" in damaged.stderr
+
+
 def test_it_needs_nothing_from_elsewhere(run: Path) -> None:
     report(run)
     html = (run / "report.html").read_text()

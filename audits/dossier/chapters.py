@@ -310,6 +310,41 @@ def _accuracies(measured: Accuracies) -> list[tuple[str, Interval, str]]:
     return [(name, share, meaning) for name, share, meaning in rows if share is not None]
 
 
+def exports(facts: RunFacts) -> Section:
+    """The students that left as files."""
+    table = Table(
+        "Exported students, with their preprocessing (times: one record, one CPU thread, median)",
+        columns(
+            "device",
+            "format",
+            ">size",
+            ">parameters",
+            ">largest difference of a logit",
+            ">one answer",
+            ">the original's",
+        ),
+        tuple(
+            (
+                row.device,
+                row.format,
+                f"{row.size_bytes:,} bytes",
+                f"{row.parameters:,}",
+                f"{row.difference:.1e} on {counted(row.records, 'record')}",
+                f"{row.latency_ms:.3g} ms",
+                f"{row.original_ms:.3g} ms",
+            )
+            for row in facts.exports
+        ),
+    )
+    bound = facts.spent(Unit.RECORD)
+    record = "nothing is promised" if math.isinf(bound) else f"that is within epsilon {epsilon_text(bound)}"
+    words = (
+        "Each file holds the weights of one device's student, and who has it can ask it anything. For a "
+        f"record {record}; for the device as a whole nothing is promised.",
+    )
+    return Section("exports", "What runs on the device", words, tables=(table,))
+
+
 def unprotected(facts: RunFacts) -> Section:
     """What nobody promises."""
     found = []

@@ -32,6 +32,7 @@ def run_page(facts: RunFacts) -> Page:
             chapters.membership(facts),
             chapters.reconstruction(facts),
             chapters.gain(facts),
+            *([chapters.exports(facts)] if facts.exports else []),
             chapters.unprotected(facts),
             chapters.provenance(facts),
         ),

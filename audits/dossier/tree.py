@@ -48,6 +48,7 @@ def run_tree(facts: RunFacts) -> dict[str, Any]:
             "grids": [name for name, _ in facts.reconstruction.grids],
         },
         "accuracy": None if facts.accuracies is None else _accuracies(facts.accuracies),
+        "exports": [asdict(row) for row in facts.exports],
         "versions": dict(facts.versions),
         "files": {file.name: file.digest for file in facts.files},
         "command": facts.command,

@@ -177,6 +177,32 @@ class ReconstructionFacts:
 
 
 @dataclass(frozen=True)
+class ExportFacts:
+    """One device's student as a file of its own.
+
+    Attributes:
+        device: whose student it is.
+        format: of the file.
+        size_bytes: of the file.
+        parameters: of the student.
+        difference: the largest between the file's logits and the student's, on ``records`` public records;
+            relative where a logit exceeds 1.
+        records: how many.
+        latency_ms: of one answer on one CPU thread.
+        original_ms: likewise, of the student that was exported.
+    """
+
+    device: str
+    format: str
+    size_bytes: int
+    parameters: int
+    difference: float
+    records: int
+    latency_ms: float
+    original_ms: float
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """A file of the run and its SHA-256."""
 
@@ -199,6 +225,7 @@ class RunFacts:
         finished: whether all rounds were played and the result written.
         closing: lower bounds from the audit that the run ended with.
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
+        exports: the students that were exported.
         versions: of what computed the run, by name.
         files: what the report rests on.
         started: when the run was started, as the file system says, ``YYYY-MM-DD``.
@@ -215,6 +242,7 @@ class RunFacts:
     closing: tuple[LowerBound, ...]
     membership: MembershipFacts | None
     reconstruction: ReconstructionFacts | None
+    exports: tuple[ExportFacts, ...]
     versions: tuple[tuple[str, str], ...]
     files: tuple[FileFacts, ...]
     started: str

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from audits.estimators import Auc, TprAtFpr
 from audits.evidence.command import command_of
+from audits.evidence.exports import export_files, read_exports
 from audits.evidence.facts import (
     Accuracies,
     ChargeFacts,
@@ -72,8 +73,9 @@ def read_run(path: Path) -> RunFacts:
         closing=_closing(path, result),
         membership=_membership(path / MEMBERSHIP, statements),
         reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
+        exports=read_exports(path),
         versions=_versions(path / "versions.json"),
-        files=tuple(_file(path, name) for name in _EVIDENCE if (path / name).is_file()),
+        files=tuple(_file(path, name) for name in _evidence(path)),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
     )
 
@@ -101,6 +103,11 @@ def _digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from None
+
+
+def _evidence(path: Path) -> list[str]:
+    exports = (str(file.relative_to(path)) for file in export_files(path))
+    return [name for name in (*_EVIDENCE, *exports) if (path / name).is_file()]
 
 
 def _file(path: Path, name: str) -> FileFacts:
