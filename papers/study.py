@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias
 from papers.probes import FULL, Effort, Probe
 from papers.quantity import Figure, Quantity
 
-Unit: TypeAlias = Literal["%", "points", "epsilon", "number"]
-"""How a quantity is printed: a share in per cent, a difference of such in points, or as it is."""
+Unit: TypeAlias = Literal["%", "points", "share", "similarity", "epsilon"]
+"""How a quantity is printed: a share or a change in per cent, a difference in points, or as it is."""
+_RANGES = {"share": (0.0, 1.0), "similarity": (-1.0, 1.0), "epsilon": (0.0, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ class Claim:
     @property
     def range(self) -> tuple[float, float]:
         """The least and the most that its quantity can be."""
-        if self.unit == "epsilon":
-            return 0, math.inf
         is_share = self.unit == "%" and isinstance(self.quantity, Figure)
-        return (0, 1) if is_share else (-math.inf, math.inf)
+        return _RANGES.get("share" if is_share else self.unit, (-math.inf, math.inf))
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ def _scores(attack: str, auc: str, tpr: str) -> tuple[Claim, ...]:
     """With what was published for the AUC and for the TPR at 0.1 % FPR, both without DP."""
     name = f"student.{attack}"
     return (
-        Claim("AUC, no DP", auc, Figure("open", f"{name}.auc"), "number"),
+        Claim("AUC, no DP", auc, Figure("open", f"{name}.auc"), "share"),
         Claim("TPR at 1 % FPR, no DP", "-", Figure("open", f"{name}.tpr_at_0.01"), "%"),
         Claim("TPR at 0.1 % FPR, no DP", tpr, Figure("open", f"{name}.tpr_at_0.001"), "%"),
-        Claim("AUC, epsilon 3", "-", Figure("private", f"{name}.auc"), "number"),
+        Claim("AUC, epsilon 3", "-", Figure("private", f"{name}.auc"), "share"),
         Claim("TPR at 1 % FPR, epsilon 3", "-", Figure("private", f"{name}.tpr_at_0.01"), "%"),
         Claim("TPR at 0.1 % FPR, epsilon 3", "-", Figure("private", f"{name}.tpr_at_0.001"), "%"),
         Claim("lower bound, epsilon 3", "-", Figure("private", f"{name}.epsilon_lower"), "epsilon"),

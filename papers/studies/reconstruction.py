@@ -5,12 +5,17 @@ from dataclasses import replace
 from papers.probes import Reconstruction
 from papers.quantity import Figure
 from papers.studies.scales import DIGITS, QUICK
-from papers.study import Case, Claim, Study
+from papers.study import Case, Claim, Study, Unit
 
 _SCALES = (replace(DIGITS, seeds=3), QUICK)
 _BOUNDS = {1: ".155", 2: ".218", 4: ".361", 8: ".650"}
 _MATCHING = Reconstruction("gradient", "prior-matching")
 _PAIRED = Reconstruction("per_client_logits", "paired-logits")
+_PICKED: tuple[tuple[str, str, Unit], ...] = (
+    ("right class picked", "success", "share"),
+    ("by chance", "chance", "share"),
+    ("SSIM", "ssim", "similarity"),
+)
 _OPEN = ("channel.kind=plain", "data.gap=withheld", "privacy.epsilon=inf")
 
 
@@ -21,13 +26,13 @@ def _robustness(epsilon: int, bound: str) -> tuple[Claim, ...]:
             f"epsilon {epsilon}: ceiling, prior 1/10",
             f"{bound} for one Gaussian release",
             Figure(f"epsilon-{epsilon}", f"{name}.ceiling"),
-            "number",
+            "share",
         ),
         Claim(
             f"epsilon {epsilon}: success, prior 1/10",
             "below it",
             Figure(f"epsilon-{epsilon}", f"{name}.success"),
-            "number",
+            "share",
         ),
     )
 
@@ -49,8 +54,8 @@ TAKAHASHI = Study(
         Case("private", (*_OPEN, "privacy.epsilon=3"), probes=(_PAIRED,)),
     ),
     claims=tuple(
-        Claim(f"{figure}, {about}", "-", Figure(case, f"per_client_logits.paired-logits.{key}"), "number")
+        Claim(f"{figure}, {about}", "-", Figure(case, f"per_client_logits.paired-logits.{key}"), unit)
         for case, about in (("open", "no DP"), ("private", "epsilon 3"))
-        for figure, key in (("right class picked", "success"), ("by chance", "chance"), ("SSIM", "ssim"))
+        for figure, key, unit in _PICKED
     ),
 )
