@@ -10,11 +10,19 @@ from pages import ROOT, commands_of, files_named, links_of, parsed
 from privkd.config import load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STUDIES = sorted((ROOT / "papers/pages").glob("*.md"))
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:
     assert commands_of(PAGES[0].read_text())[:2] == [["make"], ["make", "test"]]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *STUDIES], ids=lambda page: page.name)
+def test_every_row_of_a_table_has_all_its_cells(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({row.count("|") for row in table.splitlines()}) == 1, table
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
