@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from audits.estimators import Auc, TprAtFpr
+from privkd.bounds import crossed
 from privkd.errors import AuditAlarm
 from privkd.events import Unit
 
@@ -59,6 +60,18 @@ class Finding:
             return "no bound claimed"
         return "ALARM" if self.epsilon_lower > self.epsilon_upper else "within bound"
 
+    @property
+    def alarm_words(self) -> str:
+        """How its bounds contradict each other."""
+        words = crossed(
+            self.unit,
+            self.epsilon_lower,
+            self.epsilon_upper,
+            confidence=self.confidence,
+            delta=self.delta,
+        )
+        return f"view {self.view}, attack {self.attack}: {words}"
+
     def against(self, epsilon_upper: float) -> "Finding":
         """The same finding beside another upper bound."""
         return replace(self, epsilon_upper=epsilon_upper)
@@ -97,9 +110,4 @@ def raise_alarm(findings: Iterable[Finding]) -> None:
     if not alarms:
         return
     worst = max(alarms, key=lambda finding: finding.epsilon_lower - finding.epsilon_upper)
-    raise AuditAlarm(
-        f"view {worst.view}, attack {worst.attack}: epsilon is at least {worst.epsilon_lower:.4g} per "
-        f"{worst.unit} (confidence {100 * worst.confidence:g} %), but the ledger claims at most "
-        f"{worst.epsilon_upper:.4g} at delta {worst.delta:g}; do not release, the mechanism or its "
-        "accounting is broken"
-    )
+    raise AuditAlarm(f"{worst.alarm_words}; do not release, the mechanism or its accounting is broken")

@@ -22,8 +22,13 @@ class LowerBound:
         """The alarm in words, where the bound lies above the ledger's upper bound."""
         if self.epsilon <= epsilon_upper:
             return None
-        return (
-            f"canaries through the run's own mechanism show that epsilon is at least {self.epsilon:.4g} per "
-            f"{self.unit} (confidence {100 * self.confidence:.4g} %), but the ledger claims at most "
-            f"{epsilon_upper:.4g} at delta {delta:g}"
-        )
+        words = crossed(self.unit, self.epsilon, epsilon_upper, confidence=self.confidence, delta=delta)
+        return f"canaries through the run's own mechanism: {words}"
+
+
+def crossed(unit: Unit, lower: float, upper: float, *, confidence: float, delta: float) -> str:
+    """A lower bound above its upper bound, in words."""
+    return (
+        f"epsilon is at least {lower:.4g} per {unit} (confidence {100 * confidence:.4g} %), but the ledger "
+        f"claims at most {upper:.4g} at delta {delta:g}"
+    )

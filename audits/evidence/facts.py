@@ -299,11 +299,7 @@ class RunFacts:
 
 def _in_words(alarm: Finding | RebuiltFacts) -> str:
     if isinstance(alarm, Finding):
-        return (
-            f"view {alarm.view}, attack {alarm.attack}: epsilon is at least {alarm.epsilon_lower:.4g} per "
-            f"{alarm.unit} (confidence {100 * alarm.confidence:g} %), but the ledger claims at most "
-            f"{alarm.epsilon_upper:.4g} at delta {alarm.delta:g}"
-        )
+        return alarm.alarm_words
     return (
         f"view {alarm.view}, attack {alarm.attack}: the secret was picked in "
         f"{100 * alarm.success.estimate:.3g} % of {alarm.success.n:,} trials, more than the ledger allows "
