@@ -52,17 +52,19 @@ def measure_controls(
         fresh: untrained students, one for each device.
         mechanism: of one round of the run, whose noise multiplier and samples are spent over all
             ``rounds`` at once; ``None`` without DP.
-        rounds: number of rounds.
+        rounds: number of rounds. The controls take as many steps on private records as the run's students
+            take in all of them.
         test: global test set.
         seed: of the batches, samples and noise.
         progress: told of each device.
     """
     total = len(fleet.devices)
     progress.stage("control: students trained directly")
+    once = fleet.config.private_fit
     direct = fleet.fit(
         fresh,
         None,
-        fleet.config.private_fit,
+        once.model_copy(update={"steps": once.steps * rounds}),
         derive_seed(seed, "direct"),
         lambda n: progress.advance(n, total),
     )

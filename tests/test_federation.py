@@ -343,6 +343,15 @@ class TestSettings:
         assert all(len(queries) == 7 for queries in asked)
         assert asked[0].tolist() != asked[1].tolist()
 
+    def test_direct_training_takes_the_steps_of_all_rounds(self, tmp_path: Path) -> None:
+        """A student of three rounds is compared with one that was trained directly for as long."""
+
+        def direct(rounds: int, steps: int) -> float | None:
+            settings = (f"rounds={rounds}", f"student.private_fit.steps={steps}", "controls=true")
+            return play(tmp_path / f"{rounds}-{steps}", *settings).student.direct
+
+        assert direct(3, 4) == direct(1, 12) != direct(1, 4)
+
     def test_without_controls(self, tmp_path: Path) -> None:
         result = play(tmp_path / "run")
         assert result.student.direct is None

@@ -160,8 +160,8 @@ class StudentConfig(Settings):
     Attributes:
         models: architectures, dealt to the devices in turn; as text, names with commas between.
         public_fit: distillation from the teacher on the public inputs, before any private record.
-        private_fit: training on private records where no DP is asked for (``epsilon = inf``), and of the
-            control that is trained directly without DP.
+        private_fit: one round's training on private records where no DP is asked for (``epsilon = inf``), and
+            the control's that is trained directly without DP: its steps are those of all rounds.
         dp: DP-SGD on private records.
         direct_dp: DP-SGD of the control that is trained directly; its steps and sampling rate are those
             of ``dp`` over all rounds, so that both spend the same budget.
