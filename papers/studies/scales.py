@@ -22,7 +22,7 @@ CIFAR10 = Scale(
         "teacher.model={name='cnn', width=64, activation='relu'}",
         "teacher.fit.steps=600",
         "student.models=[{name='cnn', width=16}]",
-        "student.public_fit={steps=300, learning_rate=2e-3}",
+        "student.public_fit={steps=1000, learning_rate=2e-3}",
         "student.private_fit.steps=200",
         "student.delivery_fit.steps=1000",
         "reverse.fit.steps=100",
