@@ -4,25 +4,41 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from privkd.export.export import export_model
-from privkd.export.formats import suffix_of
+from torch import nn
+
+from privkd.export.export import Artefact, export_model, raw_of
+from privkd.export.formats import format_named
 from privkd.federation import open_game
+from privkd.latency import latencies_ms
 from privkd.store import RunFolder
 from privkd.students import finished_state
 
+_TURNS = 501
+
 
 def latency_figures(folder: RunFolder, form: str) -> Mapping[str, float]:
-    """Median milliseconds for one record on one CPU thread, and the artefacts' sizes in bytes.
+    """Median milliseconds for one record on one CPU thread, in turns, and the artefacts' sizes in bytes.
 
     Raises:
         PrivkdError: as `privkd.export.export.export_student` does.
     """
+    writer = format_named(form)
     game = open_game(folder.config)
     state = finished_state(game, folder)
     records, divisor = game.scenario.public.inputs, game.scenario.divisor
-    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
-        for name, model in (("student", state.students[0]), ("teacher", state.teacher)):
-            found = export_model(model, records, divisor, form, Path(place) / f"{name}{suffix_of(form)}")
-            figures[f"export.{name}_ms"], figures[f"export.{name}_bytes"] = found.latency_ms, found.size_bytes
-    return figures
+
+        def exported(name: str, model: nn.Module) -> Artefact:
+            return export_model(model, records, divisor, form, Path(place) / f"{name}{writer.suffix}")
+
+        student, teacher = exported("student", state.students[0]), exported("teacher", state.teacher)
+        raw = raw_of(records[:1].cpu(), divisor)
+        student_ms, teacher_ms = latencies_ms(
+            *((writer.load(Path(artefact.file)), raw) for artefact in (student, teacher)), turns=_TURNS
+        )
+    return {
+        "export.student_ms": student_ms,
+        "export.student_bytes": student.size_bytes,
+        "export.teacher_ms": teacher_ms,
+        "export.teacher_bytes": teacher.size_bytes,
+    }

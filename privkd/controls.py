@@ -1,4 +1,4 @@
-"""What a gain is measured against: the student trained directly, with and without DP, and answer times.
+"""What a gain is measured against: the student trained directly, with and without DP.
 
 Controls belong to simulations. They use private records beside the run itself, so their figures are not
 covered by its ledger, and a deployment must not compute them.
@@ -6,12 +6,10 @@ covered by its ledger, and a deployment must not compute them.
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from privkd.data.scenario import Device, LabelledSet
 from privkd.fitting import accuracy
@@ -115,27 +113,3 @@ def personal_accuracy(students: Sequence[nn.Module], devices: Sequence[Device]) 
         if len(device.test)
     ]
     return statistics.fmean(found) if found else math.nan
-
-
-def latency_ms(model: Callable[[Tensor], Tensor], inputs: Tensor, *, repeats: int = 51) -> float:
-    """Median milliseconds to answer one record on one CPU thread."""
-    record = inputs[:1].cpu()
-    if isinstance(model, nn.Module):
-        model = model.cpu().eval()
-    with torch.no_grad():
-        return _median_ms(lambda: model(record), repeats)
-
-
-def _median_ms(call: Callable[[], Tensor], repeats: int) -> float:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        call()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return 1000 * statistics.median(times)

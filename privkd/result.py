@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 from privkd.bounds import LowerBound
 from privkd.config import RunConfig
-from privkd.controls import latency_ms, mean_accuracy, measured_devices, personal_accuracy
+from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.delivery import deliver
 from privkd.errors import AuditAlarm
 from privkd.events import Unit
 from privkd.federation import Game, Run, open_game, run
+from privkd.latency import latencies_ms
 from privkd.ledger import Statement
 from privkd.models import parameter_count
 from privkd.progress import Progress
@@ -183,13 +184,16 @@ def _result(
     start: float,
 ) -> Result:
     state, controls, figures = finished.state, finished.controls, finished.state.figures
+    teacher_ms, student_ms = latencies_ms(
+        (state.teacher, finished.example), (finished.student, finished.example)
+    )
     teacher = TeacherResult(
         before=figures[0].teacher,
         after=figures[-1].teacher,
         control=figures[-1].control,
         self_distilled=figures[-1].self_distilled,
         labels_only=figures[-1].labels_only,
-        latency_ms=latency_ms(state.teacher, finished.example),
+        latency_ms=teacher_ms,
         parameters=parameter_count(state.teacher),
     )
     student = StudentResult(
@@ -199,7 +203,7 @@ def _result(
         direct=controls.direct,
         direct_private=controls.direct_private,
         public_only=finished.public_only,
-        latency_ms=latency_ms(finished.student, finished.example),
+        latency_ms=student_ms,
         parameters=parameter_count(finished.student),
     )
     return Result(

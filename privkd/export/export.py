@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from privkd.controls import latency_ms
 from privkd.delivery import deliver
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Check, Deployable, check_equal
 from privkd.export.formats import Answering, Format, format_named
 from privkd.federation import open_game
+from privkd.latency import latencies_ms
 from privkd.models import parameter_count
 from privkd.progress import Silent
 from privkd.result import plain
@@ -115,7 +115,7 @@ def export_model(student: nn.Module, records: Tensor, divisor: float, form: str,
     with _replacing(path) as temporary:
         answer = written(writer, Deployable(student, divisor), raw, temporary)
         check = check_equal(student, answer, scaled, raw)
-        latency, original = latency_ms(answer, raw), latency_ms(student, scaled)
+        latency, original = latencies_ms((answer, raw), (student, scaled))
     return Artefact(
         format=form,
         file=str(path),
