@@ -197,7 +197,7 @@ def measure(setting: Setting, students: int, repeats: int) -> None:
     for name, each in found.items():
         print(f"  {name:22s} {each:8.3f} ms   {1000 / each / STEPS:9.1f} students/s for {STEPS} steps")
     best = min((name for name in found if name.startswith("Opacus")), key=lambda name: found[name])
-    chosen = f"Opacus, {fastest_mode(model.train(), torch.zeros(1, *setting.shape))}"
+    chosen = f"Opacus, {fastest_mode(model.train(), torch.zeros(1, *setting.shape), MECHANISM)}"
     private, plain = found["cohort, DP-SGD"], found["cohort, no DP"]
     ratio, goal = found[best] / private, GOALS[setting.name]
     print(f"  cohort over the best Opacus mode ({best.split(', ')[1]}): {ratio:.1f} x, goal {goal} x")

@@ -6,6 +6,7 @@ Every step debits the ledger before anything private is used for a release; a bu
 overspent stops the run before it starts.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from privkd.models import build
 from privkd.noise import NoiseRoot
 from privkd.plan import Plan, budgets, facts_of, make_plan
 from privkd.progress import Progress, Silent
+from privkd.proof import Probe, check_apart
 from privkd.randomness import (
     Randomness,
     SeededRandomness,
@@ -50,10 +52,12 @@ from privkd.state import (
     saved,
 )
 from privkd.store import RunFolder
-from privkd.student import Mechanism, check_trainable, quieted
+from privkd.student import Mechanism, check_records_apart, check_trainable, quieted
 from privkd.teacher import Absorbed, PublicData, absorb, distil_public, train_teacher
 from privkd.voting import VoteRule, data_dependent_rdp, rdp_epsilon
 from privkd.zero_devices import ZeroDevices
+
+_SLOWLY = ", one record at a time: no faster computation gives this student's own gradients"
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ def open_game(config: RunConfig) -> "Game":
     plan = make_plan(config, facts_of(scenario))
     channel = PlainChannel(plan.clip_norm)
     root = NoiseRoot.from_seed(config.seed)
-    game = Game(config, scenario, plan, Ledger(None, budgets(config)), channel, root, Silent())
+    probe = Probe.of(scenario.proxy, scenario.classes)
+    game = Game(config, scenario, plan, Ledger(None, budgets(config)), channel, root, Silent(), probe)
     game.check_models()
     return game
 
@@ -158,6 +163,7 @@ class Game:
     channel: Channel
     root: NoiseRoot
     progress: Progress
+    probe: Probe
 
     def begin(self) -> State:
         """Train the teacher on public data, and distil a first student from it."""
@@ -196,11 +202,14 @@ class Game:
         # Before the first round the same students were distilled already, unless the run was resumed there.
         go_on = bool(before) and (round == 0 or self.config.student.start == "own")
         starts = before if go_on else self.fleet.dealt(self.public_students(teacher, round=round))
-        self._stage(round, "training students on their devices")
+        mechanism = self.mechanism
+        if mechanism is not None:
+            self._check_records_apart(teacher, () if go_on and round else starts)
+        slow = mechanism is not None and self.fleet.goes_one_by_one(starts, mechanism)
+        self._stage(round, f"training students on their devices{_SLOWLY if slow else ''}")
         targets = self.fleet.teach(teacher)
         self._debit(Unit.RECORD, self.plan.record_event, round)
         total = len(self.fleet.devices)
-        mechanism = self.mechanism
         if mechanism is None:
             return self.fleet.fit(
                 starts,
@@ -216,6 +225,16 @@ class Game:
             lambda name: self._randomness(name, round),
             lambda done: self.progress.advance(done, total),
         )
+
+    def _check_records_apart(self, teacher: nn.Module, public: Sequence[nn.Module]) -> None:
+        """Prove once more, at this round's weights, that neither the teacher nor the students mix records.
+
+        ``public``: students as the public distillation left them.
+        """
+        if self.config.student.alpha:
+            check_apart(copy.deepcopy(teacher).eval(), self.probe, "teacher")
+        for student in {id(student): student for student in public}.values():
+            check_records_apart(student, self.config.student.dp.part, self.probe)
 
     def _release(self, state: State, students: Sequence[nn.Module]) -> Wire:
         self._stage(state.round, f"{self.config.channel.kind} channel")
@@ -303,13 +322,16 @@ class Game:
             ConfigError: a name is unknown.
             ModelError: a model cannot be built, or a layer is unsupported; the message names the cure.
         """
-        self._build(self.config.teacher.model, "teacher")
+        teacher = self._build(self.config.teacher.model, "teacher")
+        if self.config.student.alpha and self.mechanism is not None:
+            check_apart(teacher.eval(), self.probe, "teacher")
         for student in self._fresh_students():
             check_trainable(
-                student.cpu(),
+                student,
                 input_shape=self.scenario.input_shape,
                 classes=self.scenario.classes,
                 recipe=self.config.student.dp,
+                probe=self.probe,
             )
 
     @property
@@ -334,6 +356,7 @@ class Game:
             plan.expected_batch_size,
             self.config.student.alpha,
             self.config.student.temperature,
+            self.probe,
         )
 
     def _build(self, model: ModelConfig, *purpose: str | int) -> nn.Module:

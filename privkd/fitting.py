@@ -52,6 +52,7 @@ def fit(
             schedule.step()
     for parameter in trained.parameters():
         parameter.grad = None
+    _forget_graphs(trained)
     check_finite(trained, "the model", config.learning_rate)
     if not bool(finite):
         raise TrainingError(
@@ -59,6 +60,14 @@ def fit(
             "scale the inputs"
         )
     return _laid_out(trained, torch.contiguous_format).eval()
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Detach what layers hold on to, such as their last features: a model with a graph cannot be copied."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 def quick_layout(model: nn.Module) -> nn.Module:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.cohort import cohort_answers, fit_cohort, group_by_architecture, train_cohort
+from privkd.cohort import cohort_answers, fit_cohort, group_by_architecture, is_vectorised, train_cohort
 from privkd.config import FitConfig, StudentConfig
 from privkd.data.scenario import Device, LabelledSet
 from privkd.events import PartyId
 from privkd.fitting import check_finite, logits_of
 from privkd.randomness import Randomness, seeded_generator
-from privkd.student import Mechanism, train_private, train_unprotected
+from privkd.student import Mechanism, fastest_mode, train_private, train_unprotected
 
 RandomnessOf = Callable[[PartyId], Randomness]
 """The randomness of one device in one round."""
@@ -66,6 +66,15 @@ class Fleet:
         if not self.config.alpha:
             return None
         return [logits_of(teacher, shard.inputs) for shard in self.shards]
+
+    def goes_one_by_one(self, students: Sequence[nn.Module], mechanism: Mechanism) -> bool:
+        """Whether some student can only be trained by plain autograd, one record after the other."""
+        shard = max(self.shards, key=len)
+        return any(
+            not (self.config.engine == "cohort" and is_vectorised(student, shard, mechanism))
+            and fastest_mode(student, shard.inputs, mechanism) == "autograd"
+            for student in {id(student): student for student in students}.values()
+        )
 
     def train_private(
         self,

@@ -1,7 +1,8 @@
-"""Where a device's Poisson samples and protective noise come from."""
+"""Where a device's Poisson samples, protective noise and its layers' own draws come from."""
 
 import hashlib
-from collections.abc import Iterator
+import hmac
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from privkd.noise import NoiseRoot, standard_normal
+from privkd.noise import Keystream, NoiseRoot, standard_normal
+
+Uniforms = Callable[[int], Tensor]
+"""The next so many numbers of a stream, uniform in [0, 1), float64 ``[number]``."""
 
 
 class Randomness(Protocol):
@@ -30,6 +34,16 @@ class Randomness(Protocol):
         To be scaled and added in float64, and the sum rounded once: added in float32, the low bits of the
         result can betray what was added to (Mironov 2012, "On significance of the least significant bits for
         differential privacy", section 4).
+        """
+        ...
+
+    def layers(self, step: int, records: Sequence[bytes]) -> list[Uniforms]:
+        """What layers such as dropout draw for each of ``records`` in one step.
+
+        Each record's stream is a function of the source, the step and the record itself, so that another
+        record that comes or goes shifts nobody's draws: the clipped sum then changes by one clipped gradient,
+        even for an adversary who knows every draw. ``records`` are digests of their contents; equal ones
+        share a stream, which changes nothing in that.
         """
         ...
 
@@ -59,6 +73,7 @@ class SeededRandomness:
     def __init__(self, seed: int, *labels: str | int) -> None:
         self._samples = seeded_generator(seed, "sample", *labels)
         self._noise = seeded_generator(seed, "noise", *labels)
+        self._layers = derive_seed(seed, "layers", *labels).to_bytes(8, "big")
 
     def sample(self, records: int, sampling_rate: float) -> Tensor:
         """See `Randomness.sample`."""
@@ -72,6 +87,10 @@ class SeededRandomness:
         """See `Randomness.noise`; float32."""
         return torch.randn(size, generator=self._noise)
 
+    def layers(self, step: int, records: Sequence[bytes]) -> list[Uniforms]:
+        """See `Randomness.layers`."""
+        return [_seeded_uniforms(_record_key(self._layers, step, record)) for record in records]
+
 
 class SystemRandomness:
     """Samples and noise from a cryptographic key stream, for devices that protect people.
@@ -83,6 +102,7 @@ class SystemRandomness:
     def __init__(self, root: NoiseRoot, *labels: str | int) -> None:
         self._samples = root.stream("dp-sgd sample", *labels)
         self._noise = root.stream("dp-sgd noise", *labels)
+        self._layers = root.subkey("dp-sgd layers", *labels)
 
     def sample(self, records: int, sampling_rate: float) -> Tensor:
         """See `Randomness.sample`; exact to 53 bits."""
@@ -90,9 +110,28 @@ class SystemRandomness:
 
     def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
         """See `Randomness.samples`; exact to 53 bits."""
-        uniform = (self._samples.words(steps * records) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return torch.from_numpy((uniform < sampling_rate).reshape(steps, records))
+        uniform = _uniform(self._samples, steps * records)
+        return (uniform < sampling_rate).reshape(steps, records)
 
     def noise(self, size: int) -> Tensor:
         """See `Randomness.noise`; float64."""
         return torch.from_numpy(standard_normal(size, self._noise))
+
+    def layers(self, step: int, records: Sequence[bytes]) -> list[Uniforms]:
+        """See `Randomness.layers`; exact to 53 bits."""
+        streams = [Keystream(_record_key(self._layers, step, record)) for record in records]
+        return [lambda count, stream=stream: _uniform(stream, count) for stream in streams]  # type: ignore[misc]
+
+
+def _record_key(key: bytes, step: int, record: bytes) -> bytes:
+    """The 32-byte key of what layers draw for one record in one step."""
+    return hmac.digest(key, step.to_bytes(8, "big") + record, "sha256")
+
+
+def _seeded_uniforms(key: bytes) -> Uniforms:
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], np.uint64)))
+    return lambda count: torch.from_numpy(generator.random(count))
+
+
+def _uniform(stream: Keystream, count: int) -> Tensor:
+    return torch.from_numpy((stream.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53)

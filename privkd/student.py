@@ -3,32 +3,55 @@
 This is the reference and the path of a real device; ``cohort`` computes the same for many at once.
 """
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cache, lru_cache
+from typing import Any, Literal, Self, cast
 
 import torch
 from opacus import GradSampleModule
-from opacus.grad_sample import AbstractGradSampleModule, GradSampleModuleExpandedWeights
+from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
+from privkd.architecture import Example
 from privkd.config import DpSgdConfig, FitConfig
 from privkd.data.scenario import LabelledSet
 from privkd.distill import forward_loss
 from privkd.errors import ModelError
 from privkd.fitting import fit
 from privkd.frontend import Parted
-from privkd.models import trained_parameters
-from privkd.randomness import Randomness, SeededRandomness
+from privkd.models import Part, trained_parameters
+from privkd.proof import (
+    BATCHES,
+    Probe,
+    agree,
+    buffers_kept,
+    check_apart,
+    clipped,
+    cure_of,
+    gradients_alone,
+    keep_statistics,
+    perturbed,
+)
+from privkd.randomness import Randomness, SeededRandomness, Uniforms
+from privkd.recordwise import Recordwise, record_digests
 
-GradSampleMode = Literal["ew", "hooks", "functorch"]
-"""How Opacus computes per-example gradients: torch's expanded weights, a hook and a rule for each layer, or
-`torch.func` for each layer."""
+GradSampleMode = Literal["ew", "hooks", "functorch", "autograd"]
+"""How per-record gradients are computed: by Opacus with torch's expanded weights, with a hook and a rule for
+each layer, or with `torch.func` for each layer; or by plain autograd, one record after the other."""
+
+StreamsOf = Callable[[Tensor], Sequence[Uniforms]]
+"""What layers draw for records, given by number ``[record]``: a stream for each."""
+
+_FASTEST_FIRST: tuple[GradSampleMode, ...] = ("ew", "hooks", "functorch")
+_KEPT = 64
+_AT_ONCE = 1 << 24
+"""Bytes of per-record gradients that are summed in double precision at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,8 @@ class Mechanism:
             size: a public constant, never taken from the private records.
         alpha: weight of the teacher in the loss.
         temperature: of the teacher's term.
+        probe: public records of the run, on which every computation of gradients is proved before it is
+            used; ``None`` for made-up ones.
     """
 
     recipe: DpSgdConfig
@@ -49,6 +74,7 @@ class Mechanism:
     expected_batch_size: float
     alpha: float
     temperature: float
+    probe: Probe | None = None
 
 
 def quieted(recipe: DpSgdConfig, noise_multiplier: float, expected_batch_size: float) -> DpSgdConfig:
@@ -79,17 +105,20 @@ class _SuppliedNoiseOptimizer(DPOptimizer):
         self._randomness = randomness
 
     def clip_and_accumulate(self) -> None:
-        """Clip each record's gradient and add them up; a gradient without a finite norm counts for nothing.
+        """Clip each record's gradient and add them up in double precision.
 
-        Scaled by ``clip / inf = 0``, an infinity would become NaN and the sum would betray its record.
+        A gradient without a finite norm counts for nothing: scaled by ``clip / inf = 0``, an infinity would
+        become NaN and the sum would betray its record. Added in float32, many records' sum may move by more
+        than the clip norm when one is added.
         """
         samples = self.grad_samples
-        if len(samples[0]):
-            norms = torch.stack([sample.reshape(len(sample), -1).norm(dim=1) for sample in samples])
-            broken = ~norms.norm(dim=0).isfinite()
-            for sample in samples:
-                sample[broken] = 0.0
-        super().clip_and_accumulate()
+        norms = torch.stack([s.flatten(1).norm(dim=1, dtype=torch.float64) for s in samples]).norm(dim=0)
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        broken = ~norms.isfinite()
+        factors[broken] = 0.0
+        for parameter, sample in zip(self.params, samples, strict=True):
+            sample[broken] = 0.0
+            parameter.summed_grad = _weighted_sum(factors, sample)
 
     def add_noise(self) -> None:
         """Add ``noise_multiplier * clip_norm`` times the supplied draws to the clipped sum.
@@ -101,8 +130,17 @@ class _SuppliedNoiseOptimizer(DPOptimizer):
         scale = self.noise_multiplier * self.max_grad_norm
         for parameter, noise in zip(parameters, draws.split([p.numel() for p in parameters]), strict=True):
             noise = noise.to(parameter.device).view_as(parameter)
-            noised = parameter.summed_grad.view_as(parameter).double() + scale * noise.double()
+            noised = parameter.summed_grad.view_as(parameter) + scale * noise.double()
             parameter.grad = noised.to(parameter.dtype)
+
+
+def _weighted_sum(factors: Tensor, samples: Tensor) -> Tensor:
+    """``sum_record factors[record] * samples[record]`` in double precision, ``[*shape]``."""
+    total = samples.new_zeros(samples[0].numel() if len(samples) else samples.shape[1:].numel()).double()
+    size = max(1, _AT_ONCE // max(1, 8 * total.numel()))
+    for some, weights in zip(samples.flatten(1).split(size), factors.split(size), strict=True):
+        total += weights @ some.double()
+    return total.view(samples.shape[1:])
 
 
 def train_private(
@@ -135,65 +173,248 @@ def train_private(
         ModelError: every parameter of the part in training is frozen.
     """
     recipe, parted = mechanism.recipe, Parted.of(model)
-    shard = replace(shard, inputs=parted.features(shard.inputs))
-    trained = copy.deepcopy(parted.rest).train()
-    frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
-    kept = {id(parameter) for parameter in trained_parameters(trained, recipe.part)}
-    for parameter in trained.parameters():
-        parameter.requires_grad_(id(parameter) in kept)
-    if not kept:
-        raise ModelError(f"the student has nothing to train: part={recipe.part!r} is frozen or empty")
-    wrapped = _wrapped(trained, mode or fastest_mode(trained, shard.inputs))
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = _SuppliedNoiseOptimizer(_plain_optimizer(parameters, recipe), mechanism, randomness)
-    average = TailAverage(parameters, steps=recipe.steps, share=recipe.averaging)
-    for _ in range(recipe.steps):
-        chosen = randomness.sample(len(shard), recipe.sampling_rate).to(shard.labels.device)
-        _per_example_gradients(wrapped, parameters, shard, teacher_logits, chosen, mechanism)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(parameters)
-    average.write(parameters)
-    wrapped.to_standard_module()
-    for name, parameter in trained.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-        parameter.grad = None
-    return parted.rejoined(trained.eval())
-
-
-def fastest_mode(model: nn.Module, inputs: Tensor) -> GradSampleMode:
-    """``ew`` where torch's expanded weights know every layer in training, else ``hooks``.
-
-    A fixed rule, so that runs repeat; ``benchmarks/cohort.py`` measures it. On two made-up records like
-    ``inputs`` ``[record, *shape]``, the per-example gradients must equal those of each record by itself.
-    Ghost clipping is left out: it is slower but for wide dense layers.
-    """
-    probed = copy.deepcopy(model).eval()
-    parameters = [parameter for parameter in probed.parameters() if parameter.requires_grad]
-    generator = torch.Generator().manual_seed(0)
-    records = torch.rand((2, *inputs.shape[1:]), generator=generator).to(inputs)
-    try:
-        alone = [torch.autograd.grad(_curved(probed(record)), parameters) for record in records.split(1)]
-        _curved(_wrapped(probed, "ew")(records)).backward()
-        found: list[Tensor] = [getattr(parameter, "grad_sample") for parameter in parameters]  # noqa: B009
-        same = all(
-            torch.allclose(each, torch.stack(truth), rtol=1e-3, atol=1e-5)
-            for each, truth in zip(found, zip(*alone, strict=True), strict=True)
+    features = replace(shard, inputs=parted.features(shard.inputs))
+    if mode is None:
+        mode = fastest_mode(model, shard.inputs, mechanism)
+    with full_precision():
+        device = _Device.of(parted.rest, mode, mechanism)
+        optimizer = _SuppliedNoiseOptimizer(
+            _plain_optimizer(device.parameters, recipe), mechanism, randomness
         )
-    except Exception:  # whatever a model raises here, the hooks take it or say why not
-        return "hooks"
-    return "ew" if same else "hooks"
+        average = TailAverage(device.parameters, steps=recipe.steps, share=recipe.averaging)
+        digests = cache(lambda: record_digests(features.inputs, features.labels))
+        for step in range(recipe.steps):
+            chosen = randomness.sample(len(shard), recipe.sampling_rate).nonzero().flatten()
+
+            def streams(numbers: Tensor, step: int = step) -> Sequence[Uniforms]:
+                return randomness.layers(step, [digests()[i] for i in numbers.tolist()])
+
+            device.compute(features, teacher_logits, chosen.to(shard.labels.device), streams)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(device.parameters)
+        average.write(device.parameters)
+    return parted.rejoined(device.finished(parted.rest))
 
 
-def _curved(logits: Tensor) -> Tensor:
-    """A loss that gives every record and logit its own output gradient."""
-    return logits.square().sum()
+@dataclass(frozen=True)
+class _Device:
+    """One student in training, and how its per-record gradients come to be.
+
+    Attributes:
+        model: the student; its own module, or Opacus' around it.
+        names: of the parameters in training.
+        parameters: those.
+        mode: how the gradients are computed.
+        mechanism: the public parameters.
+        draws: whether its layers may draw random numbers.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    parameters: list[nn.Parameter]
+    mode: GradSampleMode
+    mechanism: Mechanism
+    draws: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, mode: GradSampleMode, mechanism: Mechanism) -> Self:
+        """A copy of ``model`` with the recipe's part in training.
+
+        Raises:
+            ModelError: every parameter of the part in training is frozen.
+        """
+        part = mechanism.recipe.part
+        copied = copy.deepcopy(model).train()
+        kept = {id(parameter) for parameter in trained_parameters(copied, part)}
+        if not kept:
+            raise ModelError(f"the student has nothing to train: part={part!r} is frozen or empty")
+        named = [(name, p) for name, p in copied.named_parameters() if id(p) in kept]
+        for parameter in copied.parameters():
+            parameter.requires_grad_(id(parameter) in kept)
+        keep_statistics(copied, [p for _, p in named])
+        names, parameters = zip(*named, strict=True)
+        draws = any(not _is_settled(module) for module in copied.modules())
+        return cls(_wrapped(copied, mode), names, list(parameters), mode, mechanism, draws)
+
+    def compute(
+        self,
+        shard: LabelledSet,
+        teacher_logits: Tensor | None,
+        chosen: Tensor,
+        streams: StreamsOf,
+    ) -> None:
+        """Leave each parameter its ``grad_sample`` ``[record, *shape]`` of the records ``chosen``, by number.
+
+        Layers draw from ``streams``. Whatever the model writes to its buffers is undone.
+        """
+        if not len(chosen):
+            for parameter in self.parameters:
+                _keep(parameter, torch.zeros((0, *parameter.shape), device=parameter.device))
+            return
+        if self.mode == "autograd":
+            self._one_by_one(shard, teacher_logits, chosen, streams)
+            return
+        with warnings.catch_warnings():
+            # Opacus' hooks need no gradient with respect to the records, of which torch warns.
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            self._losses(shard, teacher_logits, chosen, streams).sum().backward()
+        for parameter in self.parameters:
+            if getattr(parameter, "grad_sample", None) is None:  # it is not used
+                _keep(parameter, parameter.new_zeros((len(chosen), *parameter.shape)))
+
+    def _one_by_one(
+        self,
+        shard: LabelledSet,
+        teacher_logits: Tensor | None,
+        chosen: Tensor,
+        streams: StreamsOf,
+    ) -> None:
+        rows = []
+        for number in chosen.split(1):
+            losses = self._losses(shard, teacher_logits, number, streams)
+            rows.append(torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True))
+        for parameter, found in zip(self.parameters, zip(*rows, strict=True), strict=True):
+            _keep(parameter, torch.stack([torch.zeros_like(parameter) if g is None else g for g in found]))
+
+    def _losses(
+        self,
+        shard: LabelledSet,
+        teacher_logits: Tensor | None,
+        chosen: Tensor,
+        streams: StreamsOf,
+    ) -> Tensor:
+        drawing = Recordwise(len(chosen), lambda: streams(chosen)) if self.draws else contextlib.nullcontext()
+        with buffers_kept(self.model), drawing:
+            logits = self.model(shard.inputs[chosen])
+        return forward_loss(
+            logits,
+            shard.labels[chosen],
+            None if teacher_logits is None else teacher_logits[chosen],
+            alpha=self.mechanism.alpha,
+            temperature=self.mechanism.temperature,
+        )
+
+    @torch.no_grad()
+    def finished(self, original: nn.Module) -> nn.Module:
+        """A copy of ``original`` with the trained weights, in evaluation mode.
+
+        Nothing else of what was trained is kept: a buffer, or a tensor that a layer holds on to, may say what
+        the records were.
+        """
+        student = copy.deepcopy(original).eval()
+        own = dict(student.named_parameters())
+        for name, trained in zip(self.names, self.parameters, strict=True):
+            own[name].copy_(trained)
+            own[name].grad = None
+        return student
 
 
-def _wrapped(model: nn.Module, mode: GradSampleMode) -> AbstractGradSampleModule:
+def _keep(parameter: nn.Parameter, samples: Tensor) -> None:
+    setattr(parameter, "grad_sample", samples)  # noqa: B010
+
+
+def _is_settled(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers, and one that draws nothing."""
+    own = type(module).__module__.startswith(("torch.nn.", "opacus.layers"))
+    return own and not isinstance(module, _DRAWING)
+
+
+_DRAWING = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase, nn.MultiheadAttention)
+
+
+def fastest_mode(model: nn.Module, inputs: Tensor, mechanism: Mechanism) -> GradSampleMode:
+    """The fastest way that is proved to compute the per-record gradients of plain autograd for ``model``.
+
+    Tried at the model's own weights and at perturbed ones, on the mechanism's probe, or on made-up records of
+    the shape of ``inputs`` ``[record, *shape]`` without one: their number and values, and the clipped sum.
+    ``autograd``, which needs no proof, is the last. The order is fixed, so that runs repeat;
+    ``benchmarks/cohort.py`` measures it. Ghost clipping is left out: it is slower but for wide dense layers.
+    """
+    parted, blank = Parted.of(model), inputs.new_zeros((1, *inputs.shape[1:]))
+    probe = mechanism.probe
+    if probe is None:
+        with torch.no_grad(), buffers_kept(model):
+            classes = int(copy.deepcopy(model).eval()(blank).shape[-1])
+        probe = Probe.made_up(inputs.shape[1:], classes, blank)
+    if parted.front is not None:
+        probe = probe.through(parted.features)
+    example = Example.of(parted.rest)
+    find = _fastest_mode if example.architecture.by_value else _fastest_mode.__wrapped__
+    return find(example, probe, replace(mechanism, probe=None))
+
+
+@lru_cache(maxsize=_KEPT)
+def _fastest_mode(example: Example, probe: Probe, mechanism: Mechanism) -> GradSampleMode:
+    modes = (mode for mode in _FASTEST_FIRST if _is_proved(example.model, mode, probe, mechanism))
+    return next(modes, "autograd")
+
+
+def _is_proved(model: nn.Module, mode: GradSampleMode, probe: Probe, mechanism: Mechanism) -> bool:
+    """Whether ``mode`` gives the gradients, and their clipped sum, that plain autograd gives."""
+    for tried in (model, perturbed(model)):
+        plain = _Device.of(tried, "autograd", mechanism)
+        truth = gradients_alone(
+            plain.model, plain.parameters, probe, alpha=mechanism.alpha, temperature=mechanism.temperature
+        )
+        try:
+            if not _agrees(_Device.of(tried, mode, mechanism), truth, probe):
+                return False
+        except Exception:  # whatever a model raises in this mode, another takes it
+            return False
+    return True
+
+
+def _agrees(device: _Device, truth: Tensor, probe: Probe) -> bool:
+    """Whether the device's gradients are those of ``truth`` ``[record, parameter]`` on the probe."""
+    shard = LabelledSet(probe.inputs, probe.labels.to(probe.inputs.device))
+    digests = record_digests(probe.inputs, probe.labels)
+    recipe = device.mechanism.recipe
+    plain = _plain_optimizer(device.parameters, recipe)
+    optimizer = _SuppliedNoiseOptimizer(plain, device.mechanism, SeededRandomness(0))
+
+    def streams(numbers: Tensor) -> Sequence[Uniforms]:
+        return SeededRandomness(0).layers(0, [digests[i] for i in numbers.tolist()])
+
+    for batch in BATCHES:
+        chosen = torch.arange(len(digests))[batch].to(shard.labels.device)
+        device.compute(shard, probe.teacher_logits, chosen, streams)
+        found = torch.cat([_left(p, "grad_sample").flatten(1) for p in device.parameters], dim=1)
+        if not agree(found, truth[batch]):
+            return False
+        optimizer.clip_and_accumulate()
+        total = torch.cat([_left(p, "summed_grad").flatten() for p in device.parameters])
+        if not agree(total[None], clipped(truth[batch], recipe.clip_norm).sum(0)[None]):
+            return False
+        optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def _left(parameter: nn.Parameter, name: str) -> Tensor:
+    """What Opacus keeps with a parameter."""
+    return cast(Tensor, getattr(parameter, name))
+
+
+def _wrapped(model: nn.Module, mode: GradSampleMode) -> nn.Module:
+    if mode == "autograd":
+        return model
     if mode == "ew":
         return GradSampleModuleExpandedWeights(model, loss_reduction="sum")
     return GradSampleModule(model, loss_reduction="sum", force_functorch=mode == "functorch")
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Have a GPU compute in float32 as it says: TF32 moves norms and clipped sums by parts in a thousand."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def train_unprotected(
@@ -232,32 +453,6 @@ def _plain_optimizer(parameters: Sequence[nn.Parameter], recipe: DpSgdConfig) ->
     return torch.optim.SGD(parameters, lr=recipe.learning_rate, momentum=recipe.momentum)
 
 
-def _per_example_gradients(
-    wrapped: AbstractGradSampleModule,
-    parameters: Sequence[nn.Parameter],
-    shard: LabelledSet,
-    teacher_logits: Tensor | None,
-    chosen: Tensor,
-    mechanism: Mechanism,
-) -> None:
-    if not bool(chosen.any()):
-        for parameter in parameters:
-            setattr(parameter, "grad_sample", torch.zeros((0, *parameter.shape), device=parameter.device))  # noqa: B010
-        return
-    targets = None if teacher_logits is None else teacher_logits[chosen]
-    losses = forward_loss(
-        wrapped(shard.inputs[chosen]),
-        shard.labels[chosen],
-        targets,
-        alpha=mechanism.alpha,
-        temperature=mechanism.temperature,
-    )
-    with warnings.catch_warnings():
-        # Opacus' hooks need no gradient with respect to the records, of which torch warns.
-        warnings.filterwarnings("ignore", "Full backward hook is firing")
-        losses.sum().backward()
-
-
 class TailAverage:
     """Running mean of the iterates of the last ``share`` of ``steps`` (Polyak averaging)."""
 
@@ -284,42 +479,43 @@ class TailAverage:
 
 
 def check_trainable(
-    model: nn.Module, *, input_shape: tuple[int, ...], classes: int, recipe: DpSgdConfig
+    model: nn.Module,
+    *,
+    input_shape: tuple[int, ...],
+    classes: int,
+    recipe: DpSgdConfig,
+    probe: Probe | None = None,
 ) -> None:
-    """Prove by one real DP step on made-up records that ``model`` can be trained privately.
+    """Prove that ``model`` treats each record by itself, and take one real DP step on made-up records.
+
+    ``probe``: public records of the run, for the first; made-up ones without it.
 
     Raises:
-        ModelError: a layer is unsupported; the message names it and the cure.
+        ModelError: a layer mixes records or is unsupported; the message names it and the cure.
     """
-    problems = ModuleValidator.validate(copy.deepcopy(model).train(), strict=False)
-    if problems:
-        raise ModelError(f"the student cannot be trained with DP-SGD: {_with_cure(model, str(problems[0]))}")
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) and (cure := cure_of(module)):
+            raise ModelError(
+                f"the student cannot be trained with DP-SGD: layer {name!r} ({type(module).__name__}): {cure}"
+            )
+    if not trained_parameters(model, recipe.part):
+        raise ModelError(f"the student has nothing to train: part={recipe.part!r} is frozen or empty")
+    blank = next(model.parameters()).new_zeros((0, *input_shape))
     try:
-        _check_records_apart(model, input_shape)
+        check_records_apart(model, recipe.part, probe or Probe.made_up(input_shape, classes, blank))
         _made_up_step(model, input_shape, classes, recipe, batch=3)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"the student failed one DP-SGD step on made-up records: {_with_cure(model, str(error))}"
+            f"the student failed one DP-SGD step on public records: {_with_cure(model, str(error))}"
         ) from error
 
 
-@torch.no_grad()
-def _check_records_apart(model: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Clipping bounds one record's influence only where no record's logits depend on another record."""
+def check_records_apart(model: nn.Module, part: Part, probe: Probe) -> None:
+    """Refuse a student that mixes records while its ``part`` is trained. Raises as `proof.check_apart`."""
     trained = copy.deepcopy(model).train()
-    records = torch.rand((4, *input_shape), generator=torch.Generator().manual_seed(0))
-    logits = []
-    for others in (records[1:3], records[2:]):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            logits.append(trained(torch.cat([records[:1], others]))[0])
-    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-5):
-        raise ModelError(
-            "the student cannot be trained with DP-SGD: its answer to a record depends on the other records "
-            "of the batch; treat each record by itself"
-        )
+    check_apart(keep_statistics(trained, trained_parameters(trained, part)), probe, "student")
 
 
 def seconds_per_step(
@@ -345,25 +541,8 @@ def _made_up_step(
 
 
 def _with_cure(model: nn.Module, problem: str) -> str:
-    line = " ".join(problem.split())
     for name, module in model.named_modules():
-        cure = _cure(module)
+        cure = cure_of(module)
         if cure:
             return f"layer {name!r} ({type(module).__name__}): {cure}"
-    if "inplace" in line:
-        for name, module in model.named_modules():
-            if getattr(module, "inplace", False):
-                return f"layer {name!r} ({type(module).__name__}) works in place: set inplace=False"
-    return f"{line}; every layer must treat each record by itself and have per-sample gradients in Opacus"
-
-
-def _cure(module: nn.Module) -> str | None:
-    """What to take in place of a layer that Opacus refuses."""
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "use GroupNorm, which does not mix records"
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
-        return "set track_running_stats=False, or use GroupNorm"
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return f"use opacus.layers.DP{kind}"
-    return None
+    return f"{' '.join(problem.split())}; every layer must treat each record by itself"

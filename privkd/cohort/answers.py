@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from privkd.cohort.architecture import group_by_architecture
+from privkd.architecture import group_by_architecture
 from privkd.cohort.chunks import (
     DEFAULT_MEMORY_BUDGET,
     Cost,
@@ -13,7 +13,7 @@ from privkd.cohort.chunks import (
     chunk_students,
     records_per_pass,
 )
-from privkd.cohort.formulations import Formulation, choose
+from privkd.cohort.formulations import Formulation, answering
 from privkd.cohort.weights import Weights
 from privkd.fitting import logits_of
 from privkd.frontend import Parted
@@ -42,7 +42,7 @@ def _answers(models: Sequence[nn.Module], inputs: Tensor, budget: int) -> list[T
         return [logits_of(model, inputs) for model in models]
     inputs = Parted.of(models[0]).features(inputs)
     models = [Parted.of(model).rest for model in models]
-    formulation = choose(models[0], tuple(inputs.shape[1:]), training=False)
+    formulation = answering(models[0], tuple(inputs.shape[1:]))
     if formulation is None:
         return [logits_of(model, inputs) for model in models]
     cost = _cost(formulation, models[0], inputs)

@@ -4,7 +4,7 @@ Each trained layer leaves a book: what gives the squared norms of its per-exampl
 factors are known, and the sum of the clipped gradients after. No gradient is formed twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 _GHOST_PENALTY = 2
 """How many times slower a ghost norm's operations run than a product's, as measured on CPUs."""
+
+_DOUBLES_AT_ONCE = 4 << 20
+"""Bytes that are turned into double precision at a time."""
 
 _DOUBTFUL = 0.03
 _LOWEST = 1e-4
@@ -28,7 +31,10 @@ class Book(Protocol):
         ...
 
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
-        """Per parameter, ``sum_record factors[student, record] * gradient``, ``[student, *shape]``."""
+        """Per parameter, ``sum_record factors[student, record] * gradient``, float64 ``[student, *shape]``.
+
+        In float32 the sum over many records may move by more than the clip norm when one is added.
+        """
         ...
 
 
@@ -40,13 +46,15 @@ class PerExample:
 
     def squared_norms(self) -> Tensor:
         """See `Book.squared_norms`."""
-        norms = [torch.linalg.vector_norm(g.flatten(2), dim=2).square_() for g in self.gradients]
+        norms = [
+            torch.linalg.vector_norm(g.flatten(2), dim=2, dtype=torch.float64).square_()
+            for g in self.gradients
+        ]
         return torch.stack(norms).sum(0)
 
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
         """See `Book.weighted_sums`."""
-        weights = factors.unsqueeze(1)
-        return [torch.bmm(weights, g.flatten(2)).view(len(g), *g.shape[2:]) for g in self.gradients]
+        return [_weighted(factors, g.flatten(2)).view(len(g), *g.shape[2:]) for g in self.gradients]
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,30 @@ class Factors:
 
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
         """See `Book.weighted_sums`."""
-        return dense_sums(self.inputs, self.outputs * factors[..., None, None], bias=self.bias)
+        students, records, positions, width = self.inputs.shape
+        outputs = self.outputs.shape[3]
+        sums = [self.inputs.new_zeros((students, outputs, width), dtype=torch.float64)]
+        sums += [sums[0].new_zeros((students, outputs))] * self.bias
+        for part in record_blocks(records, 8 * students * positions * (width + outputs)):
+            scaled = self.outputs[:, part].double() * factors[:, part, None, None].double()
+            found = dense_sums(self.inputs[:, part].double(), scaled, bias=self.bias)
+            sums = [total + more for total, more in zip(sums, found, strict=True)]
+        return sums
+
+
+def _weighted(factors: Tensor, gradients: Tensor) -> Tensor:
+    """The weighted sum over the records of ``gradients`` ``[student, record, parameter]``, in float64."""
+    students, records, size = gradients.shape
+    total = gradients.new_zeros((students, 1, size), dtype=torch.float64)
+    for part in record_blocks(records, 8 * students * size):
+        total.baddbmm_(factors[:, None, part].double(), gradients[:, part].double())
+    return total.squeeze(1)
+
+
+def record_blocks(records: int, bytes_each: int) -> Iterator[slice]:
+    """The records in blocks whose doubles, ``bytes_each`` a record, stay in a cache."""
+    size = max(1, _DOUBLES_AT_ONCE // max(1, bytes_each))
+    return (slice(start, start + size) for start in range(0, records, size))
 
 
 def ghost_norms(inputs: Tensor, outputs: Tensor, *, bias: bool) -> Tensor:
@@ -128,7 +159,7 @@ def dense_book(inputs: Tensor, outputs: Tensor, *, bias: bool) -> Book:
 
 def gradient_norms(books: Sequence[Book]) -> Tensor:
     """L2 norms ``[student, record]`` of the per-example gradients over all layers."""
-    return torch.stack([book.squared_norms() for book in books]).sum(0).sqrt_()
+    return torch.stack([book.squared_norms().double() for book in books]).sum(0).sqrt_()
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:

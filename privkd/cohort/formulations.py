@@ -1,8 +1,8 @@
-"""The ways to compute a cohort's gradients, and which one a model can take."""
+"""The ways to compute a cohort's outputs and gradients."""
 
 import contextlib
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -15,7 +15,6 @@ from privkd.cohort.clipping import PerExample, beyond_clipping, clip_factors, gr
 from privkd.cohort.graph import Graph, UnsupportedError, graph_of
 from privkd.cohort.layers import Layer, Parameters
 from privkd.cohort.objective import Batch, Objective
-from privkd.frontend import Parted
 
 FormulationName = Literal["bookkeeping", "vmap", "loop"]
 _PROBE_RECORDS = 2
@@ -145,6 +144,9 @@ class Vmapped:
     ) -> Parameters:
         """See `Formulation.gradients`."""
 
+        # Layers that draw would draw for other records than theirs, which a record more or less shifts.
+        draws = "different" if clip_norm is None else "error"
+
         def loss(own: Parameters, rest: Parameters, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
             """Has the loss's gradient, not its value."""
             logits = self._logits({**rest, **own}, x)
@@ -152,7 +154,7 @@ class Vmapped:
 
         state = (dict(trained), dict(frozen))
         if clip_norm is None:
-            summed = vmap(grad(loss), randomness="different")
+            summed = vmap(grad(loss), randomness=draws)
             sums: Parameters = summed(*state, batch.inputs, batch.targets, batch.weights)
             return sums
         # Each record is a batch of one.
@@ -161,8 +163,8 @@ class Vmapped:
             batch.targets.unsqueeze(2),
             torch.ones_like(batch.weights[..., None]),
         )
-        each = vmap(grad(loss), in_dims=(None, None, 0, 0, 0), randomness="different")
-        gradients = vmap(each, randomness="different")(*state, *records)
+        each = vmap(grad(loss), in_dims=(None, None, 0, 0, 0), randomness=draws)
+        gradients = vmap(each, randomness=draws)(*state, *records)
         book = PerExample(tuple(gradients.values()))
         norms = gradient_norms([book])
         broken = beyond_clipping(norms, batch.weights)
@@ -176,41 +178,32 @@ class Vmapped:
         return out
 
 
-def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationName:
-    """How a cohort of ``model`` on inputs ``[record, *input_shape]`` is computed.
+def candidates(model: nn.Module, trained: Collection[str] | None = None) -> Iterator[Formulation]:
+    """The formulations that ``model`` may take, the fastest first; each is still to be proved.
 
-    ``bookkeeping`` is the fast program; ``vmap`` maps `torch.func` over any other model that allows it;
-    ``loop`` trains one student after another. A front end is computed once and by itself in all.
+    The model is in the mode in which it is to be computed. ``trained`` names the parameters in training, by
+    default all.
     """
-    parted = Parted.of(model)
-    features = parted.features(torch.zeros((1, *input_shape)))
-    chosen = choose(parted.rest, tuple(features.shape[1:]), training=True)
-    if chosen is None:
-        return "loop"
-    return "bookkeeping" if isinstance(chosen, BookKeeping) else "vmap"
-
-
-def choose(
-    model: nn.Module, input_shape: tuple[int, ...], *, training: bool, trained: Collection[str] | None = None
-) -> Formulation | None:
-    """The fastest formulation that agrees with ``model`` on made-up records; ``None`` for a loop.
-
-    ``trained`` names the parameters in training, by default all.
-    """
-    parameters = list(model.parameters())
-    if len({(p.dtype, p.device) for p in parameters}) != 1 or any(True for _ in model.buffers()):
-        return None
-    candidates: list[Formulation] = [Vmapped(copy.deepcopy(model).train(training))]
+    if len({(p.dtype, p.device) for p in model.parameters()}) != 1:
+        return
     with contextlib.suppress(UnsupportedError):
         graph = graph_of(model)
         if trained is None or not any(layer.is_split(trained) for layer in graph.layers):
-            candidates.insert(0, BookKeeping(graph))
-    probe = _Probe.of(model, input_shape)
-    return next((candidate for candidate in candidates if probe.agrees(candidate)), None)
+            yield BookKeeping(graph)
+    yield Vmapped(copy.deepcopy(model))
+
+
+def answering(model: nn.Module, input_shape: tuple[int, ...]) -> Formulation | None:
+    """The fastest formulation whose logits are those of ``model`` on made-up records; ``None`` for a loop."""
+    if any(True for _ in model.buffers()):
+        return None
+    probe = OutputProbe.of(model, input_shape)
+    found = candidates(copy.deepcopy(model).eval())
+    return next((candidate for candidate in found if probe.agrees(candidate)), None)
 
 
 @dataclass(frozen=True)
-class _Probe:
+class OutputProbe:
     """Two students' parameters, a few made-up records, and the model's own logits on them."""
 
     state: dict[str, Tensor]
@@ -218,7 +211,8 @@ class _Probe:
     logits: Tensor | None
 
     @staticmethod
-    def of(model: nn.Module, input_shape: tuple[int, ...]) -> "_Probe":
+    def of(model: nn.Module, input_shape: tuple[int, ...]) -> "OutputProbe":
+        """The probe of ``model`` in evaluation mode; without logits where it fails by itself."""
         twin = copy.deepcopy(model).eval()
         first = next(twin.parameters())
         state = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in twin.named_parameters()}
@@ -228,17 +222,18 @@ class _Probe:
             with torch.no_grad():
                 rows = [{name: both[i] for name, both in state.items()} for i in (0, 1)]
                 logits = [functional_call(twin, row, (x,)) for row, x in zip(rows, inputs, strict=True)]
-            return _Probe(state, inputs, torch.stack(logits))
+            return OutputProbe(state, inputs, torch.stack(logits))
         except Exception:  # a model that fails by itself is left to fail in the loop
-            return _Probe(state, inputs, None)
+            return OutputProbe(state, inputs, None)
 
     def agrees(self, candidate: Formulation) -> bool:
+        """Whether ``candidate`` gives the model's logits, and gradients of any kind."""
         if self.logits is None:
             return False
         batch = Batch(self.inputs, self.logits.softmax(-1), self.inputs.new_ones(self.inputs.shape[:2]))
         try:
             found = candidate.outputs(self.state, self.inputs)
-            candidate.gradients(self.state, {}, batch, Objective(0.5, 2.0), 1.0)
+            candidate.gradients(self.state, {}, batch, Objective(0.5, 2.0), None)
         except Exception:  # whatever a model raises here, another formulation takes it
             return False
         return found.shape == self.logits.shape and torch.allclose(found, self.logits, rtol=1e-4, atol=1e-5)

@@ -21,6 +21,7 @@ from privkd.cohort.clipping import (
     dense_sums,
     ghost_is_cheaper,
     ghost_norms,
+    record_blocks,
 )
 
 Parameters = Mapping[str, Tensor]
@@ -118,8 +119,7 @@ class Conv2d(Layer):
 
     def book(self, x: Activations, g: Activations) -> Book:
         """See `Layer.book`."""
-        images = x.images().flatten(0, 1).contiguous()
-        outputs = g.images().transpose(2, 3).flatten(2, 3).flatten(0, 1)
+        images, outputs = self.images_and_outputs(x, g)
         count, positions, channels = outputs.shape
         width, size = self.kernel[0] * self.kernel[1] * images.shape[3], (x.students, x.records)
         ghost = ghost_is_cheaper(positions=positions, inputs=width, outputs=channels)
@@ -128,7 +128,7 @@ class Conv2d(Layer):
         found = images.new_empty((count,) if ghost else (count, channels, width))
         for start in range(0, count, at_once):
             part = slice(start, start + at_once)
-            patches = self._patches(images[part], buffer)
+            patches = self.patches(images[part], buffer)
             if ghost:
                 found[part] = ghost_norms(patches, outputs[part], bias=self.bias is not None)
             else:
@@ -146,11 +146,18 @@ class Conv2d(Layer):
         ).unflatten(0, (x.students, -1))
         return [weight] if self.bias is None else [weight, g.tensor.sum((0, 2, 3)).view(x.students, -1)]
 
+    @staticmethod
+    def images_and_outputs(x: Activations, g: Activations) -> tuple[Tensor, Tensor]:
+        """Inputs ``[student * record, height, width, channel]``, contiguous, and output gradients
+        ``[student * record, column * row, channel]``."""
+        outputs = g.images().transpose(2, 3).flatten(2, 3).flatten(0, 1)
+        return x.images().flatten(0, 1).contiguous(), outputs
+
     def restore(self, weight: Tensor) -> Tensor:
         """A gradient ``[student, output, kernel * channel]`` in the shape of the module's weight."""
         return weight.unflatten(2, (*self.kernel, -1)).permute(0, 1, 4, 2, 3)
 
-    def _patches(self, images: Tensor, buffer: Tensor) -> Tensor:
+    def patches(self, images: Tensor, buffer: Tensor) -> Tensor:
         """The receptive field of every output, ``[image, column * row, kernel * channel]``, in ``buffer``.
 
         Takes contiguous images ``[image, height, width, channel]``.
@@ -203,9 +210,21 @@ class _GhostConv:
         return self.squared
 
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
-        students = self.outputs.students
-        scaled = self.outputs.tensor.unflatten(1, (students, -1)) * factors.t()[:, :, None, None, None]
-        return self.layer.sums(self.inputs, Activations(scaled.flatten(1, 2), students, folded=True))
+        layer, bias = self.layer, self.layer.bias is not None
+        images, outputs = layer.images_and_outputs(self.inputs, self.outputs)
+        students, records = factors.shape
+        images, outputs = images.unflatten(0, factors.shape), outputs.unflatten(0, factors.shape)
+        positions, channels = outputs.shape[2:]
+        width = layer.kernel[0] * layer.kernel[1] * images.shape[-1]
+        sums: list[Tensor] = []
+        for part in record_blocks(records, 8 * students * positions * (width + channels)):
+            some = images[:, part].flatten(0, 1)
+            patches = layer.patches(some, some.new_empty(len(some), positions, width))
+            scaled = outputs[:, part].double() * factors[:, part, None, None].double()
+            found = dense_sums(patches.view(students, -1, positions, width).double(), scaled, bias=bias)
+            sums = [total + more for total, more in zip(sums, found, strict=True)] if sums else found
+        weight, *rest = sums
+        return [layer.restore(weight), *rest]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,31 @@
 """How students of one architecture are trained: found once, kept for the next cohort of the same kind."""
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from privkd.cohort.architecture import Architecture
-from privkd.cohort.formulations import choose
+from privkd.architecture import Example
+from privkd.cohort.batches import Records
+from privkd.cohort.formulations import BookKeeping, FormulationName, OutputProbe, candidates
 from privkd.cohort.gradients import Footprint, Gradients
 from privkd.cohort.objective import Objective
-from privkd.cohort.weights import Weights
+from privkd.cohort.weights import Weights, views
+from privkd.frontend import Parted
+from privkd.proof import (
+    BATCHES,
+    Probe,
+    agree,
+    buffers_kept,
+    clipped,
+    gradients_alone,
+    keep_statistics,
+    one_hots,
+    perturbed,
+)
 
 _PROBE_RECORDS = 2
 _KEPT = 32
@@ -43,45 +56,136 @@ def plan_of(
     trained: frozenset[str],
     objective: Objective,
     clip_norm: float | None,
+    probe: Probe | None = None,
 ) -> Plan | None:
     """The fastest way to train students like ``model``; ``None`` if only one after another will do.
 
+    With a clip norm, the gradients are proved to be those of plain autograd, record by record and clipped, at
+    the weights of ``model`` and at perturbed ones.
+
     Args:
-        model: one of the students; only its architecture matters.
+        model: one of the students.
         input_shape: of one record.
         trained: names of the parameters in training.
         objective: the loss.
         clip_norm: of each record's gradient, or ``None`` without privacy.
+        probe: the records of the proof; made-up ones without it.
     """
-    example = _Example(Architecture.of(model), model)
+    example = Example.of(model)
     find = _found if example.architecture.by_value else _found.__wrapped__
-    return find(example, input_shape, trained, objective, clip_norm)
+    return find(example, input_shape, trained, objective, clip_norm, probe)
 
 
-@dataclass(frozen=True)
-class _Example:
-    """A model that stands for its architecture."""
+def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationName:
+    """How a cohort of ``model`` on inputs ``[record, *input_shape]`` is computed.
 
-    architecture: Architecture
-    model: nn.Module = field(compare=False)
+    ``bookkeeping`` is the fast program; ``vmap`` maps `torch.func` over any other model that allows it;
+    ``loop`` trains one student after another. A front end is computed once and by itself in all.
+    """
+    parted = Parted.of(model)
+    features = parted.features(torch.zeros((1, *input_shape)))
+    trained = frozenset(name for name, _ in parted.rest.named_parameters())
+    plan = plan_of(parted.rest, tuple(features.shape[1:]), trained, Objective(0.5, 2.0), 1.0)
+    if plan is None:
+        return "loop"
+    return "bookkeeping" if isinstance(plan.gradients.formulation, BookKeeping) else "vmap"
 
 
 @lru_cache(maxsize=_KEPT)
 def _found(
-    example: _Example,
+    example: Example,
     input_shape: tuple[int, ...],
     trained: frozenset[str],
     objective: Objective,
     clip_norm: float | None,
+    probe: Probe | None,
 ) -> Plan | None:
-    model = example.model
-    formulation = choose(model, input_shape, training=True, trained=trained) if trained else None
-    if formulation is None:
+    if not trained:
         return None
-    gradients = Gradients(formulation, objective, clip_norm, trained).with_frozen_part(model, input_shape)
-    weights = Weights.stack([model], trained)
-    blank = weights.trained.new_zeros((1, _PROBE_RECORDS, *input_shape))
-    twin = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        classes = int(twin(blank[0]).shape[-1])
-    return Plan(gradients, classes, gradients.footprint(weights, blank, classes))
+    model = copy.deepcopy(example.model).train()
+    keep_statistics(model, [p for name, p in model.named_parameters() if name in trained])
+    try:
+        with torch.no_grad(), buffers_kept(model):
+            blank = next(model.parameters()).new_zeros((1, _PROBE_RECORDS, *input_shape))
+            classes = int(copy.deepcopy(model).eval()(blank[0]).shape[-1])
+        if clip_norm is not None:
+            probe = probe or Probe.made_up(input_shape, classes, blank)
+        outputs = OutputProbe.of(model, input_shape)
+        for candidate in candidates(model, trained):
+            gradients = Gradients(candidate, objective, clip_norm, trained).with_frozen_part(
+                model, input_shape
+            )
+            if probe is None or clip_norm is None:
+                proved = not any(True for _ in model.buffers()) and outputs.agrees(candidate)
+            else:
+                proved = _is_proved(gradients, model, probe, clip_norm)
+            if proved:
+                weights = Weights.stack([model], trained)
+                return Plan(gradients, classes, gradients.footprint(weights, blank, classes))
+    except Exception:  # a model that fails by itself is left to fail in the loop
+        return None
+    return None
+
+
+def _is_proved(gradients: Gradients, model: nn.Module, probe: Probe, clip_norm: float) -> bool:
+    """Whether ``gradients`` are those of plain autograd on each record alone, clipped and added up.
+
+    Each record is chosen by itself and all together, in batches of two sizes and in several passes, clipped
+    and not, for two students at once whose records stand in opposite order.
+    """
+    students = (model, perturbed(model))
+    objective = gradients.objective
+    truths = [
+        gradients_alone(
+            student,
+            [p for name, p in student.named_parameters() if name in gradients.trained],
+            probe,
+            alpha=objective.alpha,
+            temperature=objective.temperature,
+        )
+        for student in students
+    ]
+    truth = torch.stack([truths[0], truths[1].flip(0)])
+    weights = Weights.stack(students, gradients.trained)
+    try:
+        records = gradients.features(weights, _both_ways(probe, objective))
+        largest = float(truth[truth.isfinite().all(-1)].norm(dim=-1).max())
+        return all(
+            _sums_agree(replace(gradients, clip_norm=clip), weights, records, truth, batch)
+            for clip in (clip_norm, 1e3 * largest + 1.0)
+            for batch in BATCHES
+        )
+    except Exception:  # whatever a model raises in this formulation, another takes it
+        return False
+
+
+def _both_ways(probe: Probe, objective: Objective) -> Records:
+    """The probe's records as those of two students, and in opposite order for the second."""
+    classes = probe.teacher_logits.shape[-1]
+    labels, logits = probe.labels.to(probe.inputs.device), probe.teacher_logits
+    targets = objective.targets(labels, logits, classes, torch.float32)
+    inputs = torch.cat([probe.inputs, probe.inputs.flip(0)])
+    return Records.of(inputs, torch.cat([targets, targets.flip(0)]), [len(labels)] * 2)
+
+
+def _sums_agree(
+    gradients: Gradients, weights: Weights, records: Records, truth: Tensor, batch: slice
+) -> bool:
+    """One batch of a proof; ``truth`` ``[student, record, parameter]``."""
+    assert gradients.clip_norm is not None
+    numbers = torch.arange(truth.shape[1])[batch]
+    index = records.index([numbers] * len(truth))
+    expected = torch.stack([clipped(each[batch], gradients.clip_norm) for each in truth])
+
+    def summed(chosen: Tensor, way: Gradients) -> Tensor:
+        sums = torch.zeros(weights.trained.shape, dtype=torch.float64)
+        of = chosen.expand(len(truth), -1).to(weights.trained)
+        way.write_to(views(sums, weights.trained_slots), weights, records, index, of)
+        return sums
+
+    *each, together = one_hots(len(numbers))
+    found = torch.stack([summed(chosen, gradients) for chosen in each], dim=1)
+    in_passes = replace(gradients, records_per_pass=2)
+    return all(agree(*pair) for pair in zip(found, expected, strict=True)) and all(
+        agree(summed(together, way), expected.sum(1)) for way in (gradients, in_passes)
+    )

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from privkd.cohort.architecture import same_architecture
+from privkd.architecture import same_architecture
 from privkd.cohort.batches import Records, joined
 from privkd.cohort.chunks import chunk_students, flushed_denormals, records_per_pass
 from privkd.cohort.objective import Objective
@@ -16,6 +16,7 @@ from privkd.cohort.weights import Weights
 from privkd.data.scenario import LabelledSet
 from privkd.errors import DataError, ModelError
 from privkd.frontend import Parted
+from privkd.proof import Probe
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,30 @@ class Students:
         objective: Objective,
         clip_norm: float | None,
         trained: Callable[[nn.Module], Sequence[nn.Parameter]],
+        probe: Probe | None = None,
     ) -> Plan | None:
-        """How to train the students as one program; ``None`` if their architecture allows none."""
-        if not self.models:
+        """How to train the students as one program; ``None`` if their architecture allows none.
+
+        ``probe``: records for the proof, as the whole students take them.
+        """
+        if not self.models or not _same_buffers(self.models):
             return None
         model = self.models[0]
+        if probe is not None and self.parted.front is not None:
+            probe = probe.through(self.parted.features)
         kept = {id(parameter) for parameter in trained(model)}
         names = frozenset(name for name, p in model.named_parameters() if id(p) in kept)
-        return plan_of(model, self.input_shape, names, objective, clip_norm)
+        return plan_of(model, self.input_shape, names, objective, clip_norm, probe)
+
+
+def _same_buffers(models: Sequence[nn.Module]) -> bool:
+    """Whether one model's buffers can stand for all: a cohort has parameters of each student alone."""
+    first = list(models[0].buffers())
+    return not first or all(
+        torch.equal(kept, other)
+        for model in models[1:]
+        for kept, other in zip(first, model.buffers(), strict=True)
+    )
 
 
 def in_chunks(

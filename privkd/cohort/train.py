@@ -15,7 +15,7 @@ from privkd.data.scenario import LabelledSet
 from privkd.fitting import check_finite
 from privkd.models import trained_parameters
 from privkd.randomness import Randomness
-from privkd.student import Mechanism, TailAverage, train_private, train_unprotected
+from privkd.student import Mechanism, TailAverage, full_precision, train_private, train_unprotected
 
 _DRAWN_AT_ONCE = 1 << 20
 """Records times steps for which samples are drawn in one go."""
@@ -64,13 +64,29 @@ def train_cohort(
         sources = [randomness[i] for i in chosen]
         return _train_privately(students.part(chosen), plan, mechanism, sources, report)
 
-    objective = Objective.of(mechanism.alpha, mechanism.temperature, teacher_logits)
-    plan = students.plan(objective, recipe.clip_norm, lambda m: trained_parameters(m, recipe.part))
-    if plan is None:
-        return [report.after(train_one(i)) for i in range(len(models))]
-    expected = {i: len(shard) * recipe.sampling_rate for i, shard in enumerate(shards)}
-    trained = in_chunks(train_chunk, students, plan, expected, memory_budget)
+    with full_precision():
+        plan = _private_plan(students, mechanism, teacher_logits)
+        if plan is None:
+            return [report.after(train_one(i)) for i in range(len(models))]
+        expected = {i: len(shard) * recipe.sampling_rate for i, shard in enumerate(shards)}
+        trained = in_chunks(train_chunk, students, plan, expected, memory_budget)
     return [trained[i] for i in range(len(models))]
+
+
+def is_vectorised(model: nn.Module, shard: LabelledSet, mechanism: Mechanism) -> bool:
+    """Whether `train_cohort` trains students like ``model``, on shards like this, as one program."""
+    students = Students.of([model], [shard], None, [None])
+    return _private_plan(students, mechanism, teacher_logits=()) is not None
+
+
+def _private_plan(students: Students, mechanism: Mechanism, teacher_logits: object | None) -> Plan | None:
+    recipe = mechanism.recipe
+    return students.plan(
+        Objective.of(mechanism.alpha, mechanism.temperature, teacher_logits),
+        recipe.clip_norm,
+        lambda m: trained_parameters(m, recipe.part),
+        mechanism.probe,
+    )
 
 
 def fit_cohort(
@@ -140,17 +156,18 @@ def _train_privately(
     optimizer = _optimizer(theta, recipe)
     average = TailAverage([theta], steps=recipe.steps, share=recipe.averaging)
     theta.grad = torch.empty_like(theta)
-    totals = views(theta.grad, weights.trained_slots)
-    normaliser = mechanism.expected_batch_size
-    noise_std = mechanism.noise_multiplier * recipe.clip_norm / normaliser
+    sums = torch.empty_like(theta, dtype=torch.float64)
+    totals = views(sums, weights.trained_slots)
+    noise_std = mechanism.noise_multiplier * recipe.clip_norm
     noise = torch.empty(theta.shape, dtype=torch.float64)
     for sample in _poisson_samples(randomness, records.counts, recipe):
         index, present = records.poisson(sample)
-        gradients.write_to(totals, weights, records, index, present / normaliser)
+        gradients.write_to(totals, weights, records, index, present)
         for row, source in zip(noise, randomness, strict=True):
             row.copy_(source.noise(len(row)))
         # In float64 and rounded once, so that no low bit betrays what the noise was added to.
-        theta.grad.copy_(noise.to(theta.device).mul_(noise_std).add_(theta.grad))
+        sums.add_(noise.to(theta.device), alpha=noise_std).div_(mechanism.expected_batch_size)
+        theta.grad.copy_(sums)
         optimizer.step()
         average.update([theta])
         report.advance(len(randomness))

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from privkd.cohort.architecture import PLAIN
+from privkd.architecture import PLAIN
 
 _TABLES = frozenset({dict, OrderedDict, set})
 _OWN_WAYS = (

@@ -1,9 +1,11 @@
-"""Which students can be trained as one program."""
+"""Which models differ in their weights alone: what is found out about one then holds for the others."""
 
+import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
@@ -42,6 +44,29 @@ class Architecture:
             ]
             parts.append((name, type(module), tuple(settings), tuple(tensors)))
         return Architecture(tuple(parts), not unclear)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model as a key: all models of the same architecture and the same weights are equal.
+
+    Attributes:
+        architecture: of the model.
+        weights: digest of its parameters and buffers.
+        model: one of them.
+    """
+
+    architecture: Architecture
+    weights: bytes
+    model: nn.Module = field(compare=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """``model`` as a key, for as long as nobody writes to it."""
+        digest = hashlib.sha256()
+        for tensor in (*model.parameters(), *model.buffers()):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return cls(Architecture.of(model), digest.digest(), model)
 
 
 def same_architecture(models: Sequence[nn.Module]) -> bool:
