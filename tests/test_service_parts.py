@@ -314,7 +314,7 @@ def test_small_noise_is_priced_above_the_gaussian_or_refused() -> None:
 
 @pytest.mark.slow
 def test_the_norm_check_lets_clipped_devices_pass() -> None:
-    """Three devices clipped to the norm; each is rejected with probability 1.6e-4."""
+    """Three devices clipped to the norm; each is rejected with probability 2^-40 at most."""
     answers = 100 * torch.randn(3, 100, 4, generator=torch.Generator().manual_seed(2))
     options = ServiceOptions(projections=256)
     with open_channel("secure", clip_norm=5.0, root=ROOT, services=options) as channel:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from privkd.errors import ChannelError
 from privkd.events import PartyId
 from privkd.secure.envelope import Header
+from privkd.secure.normcheck import MIN_PROJECTIONS
 from privkd.secure.party import PartyConfig
 from privkd.secure.terms import RoundTerms
 
@@ -43,6 +44,10 @@ def admit_terms(party: PartyConfig, terms: RoundTerms) -> None:
     if terms.needs_third_party and not party.third_party:
         what = "the norm check" if terms.projections else "a vote"
         raise RefusalError(409, f"{name}: {what} needs a third party, and this group has none")
+    if 0 < terms.projections < MIN_PROJECTIONS:
+        raise RefusalError(
+            403, f"{name}: {terms.projections} projections, a norm check takes {MIN_PROJECTIONS}"
+        )
     if limits.max_rho is not None:
         rho = terms.rho
         if rho is None or rho > Fraction(limits.max_rho) * _ROUNDING:
