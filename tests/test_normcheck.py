@@ -10,6 +10,7 @@ from scipy import stats
 
 from privkd.secure.cloud import PartyGroup
 from privkd.secure.device import prepare, seal_integers
+from privkd.secure.endpoint import RefusedError
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.local import LocalParties
 from privkd.secure.normcheck import (
@@ -204,3 +205,6 @@ def test_cheating_devices_are_named_and_the_round_goes_on(group: PartyGroup) -> 
     assert set(total.left_out) == set(blocks) - set(honest)
     assert all(why.endswith("rejected by the norm check") for why in total.left_out.values())
     np.testing.assert_array_equal(group.close(terms, deadline).integers, total.integers)
+    few = terms.model_copy(update={"round": 2, "projections": MIN_PROJECTIONS - 1})
+    with pytest.raises(RefusedError, match="28 projections, a norm check takes 29"):
+        group.open(few, deadline)
