@@ -19,7 +19,7 @@ from privkd.secure.device import prepare
 from privkd.secure.endpoint import RefusedError
 from privkd.secure.local import LocalParties
 from privkd.secure.service import Service
-from privkd.secure.terms import RoundTerms
+from privkd.secure.terms import RoundTerms, VoteTerms
 from privkd.secure.totals import DeviceTotals
 
 BOUND = 100_000
@@ -92,6 +92,13 @@ def test_a_journal_says_what_was_spent_whatever_the_limit_then_was() -> None:
     assert totals.beyond(["a", "b"], Fraction(2.1 * RHO)) == ["a"]
     free_round = story(4, free, "opened", "closed", "agreed")
     assert DeviceTotals.recalled(LIMIT, shared + free_round).beyond(["a", "b"], Fraction(0)) == ["a"]
+    vote = terms.model_copy(
+        update={"sigma2": "20", "votes": VoteTerms(classes=2, threshold=1, threshold_sigma2="20")}
+    )
+    voted = DeviceTotals.recalled(LIMIT, story(5, vote, "opened", "closed", "agreed"))
+    # Two queries, of 1/40 on the threshold and 1/40 on the votes each.
+    assert voted.beyond(["a"], Fraction(2, 10)) == []
+    assert voted.beyond(["a"], Fraction(21, 100)) == ["a"]
 
 
 # ---- among running services -------------------------------------------------------------------------
@@ -172,6 +179,32 @@ def test_attempts_that_came_to_nothing_cost_nothing(rig: Rig) -> None:
     for device in terms.roster:
         rig.put(prepare(block(0), terms, device))
     assert rig.close(terms).devices == ("late", "patient")
+
+
+def test_one_aggregator_with_a_limit_is_enough_and_an_abandoned_set_costs_nothing(tmp_path: Path) -> None:
+    """A set was agreed on and no share made of it; of the attempts after it the limit then admits three."""
+    with services_inside(tmp_path, limits={1: {"max_rho_total": LIMIT}}) as services:
+        group = PartyGroup([service.url for service in services])
+        rig = Rig(group, (), lambda rank: services[rank].party.directory)
+        terms = asked(rig, "victim", "made-up")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(services[0].rounds), "_share", _no_share)
+            with pytest.raises(RefusedError, match="no share"):
+                rig.close(terms)
+        assert rig.journal(1, "agreed", terms)
+        for endpoint in group.aggregators:
+            endpoint.request("POST", f"/v1/rounds/{terms.folder}/abandon", b"{}", deadline=soon())
+        for number in range(3):
+            assert "victim" in rig.close(asked(rig, "victim", f"company-{number}")).devices
+        last = rig.open(roster=("victim", "other", "third"), sigma2=SIGMA2, bound=BOUND)
+        uploads = uploads_of(last)
+        rig.put(uploads["victim"], 0)
+        with pytest.raises(RefusedError, match=BEYOND):
+            rig.put(uploads["victim"], 1)
+        for device in ("other", "third"):
+            rig.put(uploads[device])
+        assert rig.close(last).devices == ("other", "third")
+        group.disconnect()
 
 
 def test_without_a_limit_a_cloud_can_ask_for_ever(tmp_path: Path) -> None:
