@@ -16,8 +16,9 @@ for every block with ``|q| <= C``, dense or one-hot,
     P(sum_m (r q)^2 >= tau m C^2 / 2) <= exp(-(m / 2) (tau - 1 - ln tau)).
 
 ``tau(m)`` is where the right side is 2^-40 = 9.1e-13 (``FALSE_ALARM``), for each device and each attempt at a
-round. A plan under a device budget is refused where its rounds
-times that exceed a thousandth of delta, which leaves room for every attempt at a round.
+round. A plan under a device budget is refused where its rounds times that exceed a thousandth of delta: one
+attempt at each round adds less than that to delta, and even a thousand attempts at each, the most that there
+can be, add no more than delta itself.
 
 **A cheat is caught.** A dense block's sum follows the chi-square law with ``m`` degrees of freedom; that of
 a block of few entries spreads less about the same mean. A dense block passes with probability
