@@ -47,10 +47,15 @@ members = ["9f..", "07.."]    public keys by rank, the third party's last
 host, port, interface         of rank 0's rendezvous; this party's interface
 [tls]                         without it, loopback only
 certificate, key              of this service
-client_ca                     asks for client certificates; "cloud" opens and closes rounds
-[limits]                      minimum_devices, max_rho, request_seconds, start_seconds,
-                              step_seconds, hang_seconds, max_connections, max_upload_bytes,
-                              keep_rounds
+client_ca                     asks for client certificates; "cloud" opens and closes rounds;
+                              loopback only without it
+[limits]
+minimum_devices = 2           this party releases nothing over fewer
+max_rho                       most that a device pays in one round, in zCDP [no limit]
+max_rho_total                 most that it pays in all rounds of which this party makes a
+                              share, over restarts too [no limit]
+request_seconds, start_seconds, step_seconds, hang_seconds, max_connections,
+max_upload_bytes, keep_rounds
 """
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
-from privkd.secure.fixedpoint import FixedPoint, clip_rows, content_digest
+from privkd.secure.fixedpoint import FixedPoint, clip_rows, content_digest, finite_or_zero
 
 if TYPE_CHECKING:
     from privkd.secure.remote import ServiceOptions
@@ -73,12 +73,14 @@ class Channel(Protocol):
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
         """Send each device's block of ``answers`` ``[device, query, class]`` to the cloud.
 
-        Each block is one contribution, clipped in L2 to the channel's clip norm before any noise. Noise
-        is a function of the channel's root key, the round and what each device contributes, so a
-        repeated release is bit-identical, and different answers never meet the same noise.
+        Each block is one contribution, clipped in L2 to the channel's clip norm before any noise. A block
+        with a value that is not finite is sent as zeros, as the zeroed-out neighbour's is: neither an error
+        nor a name tells which device it was. Noise is a function of the channel's root key, the round and
+        what each device contributes, so a repeated release is bit-identical, and different answers never meet
+        the same noise.
 
         Raises:
-            ChannelError: a party failed, or an answer is not finite; nothing was released.
+            ChannelError: a party failed, or the blocks do not fit the devices; nothing was released.
         """
         ...
 
@@ -236,8 +238,10 @@ def noise_variance(bound: int, rho: float) -> Fraction:
 def contributions(answers: Tensor, devices: Sequence[PartyId], round: int) -> NDArray[np.float64]:
     """``answers`` ``[device, query, class]`` as finite blocks ``[device, entry]`` in float64.
 
+    A block with a value that is not finite becomes zeros; see ``Channel.release``.
+
     Raises:
-        ChannelError: wrong shape, no answers, devices that do not match, or an answer that is not finite.
+        ChannelError: wrong shape, no answers, or devices that do not match.
     """
     if answers.ndim != 3:
         raise ChannelError(f"answers of shape {tuple(answers.shape)}: expected [device, query, class]")
@@ -251,12 +255,7 @@ def contributions(answers: Tensor, devices: Sequence[PartyId], round: int) -> ND
         raise ChannelError("a device is named twice: each contributes one block a round")
     if round < 0:
         raise ChannelError(f"round={round}: expected 0 or more")
-    blocks = answers.detach().to("cpu", torch.float64).reshape(len(answers), -1).numpy()
-    finite = np.isfinite(blocks).all(axis=1)
-    if not finite.all():
-        broken = devices[int(np.flatnonzero(~finite)[0])]
-        raise ChannelError(f"{broken}: answers that are not finite; nothing was released")
-    return blocks
+    return finite_or_zero(answers.detach().to("cpu", torch.float64).reshape(len(answers), -1).numpy())
 
 
 def _float32(values: NDArray[np.float64]) -> Tensor:

@@ -9,11 +9,14 @@ from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
 from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
 from privkd.ledger import Budget
+from privkd.secure.normcheck import FALSE_ALARM
 from privkd.voting import VoteRule, affordable_queries, vote_rule
 
 _FEWEST_UNDER_NOISE, _MOST_UNDER_NOISE = 100, 1000
 _CLEAR = 0.17
 _BYTES_PER_ENTRY = 4
+_UNCHARGED = 1e-3
+"""Part of delta that the norm check may add to it without being charged."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
     """Calibrate the noise so that the whole run, all rounds together, stays within its budgets.
 
     Raises:
-        ConfigError: there is nothing to ask the students.
+        ConfigError: there is nothing to ask the students, or the norm check may name an honest device with a
+            probability that is not far below delta.
         BudgetError: no noise reaches the budget.
     """
     if facts.proxy == 0:
@@ -98,6 +102,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
         steps=recipe.steps * config.rounds,
     )
     rho = _rho(config)
+    _check_false_alarms(config, rho)
     record_event: PrivacyEvent = (
         DpSgd(multiplier, recipe.sampling_rate, recipe.steps)
         if multiplier > 0
@@ -145,6 +150,19 @@ def _rho(config: RunConfig) -> float | None:
     if epsilon is None or math.isinf(epsilon):
         return None
     return calibrate_rho(epsilon=epsilon, delta=config.privacy.delta, releases=config.rounds)
+
+
+def _check_false_alarms(config: RunConfig, rho: float | None) -> None:
+    """Raise `ConfigError` where the norm check's false alarms, which no charge covers, come near delta."""
+    if rho is None or not config.channel.norm_projections:
+        return
+    alarms = config.rounds * FALSE_ALARM
+    if alarms > _UNCHARGED * config.privacy.delta:
+        raise ConfigError(
+            f"privacy.delta={config.privacy.delta:g}: in {config.rounds} rounds the norm check may name an "
+            f"honest device with probability {alarms:.1e}, which no charge covers and is more than a "
+            "thousandth of delta: raise delta, or set channel.norm_projections=0"
+        )
 
 
 def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:

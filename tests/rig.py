@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -104,14 +104,19 @@ def sum_over(terms: RoundTerms, devices: tuple[str, ...]) -> Integers:
 
 
 @contextlib.contextmanager
-def services_inside(folder: Path, *, third_party: bool = False) -> Iterator[list[Service]]:
-    """Services in threads of this process, so that a test can strike their workers at a given step."""
+def services_inside(
+    folder: Path, *, third_party: bool = False, limits: Mapping[int, Mapping[str, object]] | None = None
+) -> Iterator[list[Service]]:
+    """Services in threads of this process, so that a test can strike their workers at a given step.
+
+    ``limits``: further ones, by rank.
+    """
     keys_command(KeysRequest(folder, 2, third_party, ("127.0.0.1",), 0, (), tls=False))
     services = []
     for rank in range(2 + third_party):
         party = load_party(folder / f"party-{rank}.toml")
-        limits = party.limits.model_copy(update={"hang_seconds": 3.0, "step_seconds": 60.0})
-        services.append(Service(party.model_copy(update={"limits": limits})))
+        own = {"hang_seconds": 3.0, "step_seconds": 60.0, **(limits or {}).get(rank, {})}
+        services.append(Service(party.model_copy(update={"limits": party.limits.model_copy(update=own)})))
     for service in services:
         threading.Thread(target=service.serve_forever, daemon=True).start()
     yield services

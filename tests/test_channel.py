@@ -144,10 +144,19 @@ def test_input_is_left_alone_and_may_require_grad(channel: Channel, answers: Ten
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_answers_that_are_not_finite_name_the_device(channel: Channel, answers: Tensor, value: float) -> None:
-    answers[3, 7, 1] = value
-    with pytest.raises(ChannelError, match=r"device-0003.*nothing was released"):
-        channel.release(answers, devices=DEVICES, round=0)
+def test_answers_that_are_not_finite_are_released_as_zeros(
+    channel: Channel, answers: Tensor, value: float
+) -> None:
+    """To the bit what the zeroed-out neighbour's release is: which of the two it was shows nowhere."""
+    zeroed, broken = answers.clone(), answers.double()
+    zeroed[3] = 0
+    broken[3, 7, 1] = value
+    before = broken.clone()
+    found = channel.release(broken, devices=DEVICES, round=0)
+    expected = channel.release(zeroed, devices=DEVICES, round=0)
+    assert torch.equal(found.answers, expected.answers)
+    assert (found.devices, found.noise_std) == (DEVICES, expected.noise_std)
+    assert torch.equal(broken.nan_to_num(7.0), before.nan_to_num(7.0)), "the caller's answers are left alone"
 
 
 def test_misfits_are_refused(channel: Channel, answers: Tensor) -> None:

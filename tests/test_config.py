@@ -63,6 +63,7 @@ LEAVES = leaves(RunConfig)
 OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
     "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, [1], ["cnn"],
+    32,
 )  # fmt: skip
 """For every setting, a value that it takes and that is not its default."""
 
@@ -186,6 +187,11 @@ class TestBadValues:
             ("privacy.delta=0", "privacy.delta=0: expected greater than 0"),
             ("rounds=0", "rounds=0: expected greater than or equal to 1"),
             ("rounds=2.5", "rounds=2.5: expected a valid integer"),
+            (
+                "channel.norm_projections=28",
+                "channel.norm_projections=28: too few to catch a device of three times the clip norm without "
+                "naming honest ones: take 29 to 256, or 0",
+            ),
             ("channel.aggregators=1", "channel.aggregators=1: expected greater than or equal to 2"),
             ("student.dp.sampling_rate=1.01", "student.dp.sampling_rate=1.01: expected less than"),
             ("student.alpha=1.5", "student.alpha=1.5: expected less than or equal to 1"),

@@ -216,6 +216,15 @@ class TestQueries:
             assert votes is not None
             assert votes.threshold == found
 
+    def test_false_alarms_of_the_norm_check_stay_far_below_delta(self) -> None:
+        """2^-40 a round: 10 rounds take a delta of 1000 times 9.1e-12 or more."""
+        checked = {"channel__norm_projections": 64, "privacy__device_epsilon": 8.0, "rounds": 10}
+        assert make_plan(config(privacy__delta=1e-8, **checked), FACTS).rho is not None
+        with pytest.raises(ConfigError, match=r"privacy\.delta=9e-09: in 10 rounds.* 9\.1e-12.*raise delta"):
+            make_plan(config(privacy__delta=9e-9, **checked), FACTS)
+        for free in ({"channel__norm_projections": 0}, {"privacy__device_epsilon": None}):
+            make_plan(config(privacy__delta=9e-9, **(checked | free)), FACTS)
+
     def test_an_empty_proxy_set_is_refused(self) -> None:
         empty = PublicFacts(devices=5, records_per_device=140, proxy=0, classes=10)
         with pytest.raises(ConfigError, match=r"proxy set is empty.*data\.proxy_records"):

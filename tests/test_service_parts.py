@@ -91,6 +91,22 @@ def test_bad_key_requests_leave_nothing_behind(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("listen", ["0.0.0.0:80", "10.0.0.5:8440", "aggregator.example:8440", "[::]:80"])
+def test_where_others_reach_it_a_party_asks_for_certificates(tmp_path: Path, listen: str) -> None:
+    """Else everybody could open and close rounds, whatever the encryption."""
+    make_keys(tmp_path)
+    path = tmp_path / "party-0.toml"
+    public = path.read_text().replace("127.0.0.1:0", listen)
+    path.write_text(public)
+    assert load_party(path).tls is not None
+    path.write_text(public.replace('client_ca = "ca.pem"', ""))
+    with pytest.raises(ConfigError, match=r"without tls\.client_ca anybody who reaches it") as caught:
+        load_party(path)
+    assert "\n" not in str(caught.value)
+    path.write_text(path.read_text().replace(listen, "127.0.0.1:0"))
+    assert load_party(path).tls is not None
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -314,7 +330,7 @@ def test_small_noise_is_priced_above_the_gaussian_or_refused() -> None:
 
 @pytest.mark.slow
 def test_the_norm_check_lets_clipped_devices_pass() -> None:
-    """Three devices clipped to the norm; each is rejected with probability 1.6e-4."""
+    """Three devices clipped to the norm; each is rejected with probability 2^-40 at most."""
     answers = 100 * torch.randn(3, 100, 4, generator=torch.Generator().manual_seed(2))
     options = ServiceOptions(projections=256)
     with open_channel("secure", clip_norm=5.0, root=ROOT, services=options) as channel:

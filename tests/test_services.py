@@ -4,6 +4,7 @@ In each: the released sum is exact over the agreed set, or nothing is released a
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from privkd.errors import ChannelError, ConfigError
 from privkd.secure import local as local_module
 from privkd.secure.cloud import PartyGroup
 from privkd.secure.device import Upload, prepare, relay, seal_integers, send
-from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError
+from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError, persistently
 from privkd.secure.envelope import packed
 from privkd.secure.local import LocalParties
 from privkd.secure.service import Service
@@ -171,11 +172,13 @@ def test_a_forged_envelope_in_its_name_does_not_harm_a_device(rig: Rig) -> None:
     np.testing.assert_array_equal(rig.close(terms).integers, sum_over(terms, terms.roster))
 
 
-def test_nan_is_not_sent_and_huge_answers_are_clipped(rig: Rig) -> None:
+def test_nan_is_sent_as_zeros_and_huge_answers_are_clipped(rig: Rig) -> None:
     terms = rig.open(bound=1000)
-    for value in (np.nan, np.inf):
-        with pytest.raises(ChannelError, match=r"device-0: answers that are not finite; nothing was sent"):
-            prepare(np.full(ENTRIES, value), terms, "device-0")
+    zeros = prepare(np.zeros(ENTRIES), terms, "device-0", b"e" * 32)
+    for value in (np.nan, np.inf, -np.inf):
+        broken = block(0).astype(np.float64)
+        broken[5] = value
+        assert prepare(broken, terms, "device-0", b"e" * 32) == zeros
     with pytest.raises(ChannelError, match="11 answers, but the round takes 12"):
         prepare(np.ones(11), terms, "device-0")
     huge = np.full(ENTRIES, -1e300)
@@ -248,6 +251,46 @@ def test_devices_noise_is_in_the_shares(rig: Rig) -> None:
         rig.put(prepare(np.zeros(4000), terms, device))
     residual = rig.close(terms).integers / np.sqrt(2 * 4_000_000)  # 4 devices, of which 2 would do
     assert abs((residual**2).sum() - 4000) < 5 * np.sqrt(2 * 4000)
+
+
+def test_a_session_s_name_is_never_used_twice_not_even_after_a_restart() -> None:
+    """At the third party too, whose triples would repeat under it."""
+
+    def join(rank: int, name: str, port: int | None = None) -> int:
+        body = json.dumps({"session": name, "port": port}).encode()
+        endpoint = endpoints[rank]
+        answer = persistently(lambda: endpoint.request("POST", "/v1/session", body, deadline=soon()), soon())
+        return int(json.loads(answer)["port"])
+
+    with LocalParties(2, limits=LIMITS, third_party=True) as parties:
+        endpoints = [Endpoint(url, parties.client_tls) for url in parties.urls]
+        port = join(0, "first")
+        assert join(0, "first") == port, "while its worker lives it is the same session"
+        for rank in (1, 2):
+            assert [join(rank, "first", port), join(rank, "first", port)] == [port] * 2
+        other = join(0, "second")
+        join(2, "second", other)
+        for rank in (0, 2):
+            with pytest.raises(RefusedError, match="the name of this session was used before"):
+                join(rank, "first", port)
+        for rank in range(3):
+            os.kill(parties.pids[rank], signal.SIGKILL)
+        for rank, name in [(0, "first"), (0, "second"), (1, "first"), (2, "first"), (2, "second")]:
+            with pytest.raises(RefusedError, match="the name of this session was used before"):
+                join(rank, name, port)
+        assert join(2, "third", port) == port
+        for endpoint in endpoints:
+            endpoint.close()
+
+
+def test_a_session_s_name_is_used_up_by_a_worker_that_died(inside: list[Service]) -> None:
+    seating = inside[0].rounds.seating
+    port = seating.join("once", None)
+    assert seating.join("once", None) == port
+    seating.stop()
+    with pytest.raises(ChannelError, match="the name of this session was used before"):
+        seating.join("once", None)
+    seating.join("again", None)
 
 
 # ---- faults of clients ------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_shares_of_two_sessions_are_never_put_together(rig: Rig) -> None:
 
 
 def test_a_device_that_stuffs_the_ballot_fails_the_norm_check(rig: Rig) -> None:
-    """Honest votes are as long as allowed: each is rejected with probability 1.6e-4 at 256 projections."""
+    """Honest votes are as long as allowed: each is rejected with probability 2^-40 at most."""
     votes = votes_of(5, 100, 4)
     votes[4] *= 3
     devices, queries, classes = votes.shape
@@ -301,6 +301,11 @@ def test_the_channel_releases_labels_and_its_price() -> None:
         assert torch.equal(release.answers.sum(-1) > 0, clear)
         assert torch.equal(release.answers[clear].argmax(-1), counts[clear].argmax(-1))
         assert release.noise_std == 0.0
+        broken, zeroed = votes.clone(), votes.clone()
+        broken[2, 3, 1], zeroed[2] = torch.nan, 0
+        found, expected = (channel.release(v, devices=devices, round=2) for v in (broken, zeroed))
+        assert torch.equal(found.answers, expected.answers)
+        assert found.devices == tuple(devices), "whoever cannot vote is not named"
         for bad, words in [(votes / 2, "not one-hot"), (votes[:, :9], "priced for 40"),
                            (1 - votes, "not one-hot")]:  # fmt: skip
             with pytest.raises(ChannelError, match=words):

@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
+
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
 _LARGEST = 10**9
 _LONGEST_WAIT = 86_400.0
@@ -239,8 +241,8 @@ class ChannelConfig(Settings):
         minimum_devices: fewest devices over which a sum is released. ``None``: all of them.
         noise_from: who adds the noise: each of the ``aggregators`` all of it, or each of the
             ``devices`` a part, such that ``minimum_devices`` of them make the whole.
-        norm_projections: random projections by which the parties check each device's norm;
-            needs a third party. 0: no check.
+        norm_projections: random projections by which the parties check each device's norm, at least 29, so
+            that a device of three times the clip norm is caught; needs a third party. 0: no check.
         dropout: share of the devices that fall silent in each round before they upload, drawn from the seed.
     """
 
@@ -260,8 +262,18 @@ class ChannelConfig(Settings):
     aggregator_keys: tuple[str, ...] = ()
     minimum_devices: Positive | None = None
     noise_from: Literal["aggregators", "devices"] = "aggregators"
-    norm_projections: Annotated[int, Field(ge=0, le=256)] = 0
+    norm_projections: Annotated[int, Field(ge=0, le=MAX_PROJECTIONS)] = 0
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+
+    @field_validator("norm_projections")
+    @classmethod
+    def _enough_projections(cls, projections: int) -> int:
+        if 0 < projections < MIN_PROJECTIONS:
+            raise ValueError(
+                "too few to catch a device of three times the clip norm without naming honest ones: "
+                f"take {MIN_PROJECTIONS} to {MAX_PROJECTIONS}, or 0"
+            )
+        return projections
 
     @property
     def through_services(self) -> bool:

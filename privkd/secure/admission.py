@@ -7,10 +7,10 @@ from fractions import Fraction
 from privkd.errors import ChannelError
 from privkd.events import PartyId
 from privkd.secure.envelope import Header
+from privkd.secure.normcheck import MIN_PROJECTIONS
 from privkd.secure.party import PartyConfig
 from privkd.secure.terms import RoundTerms
-
-_ROUNDING = Fraction(1 + 2**-40)
+from privkd.secure.totals import ROUNDING
 
 
 class RefusalError(ChannelError):
@@ -43,12 +43,14 @@ def admit_terms(party: PartyConfig, terms: RoundTerms) -> None:
     if terms.needs_third_party and not party.third_party:
         what = "the norm check" if terms.projections else "a vote"
         raise RefusalError(409, f"{name}: {what} needs a third party, and this group has none")
-    if limits.max_rho is not None:
-        rho = terms.rho
-        if rho is None or rho > Fraction(limits.max_rho) * _ROUNDING:
-            raise RefusalError(
-                403, f"{name}: less noise than this party's max_rho={limits.max_rho:g} asks for"
-            )
+    if 0 < terms.projections < MIN_PROJECTIONS:
+        raise RefusalError(
+            403, f"{name}: {terms.projections} projections, a norm check takes {MIN_PROJECTIONS}"
+        )
+    rho = terms.rho
+    for limit, most in (("max_rho", limits.max_rho), ("max_rho_total", limits.max_rho_total)):
+        if most is not None and (rho is None or rho > Fraction(most) * ROUNDING):
+            raise RefusalError(403, f"{name}: less noise than this party's {limit}={most:g} asks for")
 
 
 def admit_header(party: PartyConfig, roster: Container[PartyId], terms: RoundTerms, header: Header) -> None:

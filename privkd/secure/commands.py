@@ -67,6 +67,8 @@ def keys_command(request: KeysRequest) -> None:
     sys.stdout.write(
         f"{len(members)} parties in {request.out}: give each party its own party-N files"
         f"{' and ca.pem' if request.tls else ''}, then run `privkd aggregator --config party-N.toml` there\n"
+        "each party sets its own [limits] in party-N.toml: max_rho for a round, and max_rho_total for each "
+        "device over all rounds, without which a cloud can ask the same device for ever\n"
     )
 
 

@@ -16,7 +16,7 @@ from privkd.events import PartyId
 from privkd.noise import KEY_BYTES, NoiseRoot, discrete_gaussian
 from privkd.secure.endpoint import Endpoint, persistently
 from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, packed, seal
-from privkd.secure.fixedpoint import FixedPoint, content_digest
+from privkd.secure.fixedpoint import FixedPoint, content_digest, finite_or_zero
 from privkd.secure.shares import split
 from privkd.secure.terms import RoundTerms
 
@@ -71,8 +71,9 @@ def prepare(
 ) -> Upload:
     """A device's ``block`` of answers, of any shape with ``terms.entries`` entries, ready to be sent.
 
-    The block is clipped in L2 and truncated to integers of norm at most ``terms.bound``, exactly. Where the
-    devices add the noise, this one adds its share. What is drawn (shares, keys, noise) is a function of
+    The block is clipped in L2 and truncated to integers of norm at most ``terms.bound``, exactly. One with a
+    value that is not finite is sent as zeros, so that no device betrays itself by failing. Where the devices
+    add the noise, this one adds its share. What is drawn (shares, keys, noise) is a function of
     ``entropy``, round, device and content, so no two contents ever meet the same draw.
 
     Args:
@@ -82,14 +83,12 @@ def prepare(
         entropy: 32 secret bytes; fresh from the operating system unless given. Simulations give their own.
 
     Raises:
-        ChannelError: the block has another size, or an answer is not finite; nothing is sent.
+        ChannelError: the block has another size; nothing is sent.
     """
     values = np.asarray(block, np.float64).reshape(1, -1)
     if values.size != terms.entries:
         raise ChannelError(f"{device}: {values.size} answers, but the round takes {terms.entries}")
-    if not np.isfinite(values).all():
-        raise ChannelError(f"{device}: answers that are not finite; nothing was sent")
-    integers = FixedPoint(terms.fraction_bits, terms.bound).encode(values)[0]
+    integers = FixedPoint(terms.fraction_bits, terms.bound).encode(finite_or_zero(values))[0]
     return seal_integers(integers, terms, device, entropy)
 
 

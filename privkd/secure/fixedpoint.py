@@ -50,6 +50,15 @@ class FixedPoint:
         return np.ldexp(integers.astype(np.float64), -self.fraction_bits)
 
 
+def finite_or_zero(blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``blocks`` ``[device, entry]``, each with a value that is not finite as a block of zeros.
+
+    So whoever cannot answer contributes what it would zeroed out, and no device betrays itself by failing.
+    """
+    finite = np.isfinite(blocks).all(axis=1, keepdims=True)
+    return np.where(finite, blocks, 0.0)
+
+
 def clip_rows(rows: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
     """``rows`` ``[device, entry]``, each scaled down to L2 norm ``bound`` where it is longer.
 

@@ -23,6 +23,7 @@
     [limits]
     minimum_devices = 2               # this party releases nothing over fewer, whatever the cloud asks
     max_rho = 0.5                     # this party refuses rounds with less noise than this price
+    max_rho_total = 2.0               # most that each device may pay in all rounds together
     request_seconds = 30.0            # to read one request or write its answer
     start_seconds = 300.0             # for the worker to come up
     step_seconds = 120.0              # for one step of the worker
@@ -31,7 +32,10 @@
     max_upload_bytes = 67108864
     keep_rounds = 8                   # finished rounds whose sealed uploads are kept
 
-Without ``[tls]`` it listens on the loopback interface only. Every field is public but what the two key
+Without ``[tls]`` it listens on the loopback interface only, and elsewhere only with ``client_ca``, as
+anybody could open and close rounds otherwise. ``max_rho`` and ``max_rho_total`` are unlimited unless given;
+where one is, rounds without noise are refused. A total counts every round of which this party made a share
+(``privkd.secure.totals``). Every field is public but what the two key
 files hold.
 """
 
@@ -70,6 +74,7 @@ class LimitsConfig(Settings):
 
     minimum_devices: Positive = 2
     max_rho: PositiveFloat | None = None
+    max_rho_total: PositiveFloat | None = None
     request_seconds: PositiveFloat = 30.0
     start_seconds: PositiveFloat = 300.0
     step_seconds: PositiveFloat = 120.0
@@ -108,6 +113,11 @@ class PartyConfig(Settings):
         host, _ = self.address
         if self.tls is None and not _is_loopback(host):
             raise ValueError(f"listen={self.listen!r}: without [tls] only the loopback interface is allowed")
+        if self.tls is not None and self.tls.client_ca is None and not _is_loopback(host):
+            raise ValueError(
+                f"listen={self.listen!r}: without tls.client_ca anybody who reaches it could open and close "
+                "rounds; set client_ca, or listen on the loopback interface"
+            )
         return self
 
     @property

@@ -196,7 +196,8 @@ class ServiceChannel(ChannelBase):
         """
         blocks = contributions(answers, devices, round)
         roster = self._options.roster or tuple(devices)
-        request = self._request(answers, len(roster), self._minimum(roster, devices))
+        minimum = self._minimum(roster, devices)
+        request = self._request(blocks.reshape(answers.shape), len(roster), minimum)
         try:
             group = self._started()
             total = self._aggregate(group, blocks, devices, self._terms(group, roster, round, request))
@@ -215,7 +216,7 @@ class ServiceChannel(ChannelBase):
             self.event,
         )
 
-    def _request(self, answers: Tensor, roster: int, minimum: int) -> _Request:
+    def _request(self, answers: NDArray[np.float64], roster: int, minimum: int) -> _Request:
         _, queries, classes = answers.shape
         rule = self._options.votes
         if rule is not None:
@@ -300,8 +301,12 @@ def _spelt(variance: Fraction | None) -> str | None:
     return None if variance is None else str(variance)
 
 
-def _check_votes(answers: Tensor, rule: VoteRule) -> None:
+def _check_votes(answers: NDArray[np.float64], rule: VoteRule) -> None:
+    """Raise `ChannelError` unless every row of ``answers`` ``[device, query, class]`` is one-hot, but for the
+    blocks of zeros: those of devices whose answers were not finite."""
     if answers.shape[1] != rule.queries:
         raise ChannelError(f"{answers.shape[1]} queries, but the vote was priced for {rule.queries}")
-    if not (((answers == 0) | (answers == 1)).all() and (answers.sum(-1) == 1).all()):
+    silent = ~answers.any(axis=(1, 2))
+    one_hot = ((answers == 0) | (answers == 1)).all() and (answers[~silent].sum(-1) == 1).all()
+    if not one_hot:
         raise ChannelError("votes that are not one-hot; nothing was released")

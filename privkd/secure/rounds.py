@@ -11,11 +11,16 @@ makes the same sum or vote. A set that differs from the one in the journal is re
 A round that came to nothing may be attempted again, under fresh shares and fresh noise, once every attempt
 before is in the journal as abandoned. A party abandons nothing of which it has made its share, and makes no
 share of what it abandoned. So as long as one aggregator is honest, one attempt at most is ever released.
+
+Where the party has a ``max_rho_total``, the devices of an agreed set are charged the round's rho with that
+record of the journal, so before a share is made. Uploads of a device that has too little left are refused, so
+that it is left out at all aggregators; a set that holds one all the same is never released.
 """
 
 import threading
 import time
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 from privkd.errors import ChannelError, ConfigError
@@ -30,6 +35,7 @@ from privkd.secure.seating import Seating
 from privkd.secure.spool import RoundSpool, stored_rounds
 from privkd.secure.standing import Standing
 from privkd.secure.terms import RoundTerms, attempt_label, set_digest
+from privkd.secure.totals import DeviceTotals
 from privkd.secure.wire import Kind
 from privkd.secure.worker import Task, WorkerError, pack_identifiers, unpack_identifiers
 
@@ -64,6 +70,8 @@ class Rounds:
         self._abandoned: set[int] = set()
         for record in self._journal:
             self._recall(record)
+        self._totals = DeviceTotals.recalled(party.limits.max_rho_total, self._journal)
+        self._charging = threading.Lock()
         self._opening = threading.Lock()
 
     def _recall(self, record: dict[str, Any]) -> None:
@@ -139,7 +147,9 @@ class Rounds:
                 raise RefusalError(
                     409, f"{name}: this party's share of it was made, so it can only be completed"
                 )
-            self._record(label, "abandoned")
+            with self._charging:
+                self._record(label, "abandoned")
+                self._totals.refund(label)
             state.abandon()
             self._abandoned.add(label)
 
@@ -222,6 +232,10 @@ class Rounds:
                     raise RefusalError(409, f"{header.device}: round {terms.folder} is closed")
                 if terms.expires <= time.time():
                     raise RefusalError(410, f"{header.device}: round {terms.folder} has expired")
+                with self._charging:
+                    beyond = self._totals.beyond([header.device], terms.rho)
+                if beyond:
+                    raise RefusalError(403, self._too_dear(header.device, terms))
             try:
                 state.spool.add(header, envelope)
             except ChannelError as error:
@@ -306,14 +320,29 @@ class Rounds:
         if len(agreed) < terms.minimum:
             few = f"{len(agreed)} uploads agreed, fewer than {terms.minimum}"
             self._fail(state, f"round {terms.folder}: {few}; " + "; ".join(absent.values()))
-        self._record(terms.label, "agreed", set=digest, devices=devices, left_out=absent)
+        with self._charging:
+            beyond = self._totals.beyond(devices, terms.rho)
+            if beyond:
+                self._fail(state, self._too_dear(beyond[0], terms))
+            self._record(terms.label, "agreed", set=digest, devices=devices, left_out=absent)
+            self._totals.charge(terms.label, devices, terms.rho)
         state.agreed, state.devices, state.left_out = digest, devices, absent
+
+    def _too_dear(self, device: PartyId, terms: RoundTerms) -> str:
+        limit = f"max_rho_total={self._totals.limit:g}"
+        return f"{device}: round {terms.folder} would take it beyond this party's {limit}"
 
     def _share(self, state: Standing, session: str) -> bytes:
         """This party's post over the set in the journal."""
         terms = state.spool.terms
         if state.agreed is None:
             raise WorkerError(f"{self.party.name} has not agreed with the others yet")
+        if not state.shared:
+            # The limit may be lower than when the set was agreed on.
+            with self._charging:
+                beyond = self._totals.beyond(state.devices, Fraction(0))
+            if beyond:
+                self._fail(state, self._too_dear(beyond[0], terms))
         task = Task(str(state.spool.folder), terms.pack().decode(), tuple(state.devices))
         kind = Kind.SUM if terms.votes is None else Kind.VOTE
         share = self.seating.ask(session, kind, task.pack())

@@ -1,12 +1,20 @@
-"""The worker of one party, session after session: started, asked, and ended with the session."""
+"""The worker of one party, session after session: started, asked, and ended with the session.
+
+The parties' common streams, and so the third party's correlated randomness, are functions of their keys and
+the session's name. Under a name that was used before they would repeat, and mask other secrets than the first
+time. So every name is in ``sessions.jsonl`` before its worker starts, and none is taken twice: not after the
+worker died, and not after the service was started anew.
+"""
 
 import socket
 import threading
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from privkd.journal import Journal
 from privkd.secure.admission import RefusalError
 from privkd.secure.party import PartyConfig
+from privkd.secure.posts import session_mark
 from privkd.secure.wire import Frame, Kind
 from privkd.secure.worker import Worker, WorkerError, WorkerSetup
 
@@ -15,7 +23,13 @@ class Seating:
     """One party's place among the workers. Safe to call from many threads."""
 
     def __init__(self, party: PartyConfig, sealing_key: X25519PrivateKey, noise_key: bytes) -> None:
-        """Nothing is started yet."""
+        """Take up the names of the sessions so far; nothing is started yet.
+
+        Raises:
+            RunError: their journal is damaged.
+        """
+        self._sessions = Journal(party.directory / "sessions.jsonl")
+        self._used = {record["session"] for record in self._sessions}
         self._party = party
         self._sealing_key = sealing_key
         self._noise_key = noise_key
@@ -26,19 +40,23 @@ class Seating:
     def join(self, session: str, port: int | None) -> int:
         """Start a worker that joins the parties' ``session``; the port of its rendezvous.
 
-        A group of workers cannot be mended, so a new session ends the worker of the one before.
+        A group of workers cannot be mended, so a new session ends the worker of the one before. While the
+        worker lives, the same session again changes nothing.
 
         Args:
-            session: names the group of workers.
+            session: names the group of workers, and no other before or after.
             port: of rank 0's rendezvous; rank 0 itself needs none, and binds it.
 
         Raises:
-            RefusalError: the port is missing.
+            RefusalError: the name was used before, or the port is missing.
+            RunError: the name cannot be recorded.
             WorkerError: the worker cannot be started.
         """
         with self._changing:
             if self._worker is not None and self._worker.session == session and self._worker.alive:
                 return self._port
+            if session_mark(session).hex() in self._used:
+                raise RefusalError(409, "the name of this session was used before; take a new one")
             self._end()
             if self._party.rank == 0:
                 with self._bind() as listener:
@@ -61,6 +79,9 @@ class Seating:
             ) from error
 
     def _start(self, session: str, listener: socket.socket | None) -> Worker:
+        mark = session_mark(session).hex()
+        self._sessions.append({"session": mark})
+        self._used.add(mark)
         party = self._party
         setup = WorkerSetup(
             rank=party.rank,
