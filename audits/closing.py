@@ -1,131 +1,91 @@
-"""The audit that every training run ends with: canaries through the very mechanisms that it used.
+"""The audit that every training run ends with: canaries through the run itself.
 
-It meets what the run claims for a record and for a device with the worst case that the accountant assumes. It
-looks at clipping, sampling and noise, not at data or models, so it takes seconds; `audits.membership` attacks
-what the run really shows.
+It meets what the run claims for a record and for a device with the worst case that the accountant assumes,
+on the path that the run took: its students through the call that trained them (`audits.on_device`), their
+answers through the channel while it is open (`audits.on_channel`). It takes seconds, or a tenth of the run;
+`audits.membership` attacks what the run really shows.
 """
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from audits.gradient import (
-    LOUD,
-    DpSgdStep,
-    Scores,
-    bound_many_trials,
-    dirac_scores,
-    log_ratio,
-    one_by_one,
-)
+from audits.gradient import bound_many_trials
+from audits.on_channel import audit_releases
+from audits.on_device import audit_training
 from audits.processes import bound_canaries
-from audits.release import Floats, per_client, ring_mean
-from privkd.bounds import LowerBound
-from privkd.cohort import train_cohort
+from privkd.bounds import Audited, LowerBound
+from privkd.channel import ChannelBase
 from privkd.events import Unit
 from privkd.federation import Game
-from privkd.noise import NoiseRoot
 from privkd.progress import Progress
-from privkd.randomness import derive_seed, seeded_generator
+from privkd.randomness import derive_seed
+from privkd.state import State
 
 CONFIDENCE = 0.999
-"""Of all bounds of one run together: a sound run ends in an alarm with at most the rest."""
-_MOST, _MOST_ONE_BY_ONE, _FEWEST = 20_000, 5_000, 2_000
-"""Canaries; a long run has fewer, and a lower bound for it."""
-_STEPS = 1_000
-"""Of DP-SGD, beyond which a run is followed no longer."""
-_CANARY_STEPS, _CANARY_RELEASES = 2_000_000, 100_000
-_BLOCK, _DEVICES = 250, 500
-"""Orthogonal records in one student, orthogonal devices in one release of the secure channel."""
+"""Of all bounds of one run together. Its checks add `audits.on_device.FALSE_ALARM` each."""
+_SECONDS = 6.0
+"""For the channel's canaries."""
 
 
-def closing_audit(game: Game, progress: Progress) -> tuple[LowerBound, ...]:
-    """A lower bound for each unit that the run protects; see `LowerBound`.
+def closing_audit(game: Game, state: State, progress: Progress) -> Audited:
+    """A lower bound for each unit that the run protects, and checks of its mechanisms.
 
-    There is none for a unit without protection, for votes, and for noise that the devices add together.
+    There is no bound for a unit without protection, for votes, and for noise that the devices add together.
     Neighbouring relations are the ledger's: add or remove one record, zero out one device.
+
+    Args:
+        game: the run, its channel open.
+        state: its end; canary devices begin from students that are distilled from its teacher.
+        progress: told of the audit.
     """
-    progress.stage("audit: canaries through the run's own mechanisms")
+    progress.stage("audit: canaries through the run's own devices and channel")
     seed = derive_seed(game.config.seed, "audit", "closing")
-    plan, channel = game.plan, game.config.channel
-    counted = plan.rho is not None and plan.votes is None and channel.noise_from == "aggregators"
-    units = [Unit.RECORD] * (game.mechanism is not None) + [Unit.DEVICE] * counted
-    confidence = 1 - (1 - CONFIDENCE) / max(1, len(units))
-    bound = {Unit.RECORD: _record_bound, Unit.DEVICE: _device_bound}
-    return tuple(bound[unit](game, confidence, seed) for unit in units)
-
-
-def _record_bound(game: Game, confidence: float, seed: int) -> LowerBound:
-    plan = game.plan
-    scores = record_scores(game, seed)
-    epsilon = bound_many_trials(
-        scores, sampling_rate=plan.sampling_rate, delta=plan.delta, confidence=confidence, seed=seed
+    plan, settings = game.plan, game.config.channel
+    counted = plan.rho is not None and plan.votes is None and settings.noise_from == "aggregators"
+    records = game.mechanism is not None
+    confidence = 1 - (1 - CONFIDENCE) / max(1, records + counted)
+    found = []
+    if records:
+        found.append(_of_records(game, state, confidence, seed))
+    if counted:
+        found.append(_of_devices(game, confidence, seed))
+    return Audited(
+        tuple(bound for audited in found for bound in audited.bounds),
+        tuple(check for audited in found for check in audited.checks),
     )
-    return LowerBound(Unit.RECORD, epsilon, confidence, len(scores.values))
 
 
-def _device_bound(game: Game, confidence: float, seed: int) -> LowerBound:
-    plan = game.plan
-    scores = device_scores(game, seed)
-    epsilon = bound_canaries(scores, delta=plan.delta, confidence=confidence)
-    return LowerBound(Unit.DEVICE, epsilon, confidence, len(scores.values))
+def _of_records(game: Game, state: State, confidence: float, seed: int) -> Audited:
+    plan, student = game.plan, game.config.student
+    starts = game.public_students(state.teacher, round=state.round)
+    audit = audit_training(game, state.teacher, starts, seed)
+    epsilon = bound_many_trials(
+        audit.scores, sampling_rate=plan.sampling_rate, delta=plan.delta, confidence=confidence, seed=seed
+    )
+    part = {"all": "all layers", "last_block": "the last block", "head": "the head"}[student.dp.part]
+    kinds = "student" if len(starts) == 1 else f"{len(starts)} kinds of student"
+    path = (
+        f"the run's own {kinds}, {part} trained by engine {student.engine}, "
+        f"noise from {_SOURCES[game.config.privacy.noise]}"
+    )
+    return Audited(
+        (LowerBound(Unit.RECORD, epsilon, confidence, len(audit.scores.values), path),), audit.checks
+    )
 
 
-def record_scores(game: Game, seed: int) -> Scores:
-    """Orthogonal records through DP-SGD steps of the run's engine, as many as it took in all its rounds."""
-    mechanism, plan = game.mechanism, game.plan
-    assert mechanism is not None
-    steps = min(plan.steps * plan.rounds, _STEPS)
-    canaries = _affordable(_CANARY_STEPS, steps)
-    step: DpSgdStep = train_cohort
-    if game.config.student.engine == "opacus":
-        canaries, step = min(canaries, _MOST_ONE_BY_ONE), one_by_one
-    return dirac_scores(step, mechanism, steps, canaries=canaries, block=_BLOCK, seed=seed)
+_SOURCES = {"seeded": "the seed", "system": "the system's cryptographic source"}
 
 
-def _affordable(work: int, times: int) -> int:
-    return min(_MOST, max(_FEWEST, work // times))
-
-
-def device_scores(game: Game, seed: int) -> Scores:
-    """Devices whose answers are far too long, or zero, by a fair coin each, through all releases of the run.
-
-    Each is seen alone: its answers lie in an entry of their own. All aggregators but one tell the adversary
-    their noise.
-    """
-    canaries = _affordable(_CANARY_RELEASES, game.plan.rounds) // _DEVICES * _DEVICES
-    coins = torch.rand(canaries, generator=seeded_generator(seed, "coins")) < 0.5
-    released = _noised if game.config.channel.kind == "noised" else _summed
-    seen, spread = released(game, coins, NoiseRoot.from_seed(seed))
-    clip_norm = game.plan.clip_norm
-    ratios = log_ratio(seen / clip_norm, spread / clip_norm, 1.0).sum(axis=0)
-    return Scores(ratios, coins.numpy())
-
-
-def _noised(game: Game, coins: Tensor, root: NoiseRoot) -> tuple[Floats, float]:
-    """Each canary's noised entry ``[round, canary]``, and the noise's standard deviation."""
-    blocks = (coins * (LOUD * game.plan.clip_norm))[:, None, None, None].expand(-1, game.plan.rounds, 1, 1)
-    released = per_client(blocks, game.plan, root)
-    return released.answers[:, :, 0, 0].T, released.noise_std
-
-
-def _summed(game: Game, coins: Tensor, root: NoiseRoot) -> tuple[Floats, float]:
-    """The same out of sums over ``_DEVICES`` canaries each."""
-    plan, aggregators = game.plan, game.config.channel.aggregators
-    loud = torch.eye(_DEVICES) * (LOUD * plan.clip_norm)
-    spread, rounds = 0.0, []
-    for round in range(plan.rounds):
-        sums = []
-        for number, present in enumerate(coins.reshape(-1, _DEVICES)):
-            mean, noise_std = ring_mean(
-                (loud * present[:, None])[:, :, None],
-                plan.clip_norm,
-                plan.rho,
-                aggregators,
-                NoiseRoot(root.subkey("closing", round, number)),
-                colluding=aggregators - 1,
-            )
-            sums.append(mean[:, 0] * _DEVICES)
-            spread = noise_std * _DEVICES
-        rounds.append(np.concatenate(sums))
-    return np.stack(rounds), spread
+def _of_devices(game: Game, confidence: float, seed: int) -> Audited:
+    plan, settings = game.plan, game.config.channel
+    assert isinstance(game.channel, ChannelBase)
+    channel = game.channel.for_audit()
+    audit = audit_releases(channel, plan.rounds, seed, _SECONDS)
+    epsilon = bound_canaries(audit.scores, delta=plan.delta, confidence=confidence)
+    behind = ""
+    if settings.kind == "secure":
+        kept = settings.through_services and settings.aggregator_urls
+        told = "none of whose noise is known" if kept else "all but one of whose noise is known"
+        parties = "services" if settings.through_services else "processes"
+        behind = f", by its {settings.aggregators} {parties}, {told}"
+    path = f"the run's own {settings.kind} channel{behind}"
+    return Audited(
+        (LowerBound(Unit.DEVICE, epsilon, confidence, len(audit.scores.values), path),), audit.checks
+    )

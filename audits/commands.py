@@ -9,9 +9,10 @@ from audits.request import MembershipRequest
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.bounds import LowerBound
+    from privkd.bounds import Audited
     from privkd.federation import Game
     from privkd.progress import Progress
+    from privkd.state import State
 
 __all__ = [
     "MembershipRequest",
@@ -23,11 +24,11 @@ __all__ = [
 ]
 
 
-def closing_audit(game: "Game", progress: "Progress") -> "tuple[LowerBound, ...]":
+def closing_audit(game: "Game", state: "State", progress: "Progress") -> "Audited":
     """See `audits.closing`, which is loaded when it is called."""
     from audits.closing import closing_audit as audit
 
-    return audit(game, progress)
+    return audit(game, state, progress)
 
 
 def membership_command(run: Path | None, request: MembershipRequest, *, as_json: bool) -> None:
@@ -85,7 +86,8 @@ def mechanism_command(*, seed: int, as_json: bool) -> None:
     """Audit the channel and the DP-SGD step as they are installed, and print. Raises as above."""
     from audits.mechanism import audit_mechanisms
     from audits.report import mechanism_tree, print_mechanisms
-    from audits.verdict import raise_alarm, raise_failed
+    from audits.verdict import raise_alarm
+    from privkd.bounds import raise_failed
     from privkd.console import progress_on_stderr
 
     with progress_on_stderr() as progress:

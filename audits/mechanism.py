@@ -23,7 +23,7 @@ from audits.processes import (
     secure_channel,
 )
 from audits.release import Floats, ring_mean
-from audits.verdict import Check, Finding
+from audits.verdict import Finding
 from audits.worlds import (
     Bounded,
     DpSgdGame,
@@ -35,6 +35,7 @@ from audits.worlds import (
     observed,
 )
 from privkd.accounting import price
+from privkd.bounds import Check
 from privkd.channel import NoisedChannel
 from privkd.cohort import train_cohort
 from privkd.config import DpSgdConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from audits.estimators import FixedThreshold, epsilon_lower_bound, gaussian
 from audits.gradient import LOUD, Scores, log_ratio
-from audits.verdict import Check
+from privkd.bounds import Check
 from privkd.channel import Channel
 from privkd.noise import NoiseRoot
 from privkd.randomness import derive_seed, seeded_generator

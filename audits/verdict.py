@@ -77,29 +77,6 @@ class Finding:
         return replace(self, epsilon_upper=epsilon_upper)
 
 
-@dataclass(frozen=True)
-class Check:
-    """A yes-or-no question put to a running mechanism: its ``name``, whether it ``passed``, what was seen."""
-
-    name: str
-    passed: bool
-    seen: str
-
-
-def raise_failed(checks: Iterable[Check]) -> None:
-    """Do nothing, unless a check failed.
-
-    Raises:
-        AuditAlarm: it names the first that did.
-    """
-    for check in checks:
-        if not check.passed:
-            raise AuditAlarm(
-                f"the secure channel fails the check {check.name!r}: {check.seen}; do not release, the "
-                "mechanism is broken"
-            )
-
-
 def raise_alarm(findings: Iterable[Finding]) -> None:
     """Do nothing, unless a finding is an alarm.
 

@@ -1,7 +1,9 @@
 """What an audit proves of a run, to stand beside what the ledger promises."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from privkd.errors import AuditAlarm
 from privkd.events import Unit
 
 
@@ -9,14 +11,16 @@ from privkd.events import Unit
 class LowerBound:
     """What an audit of the run's mechanisms proves: that it spends at least ``epsilon`` on ``unit``.
 
-    It is wrong with probability ``1 - confidence`` at most, and rests on ``canaries`` trials; the delta and
-    the neighbouring relation are those of the ledger's statement for the unit.
+    It is wrong with probability ``1 - confidence`` at most, and rests on ``canaries`` trials, which took the
+    ``path`` named in words; the delta and the neighbouring relation are those of the ledger's statement for
+    the unit.
     """
 
     unit: Unit
     epsilon: float
     confidence: float
     canaries: int
+    path: str
 
     def alarm(self, epsilon_upper: float, delta: float) -> str | None:
         """The alarm in words, where the bound lies above the ledger's upper bound."""
@@ -24,6 +28,36 @@ class LowerBound:
             return None
         words = crossed(self.unit, self.epsilon, epsilon_upper, confidence=self.confidence, delta=delta)
         return f"canaries through the run's own mechanism: {words}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A yes-or-no question put to a running mechanism: its ``name``, whether it ``passed``, what was seen."""
+
+    name: str
+    passed: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What the audit of a run came to: lower ``bounds`` by unit, and ``checks`` of its mechanisms."""
+
+    bounds: tuple[LowerBound, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+def raise_failed(checks: Iterable[Check]) -> None:
+    """Do nothing, unless a check failed.
+
+    Raises:
+        AuditAlarm: it names the first that did.
+    """
+    for check in checks:
+        if not check.passed:
+            raise AuditAlarm(
+                f"the check {check.name!r} fails: {check.seen}; do not release, the mechanism is broken"
+            )
 
 
 def crossed(unit: Unit, lower: float, upper: float, *, confidence: float, delta: float) -> str:

@@ -84,6 +84,10 @@ class Channel(Protocol):
         """
         ...
 
+    def for_audit(self) -> "ChannelBase":
+        """The same channel, by the same parties, for devices and rounds that are not the run's."""
+        ...
+
     def close(self) -> None:
         """Stop whatever stands behind the channel. Idempotent."""
         ...
@@ -114,6 +118,23 @@ class ChannelBase(ABC):
     @abstractmethod
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
         """Send each device's block of ``answers`` to the cloud; see ``Channel.release``."""
+
+    def colluders_noise(self) -> NDArray[np.float64]:
+        """What all parties but one added to the last release, as they could tell an adversary.
+
+        In the units of the release, ``[entry]``; zeros where one party adds all of the noise, or where the
+        parties' keys are not this process's own.
+        """
+        return np.zeros(1)
+
+    @property
+    def unknown_noise(self) -> float:
+        """How many times the price's own variance is left in a release to whom `colluders_noise` is told."""
+        return 1.0
+
+    def for_audit(self) -> "ChannelBase":
+        """The same channel, by the same parties, for devices and rounds that are not the run's."""
+        return self
 
     def start(self) -> None:  # noqa: B027  nothing stands behind a channel unless it says so
         """Begin to set up whatever stands behind the channel, without waiting for it. Idempotent."""

@@ -13,8 +13,7 @@ from privkd.errors import ConfigError
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.federation import Game
-    from privkd.result import ClosingAudit
+    from privkd.federation import ClosingAudit, Game
     from privkd.store import RunFolder
 
 

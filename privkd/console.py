@@ -203,7 +203,15 @@ def _lower_bounds(result: Result) -> list[Text]:
     trials = " and ".join(f"{bound.canaries:,} per {bound.unit}" for bound in result.lower_bounds)
     confidence = f"{100 * result.lower_bounds[0].confidence:.4g} %"
     words = f"At least: canaries through the run's own mechanisms, {trials}; confidence {confidence} each."
-    return [Text(words, style="dim")]
+    paths = "; ".join(f"per {bound.unit} {bound.path}" for bound in result.lower_bounds)
+    passed = sum(check.passed for check in result.checks)
+    checks = f"{passed} of {len(result.checks)} checks of them passed."
+    failed = [f"Check failed: {c.name} ({c.seen})" for c in result.checks if not c.passed]
+    return [
+        Text(words, style="dim"),
+        Text(f"Their path: {paths}. {checks}", style="dim"),
+        *(Text(line, style="bold red") for line in failed),
+    ]
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -8,14 +8,17 @@ overspent stops the run before it starts.
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privkd.bounds import Audited
 from privkd.channel import Channel, PlainChannel, Release, open_channel
 from privkd.config import ModelConfig, RunConfig
 from privkd.controls import Controls, mean_accuracy, measure_controls, personal_accuracy
@@ -24,7 +27,7 @@ from privkd.data import build_scenario
 from privkd.data.scenario import LabelledSet, Scenario
 from privkd.events import PartyId, PrivacyEvent, Unit
 from privkd.fitting import accuracy, logits_of
-from privkd.fleet import Fleet
+from privkd.fleet import Fleet, RandomnessOf
 from privkd.hardware import torch_device
 from privkd.ledger import Charge, Ledger
 from privkd.models import build
@@ -76,10 +79,27 @@ class Run:
     controls: Controls
     ledger: Ledger
     test: LabelledSet
+    audited: Audited
 
 
-def run(game: "Game", folder: RunFolder, progress: Progress, *, resumed: bool = False) -> Run:
-    """Play all rounds of ``game`` in ``folder``, from the last committed one where ``resumed``.
+ClosingAudit: TypeAlias = Callable[["Game", State, Progress], Audited]
+"""Audits a run that is about to end, while its channel is open."""
+
+
+def no_audit(game: "Game", state: State, progress: Progress) -> Audited:
+    """Leave the audit to others."""
+    return Audited()
+
+
+def run(
+    game: "Game",
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    resumed: bool = False,
+    audit: ClosingAudit = no_audit,
+) -> Run:
+    """Play all rounds of ``game`` in ``folder``, from the last committed one where ``resumed``, and audit it.
 
     Raises:
         InputError: other data than the run began with; nothing was spent.
@@ -96,19 +116,22 @@ def run(game: "Game", folder: RunFolder, progress: Progress, *, resumed: bool = 
     )
     game = replace(game, ledger=ledger, progress=progress)
     state = load_state(folder, record, game.blank()[0]) if record.rounds else None
-    if state is None or state.round < game.plan.rounds:
-        state = _play_on(game, folder, state)
+    with _opened(game, folder) as game:
+        if state is None or state.round < game.plan.rounds:
+            state = _play_on(game, folder, state)
+        with seeded_layers(config.seed, "audit"):
+            audited = audit(game, state, progress)
     with seeded_layers(config.seed, "finish"):
-        finished = game.finish(state)
+        finished = game.finish(state, audited)
     folder.forget_secrets()
     return finished
 
 
-def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
-    """The rounds that are left, each committed before the next."""
+@contextmanager
+def _opened(game: "Game", folder: RunFolder) -> Iterator["Game"]:
+    """``game`` with the channel and the noise of the run in ``folder``."""
     config, plan = game.config, game.plan
     root = noise_root(config, folder)
-    check_same_records(folder, game.scenario, root)
     with open_channel(
         config.channel.kind,
         clip_norm=plan.clip_norm,
@@ -118,19 +141,25 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
         deadline=config.channel.deadline,
         services=service_options(config, folder, game.fleet.names, plan.votes),
     ) as channel:
-        channel.start()
-        game = replace(game, channel=channel, root=root)
-        if state is None:
-            with seeded_layers(config.seed, "begin"):
-                state = game.begin()
-            commit(folder, state, game.ledger.head)
-        elif config.student.start == "own":
-            published = load_teachers(folder, saved(folder), game.blank()[0])[: state.round]
-            state = replace(state, students=game.students_after(published))
-        for round in range(state.round, plan.rounds):
-            with seeded_layers(config.seed, "round", round):
-                state = game.play(state)
-            commit(folder, state, game.ledger.head)
+        yield replace(game, channel=channel, root=root)
+
+
+def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
+    """The rounds that are left, each committed before the next."""
+    config, plan = game.config, game.plan
+    check_same_records(folder, game.scenario, game.root)
+    game.channel.start()
+    if state is None:
+        with seeded_layers(config.seed, "begin"):
+            state = game.begin()
+        commit(folder, state, game.ledger.head)
+    elif config.student.start == "own":
+        published = load_teachers(folder, saved(folder), game.blank()[0])[: state.round]
+        state = replace(state, students=game.students_after(published))
+    for round in range(state.round, plan.rounds):
+        with seeded_layers(config.seed, "round", round):
+            state = game.play(state)
+        commit(folder, state, game.ledger.head)
     return state
 
 
@@ -164,6 +193,9 @@ class Game:
     root: NoiseRoot
     progress: Progress
     probe: Probe
+    _distilled: dict[int, tuple[nn.Module, list[nn.Module]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def begin(self) -> State:
         """Train the teacher on public data, and distil a first student from it."""
@@ -222,7 +254,7 @@ class Game:
             starts,
             targets,
             mechanism,
-            lambda name: self._randomness(name, round),
+            self.randomness_of(round),
             lambda done: self.progress.advance(done, total),
         )
 
@@ -284,7 +316,7 @@ class Game:
         absorbed = absorb(state.teacher, targets, self.data, reverse, batches())
         return absorbed, state.zero_devices.after(targets.queries, self.data, reverse, batches)
 
-    def finish(self, state: State) -> Run:
+    def finish(self, state: State, audited: Audited) -> Run:
         """Measure the controls beside the finished rounds."""
         _, fresh = self.blank()
         controls = (
@@ -309,6 +341,7 @@ class Game:
             controls=controls,
             ledger=self.ledger,
             test=self.scenario.test,
+            audited=audited,
         )
 
     def blank(self) -> tuple[nn.Module, list[nn.Module]]:
@@ -369,9 +402,15 @@ class Game:
         return [self._build(model, "student", number) for number, model in enumerate(models)]
 
     def public_students(self, teacher: nn.Module, *, round: int) -> list[nn.Module]:
-        """A student of each architecture, distilled on public data from the ``teacher`` of ``round``."""
+        """A student of each architecture, distilled on public data from the ``teacher`` of ``round``.
+
+        The last ones are kept for who asks again; they are nobody's to write to.
+        """
+        known = self._distilled.get(round)
+        if known is not None and known[0] is teacher:
+            return list(known[1])
         with seeded_layers(self.config.seed, "distil", round):
-            return [
+            students = [
                 distil_public(
                     student,
                     teacher,
@@ -382,9 +421,16 @@ class Game:
                 )
                 for number, student in enumerate(self._fresh_students())
             ]
+        self._distilled.clear()
+        self._distilled[round] = (teacher, students)
+        return list(students)
 
     def _debit(self, unit: Unit, event: PrivacyEvent, round: int) -> None:
         self.ledger.debit_all([Charge(unit, name, event, round) for name in self.fleet.names])
+
+    def randomness_of(self, round: int) -> RandomnessOf:
+        """Each device's source of samples, noise and layers' draws in ``round``, by the device's name."""
+        return lambda device: self._randomness(device, round)
 
     def _randomness(self, device: PartyId, round: int) -> Randomness:
         if self.config.privacy.noise == "system":

@@ -1,7 +1,7 @@
 """Ordinary training without DP: on public data, and on devices of runs that ask for no protection."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -96,16 +96,25 @@ def check_finite(model: nn.Module, name: str, learning_rate: float) -> None:
         raise TrainingError(f"{name} diverged in training at learning rate {learning_rate:g}: lower it")
 
 
-@torch.no_grad()
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """The model's logits ``[record, class]`` in evaluation mode, in bounded batches."""
-    if not len(inputs):
-        empty: Tensor = copy.deepcopy(model).eval()(inputs)
-        return empty
+    return logits_of_each(model, [inputs])[0]
+
+
+@torch.no_grad()
+def logits_of_each(model: nn.Module, sets: Sequence[Tensor]) -> list[Tensor]:
+    """`logits_of` for several sets of inputs, each by itself."""
     parted = Parted.of(model)
-    answering, features = quick_layout(parted.rest).eval(), parted.features(inputs)
-    batch = max(1, _NUMBERS_AT_ONCE // max(1, features[0].numel()))
-    return torch.cat([answering(part) for part in features.split(batch)])
+    answering = quick_layout(parted.rest).eval()
+    found = []
+    for inputs in sets:
+        if not len(inputs):
+            found.append(copy.deepcopy(model).eval()(inputs))
+            continue
+        features = parted.features(inputs)
+        batch = max(1, _NUMBERS_AT_ONCE // max(1, features[0].numel()))
+        found.append(torch.cat([answering(part) for part in features.split(batch)]))
+    return found
 
 
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:

@@ -11,7 +11,7 @@ from privkd.cohort import cohort_answers, fit_cohort, group_by_architecture, is_
 from privkd.config import FitConfig, StudentConfig
 from privkd.data.scenario import Device, LabelledSet
 from privkd.events import PartyId
-from privkd.fitting import check_finite, logits_of
+from privkd.fitting import check_finite, logits_of, logits_of_each
 from privkd.randomness import Randomness, seeded_generator
 from privkd.student import Mechanism, fastest_mode, train_private, train_unprotected
 
@@ -65,7 +65,7 @@ class Fleet:
         ``alpha`` is 0, so that no student learns from them."""
         if not self.config.alpha:
             return None
-        return [logits_of(teacher, shard.inputs) for shard in self.shards]
+        return logits_of_each(teacher, [shard.inputs for shard in self.shards])
 
     def goes_one_by_one(self, students: Sequence[nn.Module], mechanism: Mechanism) -> bool:
         """Whether some student can only be trained by plain autograd, one record after the other."""

@@ -3,19 +3,18 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from privkd.bounds import LowerBound
+from privkd.bounds import Check, LowerBound, raise_failed
 from privkd.config import RunConfig
 from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.delivery import deliver
 from privkd.errors import AuditAlarm
 from privkd.events import Unit
-from privkd.federation import Game, Run, open_game, run
+from privkd.federation import ClosingAudit, Game, Run, no_audit, open_game, run
 from privkd.latency import latencies_ms
 from privkd.ledger import Statement
 from privkd.models import parameter_count
@@ -61,15 +60,6 @@ class StudentResult:
     parameters: int
 
 
-ClosingAudit: TypeAlias = Callable[[Game, Progress], tuple[LowerBound, ...]]
-"""Audits a run that is about to end."""
-
-
-def no_audit(game: Game, progress: Progress) -> tuple[LowerBound, ...]:
-    """Leave the audit to others."""
-    return ()
-
-
 @dataclass(frozen=True)
 class TestSet:
     """The global test set: how many ``records``, and the SHA-256 of their inputs and labels."""
@@ -82,7 +72,8 @@ class TestSet:
 class Result:
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
-    The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited.
+    The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited, and
+    ``checks`` what was asked of its mechanisms beside them.
     """
 
     run: str
@@ -93,6 +84,7 @@ class Result:
     student: StudentResult
     ledger: tuple[Statement, ...]
     lower_bounds: tuple[LowerBound, ...]
+    checks: tuple[Check, ...]
     rounds: tuple[RoundFigures, ...]
     noise: str
     seconds: float
@@ -118,21 +110,21 @@ def train(
     """
     start = time.monotonic()
     game = game or open_game(config)
-    finished = run(game, folder, progress, resumed=resumed)
+    finished = run(game, folder, progress, resumed=resumed, audit=audit)
     left_with = _delivered(game, folder, finished.state, progress)
-    lower_bounds = audit(game, progress)
-    result = _result(finished, left_with, lower_bounds, config, folder.path, start)
+    result = _result(finished, left_with, config, folder.path, start)
     folder.write_json("result.json", result_tree(result))
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
     return result
 
 
 def raise_crossed(result: Result) -> None:
-    """Do nothing, unless a lower bound lies above the ledger's upper bound.
+    """Do nothing, unless a lower bound lies above the ledger's upper bound, or a check failed.
 
     Raises:
-        AuditAlarm: it names the unit and both bounds.
+        AuditAlarm: it names the unit and both bounds, or the check.
     """
+    raise_failed(result.checks)
     for statement in result.ledger:
         bound = result.lower_bound(statement.unit)
         alarm = bound and bound.alarm(statement.epsilon.high, statement.delta)
@@ -178,7 +170,6 @@ def _delivered(game: Game, folder: RunFolder, state: State, progress: Progress) 
 def _result(
     finished: Run,
     left_with: _LeftWith,
-    lower_bounds: tuple[LowerBound, ...],
     config: RunConfig,
     path: Path,
     start: float,
@@ -214,7 +205,8 @@ def _result(
         teacher=teacher,
         student=student,
         ledger=finished.ledger.statement(),
-        lower_bounds=lower_bounds,
+        lower_bounds=finished.audited.bounds,
+        checks=finished.audited.checks,
         rounds=figures,
         noise=config.privacy.noise,
         seconds=time.monotonic() - start,
@@ -232,6 +224,7 @@ def _statement_tree(statement: Statement, lower_bound: LowerBound | None) -> dic
         "epsilon": lower_bound.epsilon,
         "confidence": lower_bound.confidence,
         "canaries": lower_bound.canaries,
+        "path": lower_bound.path,
     }
     return {
         "epsilon": statement.epsilon.high,

@@ -102,7 +102,7 @@ def _closing(facts: RunFacts) -> tuple[str, ...]:
     return tuple(
         f"{bound.canaries:,} canaries through the run's own mechanism show that epsilon is at least "
         f"{bound.epsilon:.2f} per {bound.unit} ({100 * bound.confidence:.4g} % confidence)."
-        for bound in facts.closing
+        for bound in facts.closing.bounds
     )
 
 

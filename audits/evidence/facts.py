@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from audits.intervals import Interval, difference
 from audits.verdict import Finding, Verdict
-from privkd.bounds import LowerBound
+from privkd.bounds import Audited, LowerBound
 from privkd.config import RunConfig
 from privkd.events import PrivacyEvent, Unit
 from privkd.ledger import Statement
@@ -223,7 +223,7 @@ class RunFacts:
         charges: the ledger by unit and round.
         accuracies: ``None`` for an unfinished run, or one older than the count of its test records.
         finished: whether all rounds were played and the result written.
-        closing: lower bounds from the audit that the run ended with.
+        closing: lower bounds and checks from the audit that the run ended with.
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
         exports: the students that were exported.
         versions: of what computed the run, by name.
@@ -239,7 +239,7 @@ class RunFacts:
     charges: tuple[ChargeFacts, ...]
     accuracies: Accuracies | None
     finished: bool
-    closing: tuple[LowerBound, ...]
+    closing: Audited
     membership: MembershipFacts | None
     reconstruction: ReconstructionFacts | None
     exports: tuple[ExportFacts, ...]
@@ -263,7 +263,7 @@ class RunFacts:
 
     def lower_bound(self, unit: Unit) -> LowerBound | None:
         """What the closing audit proves of one unit."""
-        return next((bound for bound in self.closing if bound.unit is unit), None)
+        return next((bound for bound in self.closing.bounds if bound.unit is unit), None)
 
     @property
     def alarms(self) -> tuple[Finding | RebuiltFacts, ...]:
@@ -283,7 +283,12 @@ class RunFacts:
         """Each alarm in one sentence."""
         bounds = [(self.lower_bound(row.unit), row) for row in self.statements]
         crossed = [bound.alarm(row.epsilon.high, row.delta) for bound, row in bounds if bound]
-        return (*filter(None, crossed), *(_in_words(alarm) for alarm in self.alarms))
+        failed = [f"{check.name}: {check.seen}" for check in self.closing.checks if not check.passed]
+        return (
+            *filter(None, crossed),
+            *(f"the audit of the run's own mechanism refutes that {words}" for words in failed),
+            *(_in_words(alarm) for alarm in self.alarms),
+        )
 
     @property
     def standing(self) -> Standing:

@@ -24,7 +24,7 @@ from audits.evidence.parsing import count, number, read_json, well_formed
 from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
 from audits.intervals import Interval, share
 from audits.verdict import Finding, Refused
-from privkd.bounds import LowerBound
+from privkd.bounds import Audited, Check, LowerBound
 from privkd.charges import decode_charge
 from privkd.config import load_config
 from privkd.errors import RunError
@@ -142,14 +142,24 @@ def _result(path: Path, journal: tuple[Mapping[str, Any], ...]) -> Mapping[str, 
         return dict(read_json(path / "result.json"))
 
 
-def _closing(path: Path, tree: Mapping[str, Any]) -> tuple[LowerBound, ...]:
+def _closing(path: Path, tree: Mapping[str, Any]) -> Audited:
     with well_formed(path / "result.json"):
         units = {Unit(name): row.get("lower_bound") for name, row in tree.get("ledger", {}).items()}
-        return tuple(
-            LowerBound(unit, number(row["epsilon"]), number(row["confidence"]), count(row["canaries"]))
+        bounds = tuple(
+            LowerBound(
+                unit,
+                number(row["epsilon"]),
+                number(row["confidence"]),
+                count(row["canaries"]),
+                str(row.get("path", "a stand-in of the run's mechanisms")),
+            )
             for unit, row in units.items()
             if row
         )
+        checks = tuple(
+            Check(str(row["name"]), row["passed"] is True, str(row["seen"])) for row in tree.get("checks", ())
+        )
+        return Audited(bounds, checks)
 
 
 def _accuracies(path: Path, tree: Mapping[str, Any]) -> Accuracies | None:

@@ -121,8 +121,12 @@ def _copied_setting(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _is_ordinary(kind: type[nn.Module]) -> bool:
-    """Whether the class leaves it to `torch.nn.Module` how it is copied and put in evaluation mode."""
-    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _OWN_WAYS)
+    """Whether the class leaves it to `torch.nn.Module` how it is copied and put in evaluation mode.
+
+    torch's own layers may say how an old pickle is read, which no copy is.
+    """
+    ways = set(_OWN_WAYS) - ({"__setstate__"} if kind.__module__.startswith("torch.nn.") else set())
+    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in ways)
 
 
 def _rows(models: Sequence[nn.Module], slots: Sequence[Slot]) -> Tensor:

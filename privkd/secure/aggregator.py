@@ -14,7 +14,9 @@ import socket
 from collections.abc import Iterable
 from functools import partial
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
 from privkd.events import PartyId
@@ -34,6 +36,14 @@ def agreed_digest(notice: RoundNotice, identifiers: Iterable[bytes]) -> bytes:
     for identifier in sorted(identifiers):
         digest.update(identifier)
     return digest.digest()
+
+
+def party_noise(root: NoiseRoot, notice: RoundNotice, digest: bytes) -> NDArray[np.int64] | None:
+    """What the party whose key is ``root`` adds to a round's agreed set ``[entry]``; or none."""
+    if notice.variance is None:
+        return None
+    stream = root.stream("aggregator", notice.round, digest)
+    return discrete_gaussian(notice.variance, notice.entries, stream)
 
 
 class Aggregator:
@@ -91,10 +101,7 @@ class Aggregator:
             )
         digest = agreed_digest(notice, agreed)
         shares = [held[identifier].expand(notice.entries) for identifier in sorted(agreed)]
-        noise = None
-        if notice.variance is not None:
-            stream = self._noise_root.stream("aggregator", notice.round, digest)
-            noise = discrete_gaussian(notice.variance, notice.entries, stream)
+        noise = party_noise(self._noise_root, notice, digest)
         self._notice, self._uploads = None, {}
         return SharePost(digest, self._backend.noisy_sum(shares, noise))
 

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,14 +15,23 @@ from privkd.channel import ChannelBase, Release, contributions, noise_variance
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.noise import NoiseRoot
-from privkd.secure.aggregator import agreed_digest
+from privkd.secure.aggregator import agreed_digest, party_noise
 from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, seal, upload_identifier
 from privkd.secure.fixedpoint import FixedPoint, content_digest
-from privkd.secure.parties import Session
+from privkd.secure.parties import Session, party_key
 from privkd.secure.shares import fitting_encoding, reconstruct, split
 from privkd.secure.wire import Frame, Kind, RoundNotice, SharePost
 
 _MAX_AGGREGATORS = 16
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What all parties know of a release: its notice, the digest of the agreed set, and how many devices."""
+
+    notice: RoundNotice
+    digest: bytes
+    devices: int
 
 
 class SecureChannel(ChannelBase):
@@ -71,6 +81,7 @@ class SecureChannel(ChannelBase):
         self._deadline = deadline
         self._start_deadline = start_deadline
         self._session: Session | None = None
+        self._last: _Told | None = None
 
     @property
     def event(self) -> PrivacyEvent:
@@ -89,6 +100,16 @@ class SecureChannel(ChannelBase):
         if self._session is not None:
             self._session.stop()
             self._session = None
+
+    def colluders_noise(self) -> NDArray[np.float64]:
+        """See `ChannelBase.colluders_noise`."""
+        if self._last is None or self._last.notice.variance is None:
+            return np.zeros(1)
+        notice, told = self._last.notice, np.zeros(self._last.notice.entries)
+        for rank in range(1, self.aggregators):
+            noise = party_noise(NoiseRoot(party_key(self._root, rank)), notice, self._last.digest)
+            told += 0 if noise is None else noise
+        return np.ldexp(told, -notice.fraction_bits) / self._last.devices
 
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
         """Send the mean of the devices' blocks of ``answers`` to the cloud; see ``Channel.release``.
@@ -158,6 +179,7 @@ class SecureChannel(ChannelBase):
         for party, post in zip(session.parties, posts, strict=True):
             if post.agreed != expected or len(post.share) != notice.entries:
                 raise ChannelError(f"{party.name} posted a share of another round or set")
+        self._last = _Told(notice, expected, len(devices))
         return reconstruct([post.share for post in posts])
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from privkd.errors import ChannelError, ConfigError
 from privkd.events import PartyId
 from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError, persistently
-from privkd.secure.posts import combine
+from privkd.secure.posts import agreed_in, combine
 from privkd.secure.terms import MAX_ATTEMPTS, RoundTerms
 
 _ATTEMPT_SECONDS = 15.0
@@ -28,11 +28,13 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Total:
     """A release: over which devices, why others were left out, and the noisy sum, or the vote's one-hot rows,
-    as integers ``[entry]``."""
+    as integers ``[entry]``; ``agreed`` is the digest of its set, under the round's name ``round``."""
 
     devices: tuple[PartyId, ...]
     left_out: Mapping[PartyId, str]
     integers: NDArray[np.int64]
+    agreed: bytes
+    round: int
 
 
 class PartyGroup:
@@ -135,8 +137,8 @@ class PartyGroup:
         failure: ChannelError | None = None
         while time.monotonic() < deadline:
             try:
-                integers = combine(terms, self._shares(terms, deadline))
-                return self._attributed(terms, integers, deadline)
+                posts = self._shares(terms, deadline)
+                return self._attributed(terms, combine(terms, posts), agreed_in(posts[0]), deadline)
             except UnreachableError as error:
                 failure = error
                 time.sleep(_PAUSE)
@@ -165,7 +167,9 @@ class PartyGroup:
         with contextlib.suppress(UnreachableError):
             self.gather(deadline)
 
-    def _attributed(self, terms: RoundTerms, integers: NDArray[np.int64], deadline: float) -> Total:
+    def _attributed(
+        self, terms: RoundTerms, integers: NDArray[np.int64], agreed: str, deadline: float
+    ) -> Total:
         path = f"/v1/rounds/{terms.folder}"
         found = self._each(self.aggregators, lambda e: _status(e, path, deadline))
         if len({tuple(status["devices"]) for status in found}) != 1:
@@ -178,7 +182,7 @@ class PartyGroup:
                 for device, why in status["left_out"].items()
                 if device not in left_out or not why.endswith(": no upload")
             }
-        return Total(tuple(found[0]["devices"]), left_out, integers)
+        return Total(tuple(found[0]["devices"]), left_out, integers, bytes.fromhex(agreed), terms.round)
 
     def standing(self, terms: RoundTerms, deadline: float) -> RoundTerms:
         """The terms under which a round goes on: those of the attempt that is on, or else of a new one.

@@ -55,6 +55,11 @@ class Party:
             raise ChannelError(obituary([self])) from None
 
 
+def party_key(root: NoiseRoot, rank: int) -> bytes:
+    """The noise key of the aggregator ``rank``, where one process makes them all."""
+    return root.subkey("aggregator", rank)
+
+
 class Session:
     """``parties`` running aggregators. Whatever goes wrong raises ``ChannelError``; the caller then stops it.
 
@@ -72,8 +77,7 @@ class Session:
             for rank in range(parties):
                 party = spawn(rank, listener if rank == 0 else None, _MODULE)
                 self.parties.append(party)
-                noise_key = root.subkey("aggregator", rank).hex()
-                setup = Setup(rank, parties, port, noise_key)
+                setup = Setup(rank, parties, port, party_key(root, rank).hex())
                 party.send(Frame(Kind.SETUP, setup.pack()), time.monotonic() + _PING_SECONDS)
         self._public_keys: list[bytes] = []
 

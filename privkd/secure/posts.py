@@ -7,16 +7,30 @@ and may be made apart; those of a vote fit together only if one session made the
 
 import hashlib
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
+from privkd.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.shares import reconstruct
 from privkd.secure.terms import RoundTerms
 
 _DIGEST = 32
 _WORD = 4
+
+
+def service_noise(
+    root: NoiseRoot, purpose: str, round: int, digest: bytes, variance: Fraction | None, count: int
+) -> NDArray[np.int64] | None:
+    """What the party whose key is ``root`` adds for one ``purpose`` to a round's agreed set, ``[count]``.
+
+    A function of its arguments: a re-run over the same set repeats it. ``None`` without a ``variance``.
+    """
+    if variance is None:
+        return None
+    return discrete_gaussian(variance, count, root.stream(purpose, round, digest))
 
 
 def sum_post(digest: bytes, share: NDArray[np.uint32]) -> bytes:

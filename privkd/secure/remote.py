@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,8 @@ from privkd.secure.device import prepare, relay
 from privkd.secure.endpoint import ClientTls, RefusedError
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.local import LocalParties
+from privkd.secure.parties import party_key
+from privkd.secure.posts import service_noise
 from privkd.secure.shares import fitting_encoding
 from privkd.secure.splits import distributed_variance
 from privkd.secure.terms import RoundTerms, VoteTerms
@@ -136,6 +138,7 @@ class ServiceChannel(ChannelBase):
         self._deadline = deadline
         self._group: PartyGroup | None = None
         self._local: LocalParties | None = None
+        self._last: tuple[Total, _Request] | None = None
         if options.urls:
             PartyGroup(options.urls, options.tls, pins=options.pins).disconnect()
 
@@ -158,7 +161,7 @@ class ServiceChannel(ChannelBase):
         if not urls:
             third_party = self._needs_third_party
             members = range(self.aggregators + third_party)
-            keys = tuple(self._root.subkey("aggregator", rank) for rank in members)
+            keys = tuple(party_key(self._root, rank) for rank in members)
             limits = {"step_seconds": self._deadline, "minimum_devices": 1}
             self._local = LocalParties(
                 self.aggregators, third_party=third_party, limits=limits, noise_keys=keys
@@ -178,6 +181,40 @@ class ServiceChannel(ChannelBase):
     @property
     def _needs_third_party(self) -> bool:
         return self._options.projections > 0 or self._options.votes is not None
+
+    def for_audit(self) -> "ServiceChannel":
+        """See `ChannelBase.for_audit`: the same services, asked for rounds of another name and any roster.
+
+        Not to be closed; it ends with this one.
+        """
+        options = replace(self._options, run=self._options.run + b" audit", roster=(), minimum=None)
+        twin = ServiceChannel(
+            self.clip_norm,
+            self.rho,
+            self._root,
+            options,
+            aggregators=self.aggregators,
+            deadline=self._deadline,
+        )
+        twin._group = self._started()
+        return twin
+
+    @property
+    def unknown_noise(self) -> float:
+        """See `ChannelBase.unknown_noise`: running services keep their keys to themselves."""
+        return float(self.aggregators) if self._options.urls else 1.0
+
+    def colluders_noise(self) -> NDArray[np.float64]:
+        """See `ChannelBase.colluders_noise`."""
+        if self._last is None or self._options.urls:
+            return np.zeros(1)
+        total, request = self._last
+        told = np.zeros(request.entries)
+        for rank in range(1, self.aggregators):
+            root = NoiseRoot(party_key(self._root, rank))
+            noise = service_noise(root, "service", total.round, total.agreed, request.sigma2, request.entries)
+            told += 0 if noise is None else noise
+        return np.ldexp(told, -request.encoding.fraction_bits) / len(total.devices)
 
     def close(self) -> None:
         """End the local services; running ones go on. Idempotent."""
@@ -204,6 +241,7 @@ class ServiceChannel(ChannelBase):
         except BaseException:
             self.close()
             raise
+        self._last = (total, request)
         if request.votes is not None:
             outcome, noise_std = total.integers.astype(np.float64), 0.0
         else:

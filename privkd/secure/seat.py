@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
 from privkd.events import PartyId
-from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.noise import NoiseRoot
 from privkd.secure.aggregator import identifiers_in
 from privkd.secure.backend import Backend
 from privkd.secure.csprng import PartyKeys
 from privkd.secure.envelope import unseal
 from privkd.secure.normcheck import NormTest, challenge_key, project, rows
-from privkd.secure.posts import sum_post, vote_post
+from privkd.secure.posts import service_noise, sum_post, vote_post
 from privkd.secure.serving import Step, serve
 from privkd.secure.shares import to_ring
 from privkd.secure.spool import spooled
@@ -107,9 +107,7 @@ class Seat:
         self, purpose: str, terms: RoundTerms, digest: bytes, variance: Fraction | None, count: int
     ) -> NDArray[np.int64] | None:
         """What this party adds, ``[count]``: a re-run over the same set repeats it."""
-        if variance is None:
-            return None
-        return discrete_gaussian(variance, count, self._noise_root.stream(purpose, terms.round, digest))
+        return service_noise(self._noise_root, purpose, terms.round, digest, variance, count)
 
     def _partial_sums(self, task: Task, terms: RoundTerms) -> tuple[list[bytes], list[NDArray[np.uint32]]]:
         """The uploads' identifiers, and their shares ``[entry]``, summed by the chunk.

@@ -1,0 +1,156 @@
+"""Worst-case devices through the very channel that a run opened: its processes, or its services.
+
+A device's block is far too long and lies along one entry, or is zero, by a fair coin. The adversary sees
+every release, knows all other coins, and has been told the noise of all aggregators but one. Neighbouring
+relation: zero out one device's whole contribution, the number of devices public.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import ndtri
+from torch import Tensor
+
+from audits.gradient import LOUD, Scores, log_ratio
+from audits.on_device import mean_square
+from privkd.bounds import Check
+from privkd.channel import ChannelBase
+from privkd.randomness import seeded_generator
+
+Floats: TypeAlias = NDArray[np.float64]
+
+FALSE_ALARM = 1e-6
+"""Of all checks of one audit together: a sound channel fails one with at most this probability."""
+_TOGETHER = 100
+"""Canary devices in one release, each with an entry of its own."""
+_MOST, _FEWEST = 20_000, 400
+
+
+@dataclass(frozen=True)
+class ReleaseAudit:
+    """What came out: scores of the canary devices, and checks of the sum and of its noise."""
+
+    scores: Scores
+    checks: tuple[Check, ...]
+
+
+def audit_releases(channel: ChannelBase, rounds: int, seed: int, seconds: float) -> ReleaseAudit:
+    """Play the game on as many canary devices as about ``seconds`` allow.
+
+    Args:
+        channel: as opened by the run, with noise.
+        rounds: that the run took; a device plays all of them with one coin.
+        seed: of the coins.
+        seconds: to be spent; at least a few hundred devices are played however long they take.
+    """
+    assert channel.rho is not None
+    generator, start, trials = seeded_generator(seed, "audit", "device coins"), time.monotonic(), 0
+    played: list[_Group] = []
+    while trials < _FEWEST or (trials < _MOST and time.monotonic() - start < seconds):
+        coins = torch.rand(_TOGETHER, generator=generator) < 0.5
+        played.append(_play(channel, coins, len(played), max(2, rounds)))
+        trials += _TOGETHER
+    inside = np.concatenate([group.inside for group in played])
+    spread = math.sqrt(channel.unknown_noise / (2 * channel.rho))
+    values = np.concatenate([group.left for group in played], axis=1)[:rounds]
+    scores = Scores(log_ratio(values, spread, 1.0).sum(axis=0), inside)
+    noise = np.concatenate([group.noise for group in played], axis=1)
+    return ReleaseAudit(scores, (*_noise_checks(noise, FALSE_ALARM / 4), _repeated(channel)))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One group of canary devices.
+
+    Attributes:
+        inside: whose block was not zero, bool ``[device]``.
+        left: what each device's entry holds for the adversary, in clip norms, ``[round, device]``.
+        noise: what it holds beside its device's clipped block, in standard deviations of the claim, likewise.
+    """
+
+    inside: NDArray[np.bool_]
+    left: Floats
+    noise: Floats
+
+
+def _play(channel: ChannelBase, coins: Tensor, group: int, rounds: int) -> _Group:
+    names = [f"audit-{group:04d}-{number:04d}" for number in range(len(coins))]
+    blocks = torch.diag(coins * (LOUD * channel.clip_norm))
+    left, noise = [], []
+    for round in range(rounds):
+        seen, told, variance = released(channel, blocks, names, group * rounds + round)
+        left.append(seen - told)
+        noise.append((seen - coins.numpy()) / math.sqrt(variance / (2 * (channel.rho or 0))))
+    return _Group(coins.numpy(), np.stack(left), np.stack(noise))
+
+
+def released(
+    channel: ChannelBase, blocks: Tensor, names: Sequence[str], round: int
+) -> tuple[Floats, Floats, float]:
+    """One release of ``blocks`` ``[device, device]``, each device's own entry in clip norms ``[device]``.
+
+    Returns:
+        The entries as released; of these the colluders' noise; and the claimed variance of all noise, in
+        that of the price.
+    """
+    release = channel.release(blocks[:, :, None], devices=names, round=round)
+    answers, scale = release.answers.double().numpy(), channel.clip_norm
+    if answers.ndim == 3:
+        return np.diagonal(answers[:, :, 0]) / scale, np.zeros(len(names)), 1.0
+    count = len(release.devices)
+    told = channel.colluders_noise() * count / scale
+    parties = getattr(channel, "aggregators", 1)
+    return answers[:, 0] * count / scale, np.broadcast_to(told, (len(names),)), float(parties)
+
+
+def _noise_checks(noise: Floats, false_alarm: float) -> list[Check]:
+    """The noise's size ``[round, device]``, and whether rounds or devices share some of it."""
+    checks = []
+    ratio, low, high = mean_square(noise, false_alarm)
+    checks.append(
+        Check(
+            "the channel's noise has the claimed variance",
+            low <= ratio <= high,
+            f"{ratio:.4f} of it over {noise.size:,} draws; {low:.3f} to {high:.3f} is within chance",
+        )
+    )
+    ratio, _, high = mean_square(noise.mean(axis=0) * math.sqrt(len(noise)), false_alarm)
+    checks.append(
+        Check(
+            "the channel's noise is fresh in every round",
+            ratio <= high,
+            f"the mean's variance is {ratio:.4f} of fresh noise's; up to {high:.3f} is within chance",
+        )
+    )
+    most = float(-ndtri(false_alarm / (2 * len(noise))))
+    largest = float(np.abs(noise.mean(axis=1) * math.sqrt(noise.shape[1])).max())
+    checks.append(
+        Check(
+            "the channel's noise is fresh for every device",
+            largest <= most,
+            f"their mean is {largest:.2f} standard deviations off; up to {most:.2f} is within chance",
+        )
+    )
+    return checks
+
+
+def _repeated(channel: ChannelBase) -> Check:
+    """Whether a round that is asked again for other blocks meets other noise."""
+    names = [f"audit-again-{number:04d}" for number in range(_TOGETHER)]
+    loud = torch.eye(_TOGETHER) * (LOUD * channel.clip_norm)
+    first, _, variance = released(channel, loud, names, 1 << 20)
+    name = "the channel's noise is fresh in every attempt"
+    try:
+        again, _, _ = released(channel, 0 * loud, names, 1 << 20)
+    except Exception as error:  # parties that keep what they released refuse, which is as good
+        return Check(name, True, f"a second set is refused: {str(error)[:80]}")
+    apart = (first - 1 - again) / math.sqrt(2 * variance / (2 * (channel.rho or 0)))
+    ratio, low, _ = mean_square(apart, FALSE_ALARM / 4)
+    seen = f"two attempts differ by {ratio:.3f} of fresh noise; from {low:.3f} on is within chance"
+    return Check(name, ratio >= low, seen)
