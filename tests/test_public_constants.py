@@ -106,7 +106,7 @@ def form(request: pytest.FixtureRequest) -> Form:
     return FORMS[request.param]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_private_record_changes_nothing_public(form: Form, tmp_path: Path, seed: int) -> None:
     near = Neighbours(form, tmp_path, seed)
     before = near.view(near.records, "again")
@@ -481,3 +481,25 @@ def test_the_pool_is_no_larger_than_it_must_be() -> None:
         passed_over[gap] = len(public) - sizes.total
     assert passed_over["none"] == passed_over["style"] == 0
     assert 250 <= passed_over["withheld"] <= 350
+
+
+def test_records_of_one_name_are_public_together() -> None:
+    """Every class folder may hold a ``0.png``: one more changes nobody else's role."""
+    rng = np.random.default_rng(0)
+    labels, config = rng.integers(0, 3, 300), settings(FORMS["csv"], "own")
+    names = tuple(f"{number // 3}.png" for number in range(300))
+    sizes, gap = public_sizes(config, 300), (1,)
+
+    def drawn(count: int) -> tuple[list[int], set[str]]:
+        sets, pool = draw_public_sets(
+            labels[:count], config, sizes, gap, classes=3, seed=0, names=names[:count]
+        )
+        return sets.shown.tolist(), {names[number] for number in pool}
+
+    sets, pool = drawn(300)
+    assert len(pool) * 3 == len(
+        draw_public_sets(labels, config, sizes, gap, classes=3, seed=0, names=names)[1]
+    )
+    last = max(number for number in range(300) if names[number] not in pool)
+    assert drawn(last) == drawn(last + 1)
+    assert len(sets) == sizes.total
