@@ -50,7 +50,7 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
         labels, config, seed, classes=len(classes), given_test=given_test, names=source.names
     )
     constants = find_constants(source, split.shown, config)
-    altered = config.gap == "style"
+    style = config.gap == "style"
 
     def select(indices: Indices, *, altered: bool = False, private: bool = False) -> LabelledSet:
         inputs = constants.features(source.records.inputs[indices])
@@ -62,17 +62,17 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
     return Scenario(
         public=select(split.public),
         validation=select(split.validation),
-        proxy=select(split.proxy, altered=altered).inputs,
+        proxy=select(split.proxy, altered=style).inputs,
         devices=tuple(
             Device(
                 name=f"device-{number:04d}",
-                train=select(train, altered=altered, private=True),
-                test=select(test, altered=altered, private=True),
+                train=select(train, altered=style, private=True),
+                test=select(test, altered=style, private=True),
             )
             for number, (train, test) in enumerate(zip(split.device_train, split.device_test, strict=True))
         ),
         test=(
-            select(split.test, altered=altered)
+            select(split.test, altered=style)
             if source.test is None
             else _given(source, source.test, constants, classes, config)
         ),
