@@ -119,6 +119,13 @@ def print_forecast(forecast: Forecast) -> None:
     console.print(table)
     if math.isinf(plan.record.high):
         console.print(_NO_RECORD_DP)
+    if plan.inferred:
+        console.print(_inferred(plan.inferred))
+
+
+def _inferred(constants: tuple[str, ...]) -> Text:
+    said = f"Simulation: read from all records, private ones too: {', '.join(constants)}."
+    return Text(f"{said} A deployment must be given them as settings under data.", style="yellow")
 
 
 def _vote_rows(forecast: Forecast) -> list[tuple[str, str]]:

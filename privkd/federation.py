@@ -171,7 +171,8 @@ def open_game(config: RunConfig) -> "Game":
         BudgetError: no noise reaches the budget.
     """
     device = torch_device(config.device)
-    scenario = build_scenario(config.data, config.seed).to(device)
+    deployment = config.privacy.noise == "system"
+    scenario = build_scenario(config.data, config.seed, deployment=deployment).to(device)
     plan = make_plan(config, facts_of(scenario))
     channel = PlainChannel(plan.clip_norm)
     root = NoiseRoot.from_seed(config.seed)

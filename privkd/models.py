@@ -136,7 +136,8 @@ def build(config: ModelConfig, *, input_shape: Shape, classes: int, seed: int) -
             names = ", ".join(["auto", *sorted(_NAMED)])
             raise ConfigError(f"model {config.name!r}: expected one of {names}, or package.module:factory")
         model = _from_factory(config.name, input_shape, classes)
-    _check_logits(config.name, model, input_shape, classes)
+        # Lazy layers draw their weights in this first pass, so it is seeded too.
+        _check_logits(config.name, model, input_shape, classes)
     return model
 
 

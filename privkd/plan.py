@@ -21,12 +21,14 @@ _UNCHARGED = 1e-3
 
 @dataclass(frozen=True)
 class PublicFacts:
-    """The public constants of a scenario that a plan needs: sizes, never contents."""
+    """The public constants of a scenario that a plan needs: sizes, never contents. ``inferred`` is as of
+    `Scenario`."""
 
     devices: int
     records_per_device: int
     proxy: int
     classes: int
+    inferred: tuple[str, ...] = ()
 
 
 def facts_of(scenario: Scenario) -> PublicFacts:
@@ -36,6 +38,7 @@ def facts_of(scenario: Scenario) -> PublicFacts:
         records_per_device=scenario.records_per_device,
         proxy=len(scenario.proxy),
         classes=scenario.classes,
+        inferred=scenario.inferred,
     )
 
 
@@ -61,6 +64,7 @@ class Plan:
         delta: of both units.
         upload_bytes: a device's upload a round, before sealing.
         votes: the rule of each release's vote, ``None`` where means are released.
+        inferred: public constants that a simulation read from all records, private ones too, in words.
     """
 
     rounds: int
@@ -80,6 +84,7 @@ class Plan:
     delta: float
     upload_bytes: int
     votes: VoteRule | None = None
+    inferred: tuple[str, ...] = ()
 
 
 def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
@@ -128,6 +133,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
         delta=privacy.delta,
         upload_bytes=queries * facts.classes * _BYTES_PER_ENTRY,
         votes=_votes(config, rho, facts.devices, queries),
+        inferred=facts.inferred,
     )
 
 

@@ -249,7 +249,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_tables_have_their_attributes_rebuilt(tmp_path: Path) -> None:
-    source = {"data.source": str(table(tmp_path)), "data.records_per_device": 60}
+    source = {"data.source": str(table(tmp_path)), "data.records_per_device": 60, "data.proxy_records": 100}
     path = _finished("plain", tmp_path / "run", **source)
     with RunFolder.resume(path) as folder:
         report = audit_reconstruction(folder, FEW, Silent())

@@ -439,9 +439,9 @@ def test_the_data_are_read_once_a_start(command: Command, monkeypatch: pytest.Mo
     reads: list[object] = []
     real = privkd.federation.build_scenario
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
         reads.append(given)
-        return real(*given)
+        return real(*given, **named)
 
     monkeypatch.setattr(privkd.federation, "build_scenario", counted)
     assert command("train", *SMALL_RUN, "--out", "run").code == 0

@@ -64,6 +64,7 @@ OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
     "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, [1], ["cnn"],
     32,
+    ["a", "b"],
 )  # fmt: skip
 """For every setting, a value that it takes and that is not its default."""
 
@@ -200,6 +201,15 @@ class TestBadValues:
             ("rounds=1000000", "rounds=1000000: expected less than or equal to 100000"),
             ("channel.deadline=1e9", "channel.deadline=1000000000.0: expected less than or equal to 86400"),
             ("data.gap_classes=[-1]", "data.gap_classes.0=-1: expected greater than or equal to 0"),
+            ("data.classes=a", "data.classes=('a',): "),
+            ("data.classes=a,b,a", "data.classes='a,b,a': a class is empty or named twice"),
+            ("data.classes=3,4,3.0", "data.classes='3,4,3.0': a class is empty or named twice"),
+            ("data.classes=a,,b", "data.classes='a,,b': a class is empty or named twice"),
+            ("data.classes=3", "data.classes=3: expected"),
+            ("data.classes=[true, false]", "data.classes.0=True: expected a valid string"),
+            ("data.classes=a\udcff,b", "data.classes=('a\\udcff', 'b'): expected text in Unicode"),
+            ("data.scale=0", "data.scale=0: expected greater than 0"),
+            ("data.test_records=0", "data.test_records=0: expected greater than or equal to 1"),
             ("data=3", "data=3: expected a valid dictionary"),
             ("student.models=[]", "student.models=[]: "),
             ("student.models=[3]", "student.models.0=3: "),
@@ -343,6 +353,14 @@ class TestModelsByName:
         assert config.teacher.model.width == RunConfig().teacher.model.width, "the name alone is changed"
 
 
+class TestClasses:
+    @pytest.mark.parametrize(
+        "spelt", ["3,4,ten", " 3 ,04, ten", "[3, 4.0, 'ten']", '["3.0", "4", "ten"]', "['3', '+4', 'ten ']"]
+    )
+    def test_are_text_and_whole_numbers_have_one_form(self, spelt: str) -> None:
+        assert load_config(None, [f"data.classes={spelt}"]).data.classes == ("3", "4", "ten")
+
+
 def _values() -> dict[str, st.SearchStrategy[Any]]:
     share = st.floats(0, 1)
     positive = st.floats(1e-300, 1e9)
@@ -355,6 +373,8 @@ def _values() -> dict[str, st.SearchStrategy[Any]]:
         "device": st.sampled_from(["auto", "cpu", "cuda"]),
         "data.source": st.text(st.characters(exclude_categories=("Cs",))),
         "data.data_dir": st.sampled_from(["data", "/a/b c", "ü"]),
+        "data.classes": st.lists(st.integers().map(str), min_size=2, unique=True),
+        "data.scale": positive,
         "data.gap_classes": st.lists(st.integers(0, 99)),
         "data.records_per_device": count,
         "data.dirichlet_alpha": positive,

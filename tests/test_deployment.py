@@ -171,13 +171,21 @@ def npz(path: Path, seed: int) -> str:
     return f"data.source={path}"
 
 
+GIVEN = (
+    "data.classes=0,1,2",
+    "data.public_records=40",
+    "data.validation_records=20",
+    "data.test_records=80",
+)
+
+
 class TestSameRecords:
     @pytest.mark.parametrize("noise", ["seeded", "system"])
     def test_a_run_goes_on_with_the_data_it_was_started_with(self, tmp_path: Path, noise: str) -> None:
         """Replayed on other data the noise would cancel: the two releases would differ by the bare data."""
         data = npz(tmp_path / "data.npz", 0)
         with pytest.raises(KeyboardInterrupt):
-            play(tmp_path / "run", data, f"privacy.noise={noise}", progress=StopAt(5))
+            play(tmp_path / "run", data, *GIVEN, f"privacy.noise={noise}", progress=StopAt(5))
         npz(tmp_path / "data.npz", 1)
         with pytest.raises(RunError, match="the data changed since the run was started"):
             resume(tmp_path / "run")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from browser import measure
@@ -120,6 +121,17 @@ def test_no_protection_is_said_to_be_none(tmp_path: Path) -> None:
     assert page.verdict.word == "No protection claimed"
     assert report(tmp_path / "open").exit_code == 0
     assert any("a single record" in point for point in page.sections[5].points)
+
+
+def test_constants_read_from_private_records_are_said(run: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "own.npz", x=rng.random((400, 6)), y=rng.integers(0, 3, 400))
+    play(tmp_path / "own", f"data.source={tmp_path / 'own.npz'}", "rounds=1", "data.classes=0,1,2")
+    (said,) = [
+        point for point in run_page(read_run(tmp_path / "own")).sections[5].points if "constants" in point
+    ]
+    assert "private ones too: public records, validation records, test records (" in said
+    assert not any("constants" in point for point in run_page(read_run(run)).sections[5].points)
 
 
 @pytest.mark.parametrize("kind", ["membership", "reconstruction"])

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reading import read
 from running import play, small
 from torch import Tensor, nn
 
 from cli import app
 from privkd.controls import mean_accuracy
-from privkd.data.sources import load
 from privkd.delivery import deliver
 from privkd.errors import ModelError
 from privkd.export import export as exporting
@@ -159,7 +159,7 @@ class TestPreprocessing:
     )
     def test_is_what_the_source_did(self, tmp_path: Path, values: Any, divisor: float) -> None:
         np.savez(tmp_path / "own.npz", inputs=values, labels=np.arange(len(values)) % 2)
-        source = load(small(f"data.source={tmp_path / 'own.npz'}").data)
+        source = read(tmp_path / "own.npz")
         assert source.divisor == divisor
         raw = raw_of(source.inputs, source.divisor)
         assert torch.equal(raw, torch.from_numpy(values).float())
@@ -169,7 +169,7 @@ class TestPreprocessing:
         pixels = np.arange(80, dtype=np.uint8).reshape(20, 4)
         labels = np.arange(20) % 2
         np.savez(tmp_path / "own.npz", inputs=pixels, labels=labels, test_inputs=pixels, test_labels=labels)
-        assert load(small(f"data.source={tmp_path / 'own.npz'}").data).divisor == 255.0
+        assert read(tmp_path / "own.npz").divisor == 255.0
 
 
 class TestCheck:

@@ -28,10 +28,10 @@ from fuzzing import damaged, fuzzed, no_hang
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reading import Read, read
 from running import SMALL, StopAt, play
 
-from privkd.config import DataConfig, RunConfig, config_tree, load_config, parse_config
-from privkd.data import Source, load
+from privkd.config import RunConfig, config_tree, load_config, parse_config
 from privkd.errors import ChannelError, ConfigError, DataError, PrivkdError, RunError
 from privkd.events import Unit
 from privkd.federation import open_game
@@ -114,7 +114,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
-def check(source: Source) -> None:
+def check(source: Read) -> None:
     """Whatever was read is a data set."""
     assert source.inputs.dtype == torch.float32
     assert bool(source.inputs.isfinite().all())
@@ -137,15 +137,13 @@ class TestDataFiles:
         source = path if path.parent == place and not name.startswith("train") else place
         whole = FILES[name]()
         path.write_bytes(whole)
-        check(load(DataConfig(source=str(source))))
+        check(read(source))
 
         @fuzzed()
         @given(damaged(whole))
         def damage(content: bytes) -> None:
             path.write_bytes(content)
-            found = attempt(
-                f"data file, {path.suffix or 'idx'}", DataError, lambda: load(DataConfig(source=str(source)))
-            )
+            found = attempt(f"data file, {path.suffix or 'idx'}", DataError, lambda: read(source))
             if found is not None:
                 check(found)
 
@@ -161,10 +159,7 @@ class TestDataFiles:
         path.parent.mkdir(parents=True)
         for content in (pickle.dumps(Bomb()), npz(x=np.array([Bomb()] * 12, dtype=object), y=LABELS)):
             path.write_bytes(content)
-            assert (
-                attempt("pickle in place of data", DataError, lambda: load(DataConfig(source=str(path))))
-                is None
-            )
+            assert attempt("pickle in place of data", DataError, lambda: read(path)) is None
         assert not (tmp_path / "exploded").exists()
 
 

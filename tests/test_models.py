@@ -203,6 +203,8 @@ def factory(input_shape, classes):
     for axis in input_shape:
         size *= axis
     return nn.Sequential(nn.Flatten(), nn.Linear(size, classes))
+def lazy(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(9), nn.Tanh(), nn.LazyLinear(classes))
 def wrong_classes(input_shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes + 1))
 def wrong_inputs(input_shape, classes):
@@ -247,6 +249,20 @@ class TestFactories:
         again = build(config, input_shape=(1, 8, 8), classes=10, seed=4)
         assert torch.equal(flat(model), flat(again)), "the seed reaches a user's initial weights"
         assert not torch.equal(flat(model), flat(build(config, input_shape=(1, 8, 8), classes=10, seed=5)))
+
+    def test_lazy_layers_are_drawn_from_the_seed(self, module: Callable[[str, str], str]) -> None:
+        """Their weights come with the first input: in the same place, and the global generator unmoved."""
+        config = ModelConfig(name=f"{module('lazy_models_of_mine', GOOD)}:lazy")
+
+        def made(seed: int) -> Tensor:
+            return flat(build(config, input_shape=(1, 8, 8), classes=10, seed=seed))
+
+        torch.manual_seed(3)
+        first, after = made(4), torch.rand(4)
+        assert torch.equal(made(4), first)
+        assert not torch.equal(made(5), first)
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(4), after)
 
     @pytest.mark.parametrize(
         ("attribute", "expected"),

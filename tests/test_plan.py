@@ -238,6 +238,6 @@ class TestPublicConstants:
         assert plan.expected_batch_size == pytest.approx(rate * 140)
 
     def test_a_plan_sees_no_records(self) -> None:
-        """Its arguments are settings and public sizes: no tensor can reach it."""
+        """Its arguments are settings, public sizes and words: no tensor can reach it."""
         assert set(inspect.signature(make_plan).parameters) == {"config", "facts"}
-        assert {f.type for f in PublicFacts.__dataclass_fields__.values()} <= {int, "int"}
+        assert {f.type for f in PublicFacts.__dataclass_fields__.values()} <= {int, tuple[str, ...]}

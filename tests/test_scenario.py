@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from privkd.config import DataConfig
-from privkd.data import Scenario, Source, Split, build_scenario, load, partition, scenario_from, split_indices
+from privkd.data import Scenario, Split, build_scenario, load, partition, scenario_from, split_indices
 from privkd.data.partition import Indices
-from privkd.data.split import proportional
+from privkd.data.public_sets import proportional
+from privkd.data.source import RawSet, make_source
 from privkd.data.style import restyle
 from privkd.errors import ConfigError, DataError, InputError
 
@@ -22,9 +23,19 @@ BALANCED = np.tile(np.arange(10), 100)
 
 
 def sizes(**others: Any) -> DataConfig:
-    """A small request that fits 1,000 records of ten classes."""
-    small = {"source": "own", "public_records": 50, "validation_records": 20, "proxy_records": 100}
-    return DataConfig(**{**small, "records_per_device": 40, "device_test_records": 10, **others})
+    """A small request that fits 1,000 records of ten classes, all of them known to the world."""
+    small = {"source": "digits", "public_records": 50, "validation_records": 20, "proxy_records": 100}
+    small |= {"test_records": 200, "records_per_device": 40, "device_test_records": 10}
+    return DataConfig(**{**small, **others})
+
+
+def own(**others: Any) -> DataConfig:
+    """The same of a user's own file."""
+    return sizes(source="own", **others)
+
+
+def divided(labels: Indices, config: DataConfig, seed: int, *, given_test: bool = False) -> Split:
+    return split_indices(labels, config, seed, classes=int(labels.max()) + 1, given_test=given_test)
 
 
 def roles(split: Split) -> Iterator[Indices]:
@@ -47,14 +58,18 @@ def requests(draw: st.DrawFn) -> tuple[NDArray[np.int64], DataConfig, int, bool]
     )
     gap = draw(st.sampled_from(["rare", "withheld", "style", "none"]))
     concerned = st.none() | st.lists(st.integers(0, classes - 1), max_size=classes).map(tuple)
-    optional = st.none() | st.integers(1, 30)
+    given_test = draw(st.booleans())
+    source = draw(st.sampled_from(["digits", "own"]))
+    # The sizes of digits' own are too large for these.
+    optional = st.integers(1, 30) if source == "digits" else st.none() | st.integers(1, 30)
     config = DataConfig(
-        source="own",
+        source=source,
+        test_records=None if given_test else draw(optional),
         devices=draw(st.integers(1, 12)),
         records_per_device=draw(optional),
         public_records=draw(optional),
         validation_records=draw(optional),
-        proxy_records=draw(st.none() | st.integers(0, 30)),
+        proxy_records=draw(optional | st.just(0)),
         device_test_records=draw(st.integers(0, 6)),
         partition=draw(st.sampled_from(["iid", "dirichlet", "classes"])),
         dirichlet_alpha=draw(st.sampled_from([1e-300, 0.01, 1.0, 1e9])),
@@ -63,7 +78,7 @@ def requests(draw: st.DrawFn) -> tuple[NDArray[np.int64], DataConfig, int, bool]
         gap_classes=draw(concerned) if gap in ("rare", "withheld") else None,
         rare_share=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
     )
-    return labels, config, draw(st.integers(0, 2**40)), draw(st.booleans())
+    return labels, config, draw(st.integers(0, 2**40)), given_test
 
 
 class TestProperties:
@@ -72,12 +87,12 @@ class TestProperties:
     def test_every_record_has_exactly_one_role(self, request_: tuple[Any, ...]) -> None:
         labels, config, seed, given_test = request_
         try:
-            split = split_indices(labels, config, seed, given_test=given_test)
+            split = divided(labels, config, seed, given_test=given_test)
         except DataError:  # Too few records for this request.
             return
         assigned = np.concatenate(list(roles(split)))
         assert np.array_equal(np.sort(assigned), np.arange(len(labels)))
-        again = split_indices(labels, config, seed, given_test=given_test)
+        again = divided(labels, config, seed, given_test=given_test)
         assert all(
             np.array_equal(left, right) for left, right in zip(roles(split), roles(again), strict=True)
         )
@@ -126,9 +141,9 @@ class TestProperties:
 
 class TestSplit:
     def test_the_seed_matters(self) -> None:
-        first, second = (split_indices(BALANCED, sizes(), seed) for seed in (0, 1))
+        first, second = (divided(BALANCED, sizes(), seed) for seed in (0, 1))
         assert not np.array_equal(np.sort(first.test), np.sort(second.test))
-        assert len({split_indices(BALANCED, sizes(), seed).gap_classes for seed in range(5)}) > 1
+        assert len({divided(BALANCED, sizes(), seed).gap_classes for seed in range(5)}) > 1
 
     @pytest.mark.parametrize(
         "change",
@@ -141,19 +156,19 @@ class TestSplit:
         ],
     )
     def test_devices_leave_everything_public_alone(self, change: dict[str, Any]) -> None:
-        plain, changed = (split_indices(BALANCED, sizes(**other), 0) for other in ({}, change))
+        plain, changed = (divided(BALANCED, sizes(**other), 0) for other in ({}, change))
         for name in ("test", "public", "validation", "proxy"):
             assert np.array_equal(getattr(plain, name), getattr(changed, name))
 
     def test_the_pool_of_few_devices_lies_in_that_of_many(self) -> None:
-        few, many = (split_indices(BALANCED, sizes(devices=n), 0) for n in (3, 8))
+        few, many = (divided(BALANCED, sizes(devices=n), 0) for n in (3, 8))
         pool = np.concatenate([*many.device_train, *many.device_test])
         assert np.isin(np.concatenate([*few.device_train, *few.device_test]), pool).all()
 
     def test_the_proxy_size_leaves_the_public_sets_alone_and_conversely(self) -> None:
-        plain = split_indices(BALANCED, sizes(), 0)
-        more_proxy = split_indices(BALANCED, sizes(proxy_records=150), 0)
-        more_public = split_indices(BALANCED, sizes(public_records=80), 0)
+        plain = divided(BALANCED, sizes(), 0)
+        more_proxy = divided(BALANCED, sizes(proxy_records=150), 0)
+        more_public = divided(BALANCED, sizes(public_records=80), 0)
         assert np.array_equal(plain.public, more_proxy.public)
         assert np.array_equal(plain.test, more_proxy.test)
         assert np.array_equal(plain.proxy, more_public.proxy)
@@ -161,11 +176,11 @@ class TestSplit:
         assert np.isin(plain.public, more_public.public).all()
 
     def test_the_test_is_stratified(self) -> None:
-        assert counts(BALANCED, split_indices(BALANCED, sizes(), 0).test) == [20] * 10
+        assert counts(BALANCED, divided(BALANCED, sizes(), 0).test) == [20] * 10
 
     def test_rare_classes(self) -> None:
         config = sizes(gap_classes=(8, 1), public_records=200, rare_share=0.1)
-        split = split_indices(BALANCED, config, 0)
+        split = divided(BALANCED, config, 0)
         assert split.gap_classes == (1, 8)
         assert counts(BALANCED, split.public)[1] == counts(BALANCED, split.public)[8] == 2
         assert counts(BALANCED, split.validation)[1] == 1, "a rare class is not withheld"
@@ -173,7 +188,7 @@ class TestSplit:
         assert min(counts(BALANCED, split.proxy)) > 0, "the proxy knows every class"
 
     def test_one_gap_class(self) -> None:
-        split = split_indices(BALANCED, sizes(gap="withheld", gap_classes=(0,)), 0)
+        split = divided(BALANCED, sizes(gap="withheld", gap_classes=(0,)), 0)
         held = counts(BALANCED, split.public)
         assert held[0] == 0
         assert min(held[1:]) >= 5
@@ -200,14 +215,14 @@ class TestSplit:
     )
     def test_what_cannot_be_is_refused(self, config: DataConfig, words: list[str]) -> None:
         with pytest.raises(InputError) as caught:
-            split_indices(BALANCED, config, 0)
+            divided(BALANCED, config, 0)
         assert "\n" not in str(caught.value)
         for word in words:
             assert word in str(caught.value)
 
     def test_a_negative_seed_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="seed=-1"):
-            split_indices(BALANCED, sizes(), -1)
+            divided(BALANCED, sizes(), -1)
 
     def test_device_tests_follow_the_devices_own_classes(self) -> None:
         """In total variation, where 200 draws of ten classes stray by about 0.06, devices by far more."""
@@ -219,7 +234,7 @@ class TestSplit:
             partition="dirichlet",
             dirichlet_alpha=0.3,
         )
-        split = split_indices(labels, config, 0)
+        split = divided(labels, config, 0)
         for train, test in zip(split.device_train, split.device_test, strict=True):
             own = np.array(counts(labels, train)) / len(train)
             tested = np.array(counts(labels, test)) / len(test)
@@ -228,7 +243,7 @@ class TestSplit:
 
     def test_an_empty_shard_is_possible(self) -> None:
         config = sizes(devices=12, records_per_device=20, partition="dirichlet", dirichlet_alpha=1e-6)
-        assert 0 in {len(shard) for shard in split_indices(BALANCED, config, 0).device_train}
+        assert 0 in {len(shard) for shard in divided(BALANCED, config, 0).device_train}
 
 
 class TestPartitions:
@@ -320,9 +335,8 @@ class TestScenario:
 
     def test_inputs_stay_with_their_labels(self) -> None:
         source = load(DataConfig())
-        known = {
-            (tuple(x.flatten().tolist()), int(y)) for x, y in zip(source.inputs, source.labels, strict=True)
-        }
+        images, labels = source.records.inputs / np.float32(16), source.records.labels
+        known = {(tuple(x.flatten().tolist()), int(y)) for x, y in zip(images, labels, strict=True)}
         scenario = scenario_from(source, DataConfig(partition="dirichlet"), 0)
         for device in scenario.devices:
             for part in (device.train, device.test):
@@ -346,8 +360,8 @@ class TestScenario:
     def test_a_given_test_split_is_kept_whole(self) -> None:
         generator = torch.Generator().manual_seed(0)
         inputs, labels = torch.rand(1000, 3, generator=generator), torch.from_numpy(BALANCED)
-        source = Source("own", inputs, labels, 10, test_inputs=inputs[:7] + 1, test_labels=labels[:7])
-        scenario = scenario_from(source, sizes(), 0)
+        records, test = RawSet(inputs.numpy(), BALANCED), RawSet(inputs[:7].numpy() + 1, BALANCED[:7])
+        scenario = scenario_from(make_source("own", records, test), own(test_records=None), 0)
         assert torch.equal(scenario.test.inputs, inputs[:7] + 1)
         assert torch.equal(scenario.test.labels, labels[:7])
 

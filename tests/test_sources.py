@@ -15,20 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reading import in_public, read
 from sklearn.datasets import load_digits
 
 from privkd.config import DataConfig
-from privkd.data import Source, build_scenario, load
-from privkd.data.source import make_source
+from privkd.data import build_scenario
+from privkd.data.source import RawSet, make_source
 from privkd.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
 LABELS = np.array([3, 7, 3, 7, 9, 9], dtype=np.uint8)
 NUMBERED = [0, 1, 0, 1, 2, 2]
-
-
-def read(path: Path | str, data_dir: Path | None = None) -> Source:
-    return load(DataConfig(source=str(path), data_dir=data_dir))
 
 
 def refuses(path: Path | str, *words: str, data_dir: Path | None = None) -> None:
@@ -102,18 +99,22 @@ class TestIdx:
         write_idx(tmp_path / place, idx(IMAGES[:2]), idx(LABELS[:2]), split="t10k", ending=ending)
         source = read("mnist", tmp_path)
         assert torch.equal(source.inputs, torch.from_numpy(IMAGES).float()[:, None] / 255)
-        assert source.labels.tolist() == NUMBERED
-        assert source.classes == 3
+        assert source.labels.tolist() == LABELS.tolist()
+        assert source.classes == 10, "whatever the files hold"
         assert source.test_inputs is not None
         assert source.test_labels is not None
         assert torch.equal(source.test_inputs, source.inputs[:2])
-        assert source.test_labels.tolist() == NUMBERED[:2]
+        assert source.test_labels.tolist() == LABELS[:2].tolist()
 
     def test_a_folder_of_idx_files_is_a_path(self, tmp_path: Path) -> None:
         write_idx(tmp_path, idx(IMAGES), idx(LABELS))
         source = read(tmp_path)
         assert len(source.labels) == 6
         assert source.test_inputs is None
+
+    def test_a_folder_of_one_class_is_refused(self, tmp_path: Path) -> None:
+        write_idx(tmp_path, idx(IMAGES), idx(np.full(6, 4, np.uint8)))
+        refuses(tmp_path, "at least two classes")
 
     def test_missing_files_name_the_places(self, tmp_path: Path) -> None:
         refuses("mnist", str(tmp_path / "MNIST" / "raw"), "--data-dir", data_dir=tmp_path)
@@ -135,7 +136,6 @@ class TestIdx:
             (b"\0\0\x08\x03" + struct.pack(">3I", 0, 28, 28), idx(LABELS[:0]), "no values"),
             (idx(IMAGES[:5]), idx(LABELS), "5 images but 6 labels"),
             (idx(LABELS), idx(LABELS), "expected images"),
-            (idx(IMAGES), idx(np.full(6, 4, np.uint8)), "at least two classes"),
         ],
     )
     @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -311,7 +311,8 @@ class TestParquet:
         source = read("cifar10", tmp_path)
         assert torch.equal(source.inputs, torch.from_numpy(colour).permute(0, 3, 1, 2) / 255)
         assert source.test_labels is not None
-        assert source.test_labels.tolist() == NUMBERED[:2]
+        assert source.test_labels.tolist() == LABELS[:2].tolist()
+        assert source.classes == 10
 
     def test_a_path_in_place_of_bytes_is_never_opened(self, tmp_path: Path) -> None:
         (tmp_path / "secret.png").write_bytes(encode(IMAGES[0]))
@@ -545,17 +546,18 @@ class TestTestSplit:
         for test, word in [
             ((inputs, LABELS + 1), "does not occur"),
             ((inputs[:, :2], LABELS), "do not match"),
-            ((inputs, LABELS.astype(str) + np.array("a")), "do not match"),
+            ((inputs, LABELS.astype(str) + np.array("a")), "'3a' does not occur"),
             ((inputs[:2], LABELS), "2 inputs but 6 labels"),
+            ((IMAGES, LABELS), "store both alike"),
         ]:
             with pytest.raises(DataError, match=word):
-                make_source("own", inputs, LABELS, test=test)
+                in_public(make_source("own", RawSet(inputs, LABELS), RawSet(*test)))
 
     def test_inputs_are_copied(self) -> None:
         inputs = np.ones((2, 3), dtype=np.float32)
-        source = make_source("own", inputs, np.array([0, 1]))
+        source = make_source("own", RawSet(inputs, np.array([0, 1])))
         inputs[:] = 5
-        assert source.inputs.max() == 1
+        assert source.records.inputs.max() == 1
 
 
 @pytest.mark.data

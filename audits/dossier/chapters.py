@@ -11,6 +11,7 @@ from audits.evidence.wording import counted, epsilon_text, event_text, percent, 
 from audits.intervals import Interval
 from audits.verdict import Finding, Refused
 from privkd.bounds import LowerBound
+from privkd.data.constants import in_words, unset
 from privkd.events import Unit
 from privkd.ledger import Statement
 
@@ -370,6 +371,13 @@ def unprotected(facts: RunFacts) -> Section:
     ]
     if facts.config.controls and facts.config.privacy.noise == "seeded":
         found.append("the simulation's controls, which train on device records outside the ledger")
+    inferred = in_words(unset(facts.config.data, given_test=False))
+    if inferred and facts.config.privacy.noise == "seeded":
+        found.append(
+            "public constants that this simulation read from all records of its file, private ones too: "
+            f"{', '.join(inferred)} (test records only where the file brought no test split); a deployment "
+            "is given them as settings"
+        )
     if facts.config.channel.kind == "secure":
         found.append("answers from aggregators that all pool their shares, or that depart from the protocol")
     if facts.config.privacy.noise == "seeded":

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from privkd.labels import canonical_label
 from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
@@ -39,11 +40,10 @@ class Settings(BaseModel):
     def _unambiguous(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false are no values of this setting")
-        if (
-            isinstance(value, str)
-            and not value.isascii()
-            and value != value.encode(errors="replace").decode()
-        ):
+        texts = (
+            text for text in (value if isinstance(value, list | tuple) else (value,)) if isinstance(text, str)
+        )
+        if any(not text.isascii() and text != text.encode(errors="replace").decode() for text in texts):
             raise ValueError("expected text in Unicode")
         return value
 
@@ -62,6 +62,13 @@ class DataConfig(Settings):
         public_records: size of the public labelled set, validation apart. ``None``: by source.
         validation_records: size of the public labelled validation set, of the same kind. ``None``: by source.
         proxy_records: size of the unlabelled public proxy set. ``None``: by source.
+        test_records: size of the global test set, drawn where the data bring none. ``None``: by source.
+        classes: the label space by name, in the order of the class numbers; as text, with commas between.
+            Labels are compared as text, whole numbers in their one form: ``3``, ``"3"`` and ``3.0`` are one.
+            Private records with another label are dropped. ``None``: the source's own, or in a simulation of
+            the user's own file those that occur in it.
+        scale: what whole-number features are divided by. ``None``: bytes by 255, unless those of the public
+            records are 0/1 flags; others are left as they are.
         device_test_records: size of each device's own test set, of its own distribution.
         partition: how private records fall to devices.
         dirichlet_alpha: concentration of ``dirichlet``; small is uneven.
@@ -80,6 +87,9 @@ class DataConfig(Settings):
     public_records: Positive | None = None
     validation_records: Positive | None = None
     proxy_records: Annotated[int, Field(ge=0)] | None = None
+    test_records: Positive | None = None
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    scale: PositiveFloat | None = None
     device_test_records: Annotated[int, Field(ge=0)] = 20
     partition: Literal["iid", "dirichlet", "classes"] = "iid"
     dirichlet_alpha: PositiveFloat = 1.0
@@ -87,6 +97,23 @@ class DataConfig(Settings):
     gap: Literal["rare", "withheld", "style", "none"] = "rare"
     gap_classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     rare_share: Share = 0.1
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = value.split(",")
+        if not isinstance(value, list | tuple):
+            return value
+        numbers_too = (str(label) if type(label) in (int, float) else label for label in value)
+        return tuple(canonical_label(label) if isinstance(label, str) else label for label in numbers_too)
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and ("" in value or len(set(value)) < len(value)):
+            raise ValueError("a class is empty or named twice; name each class once")
+        return value
 
 
 class ModelConfig(Settings):

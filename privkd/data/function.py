@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from privkd.data.source import Array, Source, make_source
+from privkd.data.source import Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 from privkd.userscode import users_callable
 
@@ -37,7 +37,7 @@ def load_function(source: str) -> Source:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise DataError(f"source {source!r}: returned {type(returned).__name__}; return (inputs, labels)")
     inputs, labels = (_array(value, source) for value in returned)
-    return make_source(source, inputs, labels)
+    return make_source(source, RawSet(inputs, labels))
 
 
 def _array(value: Any, source: str) -> Array:

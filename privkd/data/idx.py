@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from privkd.data.source import MAX_VALUES, Array, Source, make_source
+from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 
 _UNSIGNED_BYTE = 0x08
@@ -43,10 +43,10 @@ def load_idx_folder(folder: Path, name: str) -> Source:
     train = _load_pair(folder, "train")
     if train is None:
         raise DataError(f"{folder}: no train-images and train-labels IDX files; give a folder that has both")
-    return make_source(name, *train, test=_load_pair(folder, "t10k"))
+    return make_source(name, train, _load_pair(folder, "t10k"))
 
 
-def _load_pair(folder: Path, split: str) -> tuple[Array, Array] | None:
+def _load_pair(folder: Path, split: str) -> RawSet | None:
     images, labels = (find_idx(folder, split, kind) for kind in ("images", "labels"))
     if images is None and labels is None:
         return None
@@ -60,7 +60,7 @@ def _load_pair(folder: Path, split: str) -> tuple[Array, Array] | None:
         )
     if len(inputs) != len(classes):
         raise DataError(f"{images}: {len(inputs)} images but {len(classes)} labels in {labels.name}; {_CURE}")
-    return inputs, classes
+    return RawSet(inputs, classes)
 
 
 def read_idx(path: Path) -> Array:

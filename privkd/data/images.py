@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from privkd.data.source import MAX_VALUES, Source, make_source
+from privkd.data.source import MAX_VALUES, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 
 Encoded: TypeAlias = bytes | Path
@@ -43,7 +43,9 @@ def load_image_folder(folder: Path, name: str) -> Source:
             raise DataError(f"{path}: holds no images; add some or remove the folder")
     files = [file for path in classes for file in members[path]]
     labels = np.array([path.name for path in classes for _ in members[path]])
-    return make_source(name, decode_images(files, map(str, files)), labels)
+    pixels, colour = decode_images(files, map(str, files))
+    # A name without its folder, which is the label.
+    return make_source(name, RawSet(pixels, labels, colour), names=tuple(file.name for file in files))
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -54,8 +56,12 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def decode_images(images: Sequence[Encoded], names: Iterable[str]) -> NDArray[np.uint8]:
-    """Pixels ``[image, channel, height, width]``: one channel where every image is grey, else three.
+def decode_images(
+    images: Sequence[Encoded], names: Iterable[str]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Pixels ``[image, channel, height, width]``, and which images are coloured ``[image]``.
+
+    There is one channel where every image is grey, else three.
 
     Args:
         images: encoded images, in memory or in files, all of one size.
@@ -68,13 +74,14 @@ def decode_images(images: Sequence[Encoded], names: Iterable[str]) -> NDArray[np
     for image, name in zip(images, names, strict=True):
         expected = pixels[0].shape[:2] if pixels else None
         pixels.append(_decode(image, name, expected, len(images)))
-    if all(image.ndim == 2 for image in pixels):
-        return np.stack(pixels)[:, None]
+    coloured = np.array([image.ndim == 3 for image in pixels])
+    if not coloured.any():
+        return np.stack(pixels)[:, None], coloured
     height, width = pixels[0].shape[:2]
     colour = np.empty((len(pixels), 3, height, width), dtype=np.uint8)
     for slot, decoded in zip(colour, pixels, strict=True):
         slot[...] = decoded if decoded.ndim == 2 else decoded.transpose(2, 0, 1)
-    return colour
+    return colour, coloured
 
 
 def _decode(image: Encoded, name: str, expected: tuple[int, ...] | None, count: int) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from privkd.data.images import decode_images
-from privkd.data.source import MAX_VALUES, Array, Source, make_source
+from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.data.tabular import LABEL_NAMES, label_column, named_label
 from privkd.errors import DataError, one_line
 
@@ -26,7 +26,7 @@ def load_parquet(path: Path, name: str, test: Path | None = None) -> Source:
     Raises:
         DataError: pyarrow is not installed, or a file is damaged, lacks columns or holds what is no number.
     """
-    return make_source(name, *_read(path), test=None if test is None else _read(test))
+    return make_source(name, _read(path), None if test is None else _read(test))
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
@@ -38,7 +38,7 @@ def _pyarrow() -> tuple[ModuleType, ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-def _read(path: Path) -> tuple[Array, Array]:
+def _read(path: Path) -> RawSet:
     """Inputs and labels of one file."""
     pyarrow, parquet = _pyarrow()
     try:
@@ -51,18 +51,19 @@ def _read(path: Path) -> tuple[Array, Array]:
         raise DataError(f"{path}: not a readable Parquet file ({one_line(error)}); write it again") from error
 
 
-def _parse(pyarrow: ModuleType, table: Any, path: Path) -> tuple[Array, Array]:
+def _parse(pyarrow: ModuleType, table: Any, path: Path) -> RawSet:
     if not table.num_rows:
         raise DataError(f"{path}: no records; give at least two")
     image = _image_column(pyarrow, table)
     if image is None:
         label = label_column(table.column_names, str(path))
-        return _features(pyarrow, table, label, path), _labels(pyarrow, table, label, path)
+        return RawSet(_features(pyarrow, table, label, path), _labels(pyarrow, table, label, path))
     named = named_label(table.column_names, str(path))
     if named is None:
         wanted, found = ", ".join(LABEL_NAMES), ", ".join(map(repr, table.column_names))
         raise DataError(f"{path}: no label column among {found}; name one of its columns {wanted}")
-    return _images(pyarrow, table.column(image), path), _labels(pyarrow, table, named, path)
+    pixels, colour = _images(pyarrow, table.column(image), path)
+    return RawSet(pixels, _labels(pyarrow, table, named, path), colour)
 
 
 def _image_column(pyarrow: ModuleType, table: Any) -> int | None:
@@ -78,7 +79,7 @@ def _image_column(pyarrow: ModuleType, table: Any) -> int | None:
     return None
 
 
-def _images(pyarrow: ModuleType, column: Any, path: Path) -> Array:
+def _images(pyarrow: ModuleType, column: Any, path: Path) -> tuple[Array, Array]:
     if pyarrow.types.is_struct(column.type):
         inner = column.type.get_field_index(_IMAGE_BYTES)
         # `flatten`, unlike `field`, makes the bytes of a missing struct missing too.

@@ -47,6 +47,7 @@ class Scenario:
         records_per_device: the nominal shard size, a public constant.
         gap_classes: the classes that the public data lack, if any.
         divisor: what the whole numbers of the raw data were divided by; 1 where features are as they came.
+        inferred: public constants that a simulation read from all records, private ones too, in words.
     """
 
     public: LabelledSet
@@ -58,6 +59,7 @@ class Scenario:
     records_per_device: int
     gap_classes: tuple[int, ...]
     divisor: float = 1.0
+    inferred: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Self:
         """The same scenario on another torch device."""

@@ -7,18 +7,20 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from privkd.config import DataConfig, RunConfig
+from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.function import is_function_name, load_function
 from privkd.data.idx import find_idx, load_idx_folder
 from privkd.data.images import load_image_folder
 from privkd.data.parquet import load_parquet
-from privkd.data.source import Source, make_source
+from privkd.data.source import RawSet, Source, make_source
 from privkd.data.tabular import load_csv, load_npz
 from privkd.errors import DataError
 
 _DIGITS_MAX = 16
 _FILE_READERS = {".npz": load_npz, ".csv": load_csv, ".parquet": load_parquet}
 _TRAIN, _TEST = "train.parquet", "test.parquet"
-_NAMED = ("digits", "mnist", "cifar10")
+_BYTES_MAX = 255
+_TEN = tuple("0123456789")
 
 
 def load(config: DataConfig) -> Source:
@@ -41,7 +43,7 @@ def load(config: DataConfig) -> Source:
 def located(config: RunConfig) -> RunConfig:
     """The same settings, with paths that any working directory finds: for the record of a run."""
     data, channel = config.data, config.channel
-    named = data.source in _NAMED or is_function_name(data.source)
+    named = data.source in PUBLIC_SOURCES or is_function_name(data.source)
     path = None if named else _existing(data.source, data.data_dir)
     source = data.source if path is None else str(path.absolute())
     by_name_alone = data.data_dir is None and data.source not in ("mnist", "cifar10")
@@ -61,8 +63,7 @@ def located(config: RunConfig) -> RunConfig:
 
 def _digits() -> Source:
     bunch = load_digits()
-    images = (bunch.images / _DIGITS_MAX).astype(np.float32)[:, None]
-    return replace(make_source("digits", images, bunch.target), divisor=float(_DIGITS_MAX))
+    return _public(make_source("digits", RawSet(bunch.images.astype(np.uint8), bunch.target)), _DIGITS_MAX)
 
 
 def _mnist(data_dir: Path | None) -> Source:
@@ -70,7 +71,7 @@ def _mnist(data_dir: Path | None) -> Source:
     folders = [base, base / "MNIST" / "raw", base / "raw"]
     for folder in folders:
         if find_idx(folder, "train", "images"):
-            return load_idx_folder(folder, "mnist")
+            return _public(load_idx_folder(folder, "mnist"), _BYTES_MAX)
     raise DataError(_nowhere("mnist", "train-images IDX file", folders))
 
 
@@ -79,8 +80,13 @@ def _cifar10(data_dir: Path | None) -> Source:
     folders = [base, base / "cifar10"]
     for folder in folders:
         if (folder / _TRAIN).is_file():
-            return _parquet_folder(folder, "cifar10")
+            return _public(_parquet_folder(folder, "cifar10"), _BYTES_MAX)
     raise DataError(_nowhere("cifar10", _TRAIN, folders))
+
+
+def _public(source: Source, divisor: float) -> Source:
+    """With what all the world knows of a public data set: ten classes by number, and its features' range."""
+    return replace(source, classes=_TEN, divisor=float(divisor))
 
 
 def _nowhere(source: str, file: str, folders: list[Path]) -> str:

@@ -15,8 +15,9 @@ from typing import IO
 
 import numpy as np
 
-from privkd.data.source import MAX_VALUES, Array, Source, make_source
+from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
+from privkd.labels import is_number
 
 LABEL_NAMES = ("label", "labels", "y", "class", "target", "targets")
 """Column or array names that mark the labels, in any case, most telling first."""
@@ -54,8 +55,8 @@ def load_npz(path: Path, name: str) -> Source:
         raise DataError(
             f"{path}: not a readable npz archive ({one_line(error)}); save it with numpy.savez"
         ) from error
-    split = (arrays[test[0]], arrays[test[1]]) if test else None
-    return make_source(name, arrays[pair[0]], arrays[pair[1]], test=split)
+    split = RawSet(arrays[test[0]], arrays[test[1]]) if test else None
+    return make_source(name, RawSet(arrays[pair[0]], arrays[pair[1]]), split)
 
 
 def _array_names(keys: Sequence[str], path: Path) -> tuple[tuple[str, str], tuple[str, ...]]:
@@ -109,12 +110,12 @@ def load_csv(path: Path, name: str) -> Source:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return make_source(name, *_parse_csv(file, path))
+            return make_source(name, _parse_csv(file, path))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({one_line(error)}); save it as UTF-8 text") from error
 
 
-def _parse_csv(file: IO[str], path: Path) -> tuple[Array, Array]:
+def _parse_csv(file: IO[str], path: Path) -> RawSet:
     lines = _cells(file)
     number, first = next(lines, (0, []))
     if not first:
@@ -143,7 +144,7 @@ def _parse_csv(file: IO[str], path: Path) -> tuple[Array, Array]:
         )
     if not rows:
         raise DataError(f"{path}: a header but no records; give a line per record")
-    return np.stack(rows), np.array(labels, dtype=np.str_)
+    return RawSet(np.stack(rows), np.array(labels, dtype=np.str_))
 
 
 def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
@@ -155,7 +156,7 @@ def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _is_header(cells: Sequence[str]) -> bool:
-    words = [cell for cell in cells[:-1] if cell and not _is_number(cell)]
+    words = [cell for cell in cells[:-1] if cell and not is_number(cell)]
     return bool(words) or any(cell.lower() in LABEL_NAMES for cell in cells)
 
 
@@ -190,14 +191,6 @@ def _numbers(cells: Sequence[str], line: str, names: Sequence[str]) -> Array:
     try:
         return np.array(cells, dtype=np.float64)
     except ValueError as error:
-        bad = next(column for column, cell in enumerate(cells) if not _is_number(cell))
+        bad = next(column for column, cell in enumerate(cells) if not is_number(cell))
         cure = "encode it as a number; a label column is the last or called label"
         raise DataError(f"{line}, {names[bad]!r}: {cells[bad]!r} is not a number; {cure}") from error
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

@@ -1,0 +1,175 @@
+"""The public constants of a data set: what everybody may know of it before a private record is touched.
+
+They come from settings, from what is known of a public data set, or from its public records: never from the
+private ones, of which one could then change what everybody sees. Only a simulation of a user's own file takes
+what is not set from all of its records, and says so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privkd.config import DataConfig
+from privkd.data.partition import Indices
+from privkd.data.source import Array, RawSet, Source
+from privkd.errors import ConfigError, DataError
+from privkd.labels import in_order, is_fraction, is_number
+
+PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
+"""Data sets that all the world has: a simulation plays a part of one as private."""
+
+_BYTES = 255.0
+_SIZES = ("records_per_device", "public_records", "validation_records", "proxy_records")
+# ITU-R 601 in 16-bit fixed point, as Pillow turns colour into grey; a grey pixel stays what it is.
+_LUMA, _HALF, _SHIFT = (19595, 38470, 7471), 1 << 15, 16
+
+
+@dataclass(frozen=True)
+class Constants:
+    """How raw features become inputs: the same for everybody.
+
+    Attributes:
+        divisor: what whole numbers are divided by; 1 where features stay as they came.
+        flags: bytes are 0/1 flags, and larger ones are taken for 1.
+        channels: 1 or 3 of decoded images, ``None`` for anything else.
+    """
+
+    divisor: float
+    flags: bool
+    channels: int | None
+
+    def features(self, raw: Array) -> Tensor:
+        """Inputs float32 ``[record, *shape]`` from a ``RawSet``'s: each from its own record alone."""
+        if self.channels == 1 and raw.shape[1] == 3:
+            raw = grey(raw)
+        elif self.channels == 3 and raw.shape[1] == 1:
+            raw = np.repeat(raw, 3, axis=1)
+        if self.flags:
+            raw = np.minimum(raw, 1)
+        features = torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
+        return features if self.divisor == 1 else features.div_(self.divisor)
+
+
+def find_constants(source: Source, public: Indices, config: DataConfig) -> Constants:
+    """The constants of ``source``, from settings and from its ``public`` records and test split.
+
+    Raises:
+        ConfigError: ``data.scale`` is set for features that are no whole numbers.
+    """
+    if config.scale is not None and not source.whole:
+        raise ConfigError(
+            f"data.scale={config.scale:g}: the features of source {config.source!r} are no whole numbers by "
+            "type, and are taken as they are; scale them in the data"
+        )
+    divisor = source.divisor if config.scale is None else config.scale
+    bytes_ = source.records.inputs.dtype == np.uint8
+    flags = bytes_ and divisor is None and all(part.max(initial=0) <= 1 for part in _parts(source, public))
+    if divisor is None:
+        divisor = _BYTES if bytes_ and not flags else 1.0
+    return Constants(divisor, flags, _channels(source, public))
+
+
+def _parts(source: Source, public: Indices) -> Iterator[Array]:
+    yield source.records.inputs[public]
+    if source.test is not None:
+        yield source.test.inputs
+
+
+def _channels(source: Source, public: Indices) -> int | None:
+    if source.records.colour is None:
+        return None
+    test = source.test.colour if source.test is not None else None
+    coloured = source.records.colour[public].any() or (test is not None and test.any())
+    return 3 if coloured else 1
+
+
+def grey(images: Array) -> Array:
+    """Bytes ``[image, 3, height, width]`` as ``[image, 1, height, width]``, as Pillow's ``convert("L")``."""
+    weights = np.array(_LUMA, dtype=np.uint32).reshape(3, 1, 1)
+    luma = ((images * weights).sum(axis=1, keepdims=True, dtype=np.uint32) + _HALF) >> _SHIFT
+    return luma.astype(np.uint8)
+
+
+def unset(config: DataConfig, *, given_test: bool) -> tuple[str, ...]:
+    """The settings of ``config.data`` that are read from all records of a user's own file, by name.
+
+    Args:
+        config: none where its source is one of `PUBLIC_SOURCES`.
+        given_test: the data bring a test split of their own.
+    """
+    if config.source in PUBLIC_SOURCES:
+        return ()
+    names = ("classes", *_SIZES, *(() if given_test else ("test_records",)))
+    return tuple(name for name in names if getattr(config, name) is None)
+
+
+def in_words(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Settings of `unset` as a person calls them."""
+    return tuple(name.replace("_", " ") for name in names)
+
+
+def check_set(config: DataConfig, *, given_test: bool) -> None:
+    """Refuse a deployment whose public constants would be read from private records.
+
+    Raises:
+        ConfigError: it names the settings to give.
+    """
+    lacking = unset(config, given_test=given_test)
+    if lacking:
+        values = {"classes": "NAME,NAME,..."}
+        flags = " ".join(f"--set data.{name}={values.get(name, 'N')}" for name in lacking)
+        raise ConfigError(
+            f"source {config.source!r}: a deployment (privacy.noise='system') reads no public constant from "
+            f"private records; give {flags}"
+        )
+
+
+def label_space(source: Source, config: DataConfig) -> tuple[str, ...]:
+    """The classes by name, in the order of their numbers: as set, else the source's, else those that occur.
+
+    Raises:
+        DataError: where they are read from the records: fewer than two, or numbers that are no whole ones.
+    """
+    classes = config.classes or source.classes
+    if classes is not None:
+        return classes
+    labels = source.records.labels
+    found = np.unique(labels).tolist()
+    if all(map(is_number, found)):
+        for label in filter(is_fraction, found):
+            row = int(np.argmax(labels == label))
+            raise DataError(
+                f"{source.name}: label {label} of record {row} is not an integer class; use 0, 1, 2, ..."
+            )
+    if len(found) < 2:
+        raise DataError(f"{source.name}: all labels are {found[0]!r}; a data set needs at least two classes")
+    return in_order(found)
+
+
+def numbered(labels: Array, classes: tuple[str, ...]) -> Indices:
+    """Class numbers int64 ``[record]`` of canonical ``labels``; ``len(classes)`` for a label that is none."""
+    number = {label: i for i, label in enumerate(classes)}
+    values, positions = np.unique(labels, return_inverse=True)
+    found = [number.get(str(value), len(classes)) for value in values]
+    return np.array(found, dtype=np.int64)[positions]
+
+
+def numbered_test(source: Source, test: RawSet, classes: tuple[str, ...], config: DataConfig) -> Indices:
+    """Class numbers of the test split that came with the data, int64 ``[record]``.
+
+    Raises:
+        DataError: a label is none of ``classes``.
+    """
+    numbers = numbered(test.labels, classes)
+    strange = test.labels[numbers == len(classes)]
+    if strange.size:
+        known = config.classes or source.classes
+        place = "among the training labels" if known is None else f"among the {len(classes)} classes"
+        cure = "remove it" if known is None else "remove it, or give data.classes"
+        raise DataError(
+            f"{source.name} (test split): label {str(strange[0])!r} does not occur {place}; {cure}"
+        )
+    return numbers
