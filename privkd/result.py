@@ -83,6 +83,7 @@ class Result:
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
     The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited.
+    ``warnings`` are the plan's.
     """
 
     run: str
@@ -95,6 +96,7 @@ class Result:
     lower_bounds: tuple[LowerBound, ...]
     rounds: tuple[RoundFigures, ...]
     noise: str
+    warnings: tuple[str, ...]
     seconds: float
 
     def lower_bound(self, unit: Unit) -> LowerBound | None:
@@ -217,6 +219,7 @@ def _result(
         lower_bounds=lower_bounds,
         rounds=figures,
         noise=config.privacy.noise,
+        warnings=finished.plan.warnings,
         seconds=time.monotonic() - start,
     )
 

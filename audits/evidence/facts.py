@@ -224,6 +224,7 @@ class RunFacts:
         accuracies: ``None`` for an unfinished run, or one older than the count of its test records.
         finished: whether all rounds were played and the result written.
         closing: lower bounds from the audit that the run ended with.
+        warnings: what its result says that its epsilons and delta are not worth.
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
         exports: the students that were exported.
         versions: of what computed the run, by name.
@@ -240,6 +241,7 @@ class RunFacts:
     accuracies: Accuracies | None
     finished: bool
     closing: tuple[LowerBound, ...]
+    warnings: tuple[str, ...]
     membership: MembershipFacts | None
     reconstruction: ReconstructionFacts | None
     exports: tuple[ExportFacts, ...]

@@ -71,6 +71,7 @@ def read_run(path: Path) -> RunFacts:
         accuracies=_accuracies(path, result),
         finished=finished,
         closing=_closing(path, result),
+        warnings=_warnings(path, result),
         membership=_membership(path / MEMBERSHIP, statements),
         reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
         exports=read_exports(path),
@@ -150,6 +151,11 @@ def _closing(path: Path, tree: Mapping[str, Any]) -> tuple[LowerBound, ...]:
             for unit, row in units.items()
             if row
         )
+
+
+def _warnings(path: Path, tree: Mapping[str, Any]) -> tuple[str, ...]:
+    with well_formed(path / "result.json"):
+        return tuple(str(words) for words in tree.get("warnings", ()))
 
 
 def _accuracies(path: Path, tree: Mapping[str, Any]) -> Accuracies | None:
