@@ -24,8 +24,9 @@ def check_delta(delta: float, *, allowed: bool) -> None:
     """
     if delta > LARGEST_DELTA and not allowed:
         raise ConfigError(
-            f"privacy.delta={delta:g}: above {LARGEST_DELTA:g} it promises next to nothing, as publishing each record "
-            f"with probability {delta:g} would satisfy it; take 1e-5, or --set privacy.allow_large_delta=true"
+            f"privacy.delta={delta:g}: above {LARGEST_DELTA:g} it promises next to nothing, as publishing "
+            f"each record with probability {delta:g} would satisfy it; take 1e-5, or allow it with "
+            "--set privacy.allow_large_delta=true"
         )
 
 

@@ -20,6 +20,7 @@ from privkd.latency import latencies_ms
 from privkd.ledger import Statement
 from privkd.models import parameter_count
 from privkd.progress import Progress
+from privkd.reopening import reopened
 from privkd.state import RoundFigures, State
 from privkd.store import RunFolder
 from privkd.students import with_students
@@ -119,7 +120,7 @@ def train(
     bounds that cross are the caller's to raise, by `raise_crossed`.
     """
     start = time.monotonic()
-    game = game or open_game(config)
+    game = game or (reopened(folder) if resumed else open_game(config))
     finished = run(game, folder, progress, resumed=resumed)
     left_with = _delivered(game, folder, finished.state, progress)
     lower_bounds = audit(game, progress)

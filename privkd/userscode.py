@@ -2,10 +2,16 @@
 
 import importlib
 import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from privkd.errors import InputError, one_line
+
+_OURS = {"privkd", "attacks", "audits", "papers", "cli"}
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def users_callable(path: str, what: str, error: type[InputError]) -> Any:
@@ -17,9 +23,7 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
         error: raised, in one line, where it cannot be imported or called.
     """
     module, _, name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    _prepend(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as cause:  # A user's module may fail in any way.
@@ -27,3 +31,57 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
     if not callable(found):
         raise error(f"{what} {path!r}: is a {type(found).__name__}, not a function")
     return found
+
+
+def make_importable(folders: Sequence[Path]) -> None:
+    """Import from ``folders`` first, then from the working directory: where a run's modules were found."""
+    for folder in (Path.cwd(), *reversed(folders)):
+        _prepend(str(folder))
+
+
+def _prepend(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """The user's modules: their ``files``, by their names below the ``folders`` they were imported from."""
+
+    files: dict[str, Path]
+    folders: tuple[Path, ...]
+
+
+def own_code(paths: Iterable[str]) -> OwnCode:
+    """The modules that ``paths`` name, and what else was imported from the folders where they were found.
+
+    Installed packages and privkd's own are left out; of a module that is installed, its package is all. A
+    path without ``:`` names nothing of the user's, and a module that was not imported yet has no file.
+    """
+    files: dict[str, Path] = {}
+    folders: dict[Path, None] = {}
+    for name in dict.fromkeys(path.partition(":")[0] for path in paths if ":" in path):
+        file = _file_of(name)
+        if file is None:
+            continue
+        folder = file.parents[name.count(".") + (file.stem == "__init__")]
+        folders[folder] = None
+        within = folder / name.partition(".")[0] if _is_installed(file) else folder
+        for other in list(sys.modules):
+            found = None if other.partition(".")[0] in _OURS else _file_of(other)
+            if found == file or (found and _belongs(found, within, installed=_is_installed(file))):
+                files[found.relative_to(folder).as_posix()] = found
+    return OwnCode(dict(sorted(files.items())), tuple(folders))
+
+
+def _belongs(file: Path, within: Path, *, installed: bool) -> bool:
+    return file.is_relative_to(within) and (installed or not _is_installed(file))
+
+
+def _is_installed(file: Path) -> bool:
+    return bool(_INSTALLED & set(file.parts)) or file.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+def _file_of(module: str) -> Path | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file).resolve() if isinstance(file, str) and Path(file).is_file() else None
