@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from audits.intervals import Interval, difference
 from audits.verdict import Finding, Verdict
+from privkd.binding import Binding
 from privkd.bounds import LowerBound
 from privkd.config import RunConfig
 from privkd.events import PrivacyEvent, Unit
@@ -228,6 +229,7 @@ class RunFacts:
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
         exports: the students that were exported.
         versions: of what computed the run, by name.
+        binding: the data and code that it was started with; ``None`` where it noted none.
         files: what the report rests on.
         started: when the run was started, as the file system says, ``YYYY-MM-DD``.
     """
@@ -246,6 +248,7 @@ class RunFacts:
     reconstruction: ReconstructionFacts | None
     exports: tuple[ExportFacts, ...]
     versions: tuple[tuple[str, str], ...]
+    binding: Binding | None
     files: tuple[FileFacts, ...]
     started: str
 

@@ -24,6 +24,7 @@ from audits.evidence.parsing import count, number, read_json, well_formed
 from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
 from audits.intervals import Interval, share
 from audits.verdict import Finding, Refused
+from privkd.binding import binding_of
 from privkd.bounds import LowerBound
 from privkd.charges import decode_charge
 from privkd.config import load_config
@@ -76,6 +77,7 @@ def read_run(path: Path) -> RunFacts:
         reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
         exports=read_exports(path),
         versions=_versions(path / "versions.json"),
+        binding=binding_of(journal, path / "journal.jsonl"),
         files=tuple(_file(path, name) for name in _evidence(path)),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
     )
