@@ -1,30 +1,14 @@
-"""What a run is bound to: its data, the user's own code, and the libraries that computed it.
+"""The note of what a run is bound to. Light to import; `bound` makes and checks it."""
 
-All of it is noted in the run's journal before anything is spent, and checked by whoever goes on with the run,
-trains its students again or replays them. On other records the noise of a repeated round would cancel, and a
-student trained on them would be one that the ledger never charged for.
-"""
-
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privkd.config import RunConfig
-from privkd.credentials import noise_root
-from privkd.data.function import is_function_name
-from privkd.data.scenario import Scenario
 from privkd.errors import RunError
-from privkd.fingerprints import Fingerprints
-from privkd.noise import NoiseRoot
-from privkd.state import saved
-from privkd.store import RunFolder, versions
-from privkd.userscode import OwnCode, make_importable, own_code
 
-_STEP = "bound"
-_MATTER = ("privkd", "torch", "opacus", "numpy", "crypten", "dp-accounting")
-_LOG = logging.getLogger(__name__)
+STEP = "bound"
+"""The note's step in the journal."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,7 @@ def binding_of(journal: Iterable[Mapping[str, Any]], path: Path) -> Binding | No
     Raises:
         RunError: the note is not of this version's form.
     """
-    row = next((row for row in journal if row.get("step") == _STEP), None)
+    row = next((row for row in journal if row.get("step") == STEP), None)
     if row is None:
         return None
     try:
@@ -72,181 +56,3 @@ def binding_of(journal: Iterable[Mapping[str, Any]], path: Path) -> Binding | No
 
 def _texts(row: Mapping[str, Any]) -> dict[str, str]:
     return {str(name): str(text) for name, text in row.items()}
-
-
-def bind(folder: RunFolder, config: RunConfig, scenario: Scenario, root: NoiseRoot) -> None:
-    """Note what the run in ``folder`` is bound to or, where that was noted, check it.
-
-    Raises:
-        RunError: the data or the code are not those that the run was started with; it names what changed.
-    """
-    now = _Now(folder, config, root)
-    if now.noted is not None:
-        now.check_files(now.noted)
-        now.check_scenario(now.noted, scenario)
-        return
-    now.check_unbound(scenario)
-    found = now.binding(root, scenario)
-    folder.note(_STEP, **asdict(found))
-
-
-def check_files(folder: RunFolder) -> None:
-    """Check the data and the code before either is loaded, and let the code be imported.
-
-    Modules are looked for where they were when the run was started, then in the working directory. A library
-    of another version is said on stderr. Nothing is checked of a run that is not bound.
-
-    Raises:
-        RunError: as `bind`.
-    """
-    now = _Now.of(folder)
-    if now.noted is None:
-        return
-    make_importable([Path(place) for place in now.noted.folders if Path(place).is_dir()])
-    _warn_of_versions(folder, now.noted)
-    now.check_files(now.noted)
-
-
-def check_bound(folder: RunFolder, scenario: Scenario) -> None:
-    """Check that the records, and the modules that were loaded, are those that the run began with.
-
-    A run that was started by a version which noted the digest of its records alone goes on with a warning.
-
-    Raises:
-        RunError: as `bind`; or rounds were played without any note of the data.
-    """
-    now = _Now.of(folder)
-    if now.noted is None:
-        now.check_unbound(scenario)
-        return
-    now.check_code(now.noted)
-    now.check_scenario(now.noted, scenario)
-
-
-@dataclass(frozen=True)
-class _Now:
-    """What the data and the code of a run are now.
-
-    ``root`` is the run's secret: ``None`` once a deployment has played all its rounds and so forgotten it.
-    Then nothing private is trained on again, and what is keyed is not checked.
-    """
-
-    folder: RunFolder
-    config: RunConfig
-    root: NoiseRoot | None
-
-    @classmethod
-    def of(cls, folder: RunFolder) -> "_Now":
-        config = folder.config
-        forgotten = config.privacy.noise == "system" and len(saved(folder).rounds) > config.rounds
-        return cls(folder, config, None if forgotten else noise_root(config, folder))
-
-    @property
-    def noted(self) -> Binding | None:
-        return binding_of(self.folder.journal, self.folder.path / "journal.jsonl")
-
-    @property
-    def code(self) -> OwnCode:
-        """The user's modules, as far as they are imported."""
-        models = [self.config.teacher.model, *self.config.student.models]
-        source = self.config.data.source
-        return own_code([*(model.name for model in models), *([source] if is_function_name(source) else [])])
-
-    def binding(self, root: NoiseRoot, scenario: Scenario) -> Binding:
-        code, versions = self.code, _versions()
-        return Binding(
-            data=self._private(root).of_data(self.config.data),
-            records=_records(root, scenario),
-            classes=self._private(root).of_classes(scenario),
-            code=self._coded(root).of_files(code.files),
-            folders=tuple(map(str, code.folders)),
-            versions=versions,
-        )
-
-    def check_files(self, noted: Binding) -> None:
-        self.check_code(noted)
-        if self.root is not None:
-            self._compare("data", noted.data, self._private(self.root).of_data(self.config.data))
-
-    def check_code(self, noted: Binding) -> None:
-        if self.root is None and self._code_is_private:
-            return
-        loaded, places = self.code.files, [*map(Path, noted.folders), Path.cwd()]
-        files: dict[str, Path] = {}
-        for name in noted.code:
-            found = [loaded[name]] if name in loaded else [place / name for place in places]
-            files.update((name, path) for path in reversed(found) if path.is_file())
-        self._compare("code", noted.code, self._coded(self.root).of_files(files))
-
-    def check_scenario(self, noted: Binding, scenario: Scenario) -> None:
-        if self.root is None:
-            return
-        if noted.classes != self._private(self.root).of_classes(scenario):
-            raise self._changed("data", "the classes are others")
-        if noted.records != _records(self.root, scenario):
-            raise self._changed("data", "the records are others")
-
-    def check_unbound(self, scenario: Scenario) -> None:
-        if not saved(self.folder).rounds:
-            return
-        old = [row.get("hmac") for row in self.folder.journal if row.get("step") == "records"]
-        if not old:
-            raise RunError(
-                f"{self.folder.path} was started by a version that did not bind runs to their data, so "
-                "nothing tells whether they are the same: start a new run"
-            )
-        if self.root is not None and _records(self.root, scenario) != f"hmac-sha256:{old[0]}":
-            raise self._changed("data", "the records are others")
-        _LOG.warning(
-            "privkd: warning: %s was started by a version that did not bind runs to their code: its records "
-            "are the same, its modules may not be",
-            self.folder.path,
-        )
-
-    @property
-    def _code_is_private(self) -> bool:
-        """Whether a digest of the code could be one of private data: a function may hold its data itself."""
-        return self.config.privacy.noise == "system" and is_function_name(self.config.data.source)
-
-    def _private(self, root: NoiseRoot) -> Fingerprints:
-        return Fingerprints(root.subkey("bound") if self.config.privacy.noise == "system" else None)
-
-    def _coded(self, root: NoiseRoot | None) -> Fingerprints:
-        return Fingerprints(root.subkey("bound") if root and self._code_is_private else None)
-
-    def _compare(self, what: str, noted: Mapping[str, str], found: Mapping[str, str]) -> None:
-        for name in (*noted, *found):
-            if noted.get(name) != found.get(name):
-                how = (
-                    "was changed"
-                    if name in noted and name in found
-                    else "is gone"
-                    if name in noted
-                    else "is new"
-                )
-                raise self._changed(what, f"{name} {how}")
-
-    def _changed(self, what: str, how: str) -> RunError:
-        return RunError(
-            f"{self.folder.path}: the {what} changed since the run was started: {how}; bring back the "
-            f"old {what}"
-        )
-
-
-def _records(root: NoiseRoot, scenario: Scenario) -> str:
-    return Fingerprints(root.subkey("records")).of_records(scenario)
-
-
-def _versions() -> dict[str, str]:
-    found = versions()
-    return {name: found[name] for name in _MATTER}
-
-
-def _warn_of_versions(folder: RunFolder, noted: Binding) -> None:
-    for name, version in _versions().items():
-        before = noted.versions.get(name, "absent")
-        if before != version:
-            _LOG.warning(
-                "privkd: warning: %s was started with %s %s and goes on with %s %s: figures may differ",
-                *(folder.path, name, before, name, version),
-            )

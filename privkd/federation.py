@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.binding import bind
+from privkd.bound import bind
 from privkd.channel import Channel, PlainChannel, Release, open_channel
 from privkd.config import ModelConfig, RunConfig
 from privkd.controls import Controls, mean_accuracy, measure_controls, personal_accuracy

@@ -1,6 +1,6 @@
 """A run's folder, opened again: on the data and the code that it was started with, or not at all."""
 
-from privkd.binding import check_bound, check_files
+from privkd.bound import check_bound, check_files
 from privkd.config import RunConfig
 from privkd.errors import RunError
 from privkd.federation import Game, open_game

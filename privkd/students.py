@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from privkd.binding import check_bound
+from privkd.bound import check_bound
 from privkd.errors import RunError
 from privkd.federation import Game
 from privkd.reopening import check_simulated

@@ -15,7 +15,7 @@ from faults import Answer, Commands
 from PIL import Image
 from running import SMALL, StopAt, play, resume, same, small
 
-import privkd.binding
+import privkd.bound
 import privkd.federation
 from audits.membership import audit_membership
 from audits.reconstruction.audit import audit_reconstruction
@@ -23,7 +23,8 @@ from audits.reconstruction.request import ReconstructionRequest
 from audits.request import MembershipRequest
 from papers.latency import latency_figures
 from papers.personal import personal_figures
-from privkd.binding import Binding, bind, binding_of, check_bound
+from privkd.binding import Binding, binding_of
+from privkd.bound import bind, check_bound
 from privkd.config import DataConfig
 from privkd.data.sources import data_files
 from privkd.errors import RunError
@@ -421,8 +422,8 @@ class TestVersions:
     ) -> None:
         with pytest.raises(KeyboardInterrupt):
             play(tmp_path / "run", progress=StopAt(IN_ROUND_TWO))
-        found = privkd.binding.versions()
-        monkeypatch.setattr(privkd.binding, "versions", lambda: found | {"opacus": "99.0"})
+        found = privkd.bound.versions()
+        monkeypatch.setattr(privkd.bound, "versions", lambda: found | {"opacus": "99.0"})
         with caplog.at_level(logging.WARNING):
             resume(tmp_path / "run")
         said = [record.getMessage() for record in caplog.records if "privkd: warning" in record.getMessage()]
