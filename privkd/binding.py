@@ -20,7 +20,7 @@ class Binding:
         records: digest of the records as they were split, always a keyed one.
         classes: digest of the label space.
         code: digests of the user's own modules, by file name.
-        folders: where those were imported from.
+        folders: where those were imported from, and marks to know them again: see `userscode.OwnCode`.
         versions: of the libraries that matter, by name.
     """
 
@@ -28,7 +28,7 @@ class Binding:
     records: str
     classes: str
     code: Mapping[str, str]
-    folders: tuple[str, ...]
+    folders: Mapping[str, str]
     versions: Mapping[str, str]
 
 
@@ -47,7 +47,7 @@ def binding_of(journal: Iterable[Mapping[str, Any]], path: Path) -> Binding | No
             records=str(row["records"]),
             classes=str(row["classes"]),
             code=_texts(row["code"]),
-            folders=tuple(map(str, row["folders"])),
+            folders=_texts(row["folders"]),
             versions=_texts(row["versions"]),
         )
     except (AttributeError, LookupError, TypeError) as error:

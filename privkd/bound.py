@@ -20,43 +20,42 @@ from privkd.fingerprints import Fingerprints
 from privkd.noise import NoiseRoot
 from privkd.state import saved
 from privkd.store import RunFolder, versions
-from privkd.userscode import OwnCode, make_importable, own_code
+from privkd.userscode import OwnCode, importable, make_importable, own_code
 
 _MATTER = ("privkd", "torch", "opacus", "numpy", "crypten", "dp-accounting")
 _LOG = logging.getLogger(__name__)
 
 
-def bind(folder: RunFolder, config: RunConfig, scenario: Scenario, root: NoiseRoot) -> None:
+def bind(folder: RunFolder, scenario: Scenario, root: NoiseRoot) -> None:
     """Note what the run in ``folder`` is bound to or, where that was noted, check it.
 
     Raises:
         RunError: the data or the code are not those that the run was started with; it names what changed.
     """
-    now = _Now(folder, config, root)
-    if now.noted is not None:
-        now.check_files(now.noted)
-        now.check_scenario(now.noted, scenario)
+    noted, now = _noted(folder), _Now(folder, folder.config, root)
+    if noted is not None:
+        now.check_files(noted)
+        now.check_scenario(noted, scenario)
         return
-    now.check_unbound(scenario)
-    found = now.binding(root, scenario)
-    folder.note(STEP, **asdict(found))
+    if saved(folder).rounds:
+        now.check_unbound(scenario)
+    folder.note(STEP, **asdict(now.binding(root, scenario)))
 
 
 def check_files(folder: RunFolder) -> None:
     """Check the data and the code before either is loaded, and let the code be imported.
 
-    Modules are looked for where they were when the run was started, then in the working directory. A library
-    of another version is said on stderr. Nothing is checked of a run that is not bound.
+    Modules are imported from where they were when the run was started, as long as they are the very files.
+    A library of another version is said on stderr. Nothing is checked of a run that is not bound.
 
     Raises:
         RunError: as `bind`.
     """
-    now = _Now.of(folder)
-    if now.noted is None:
-        return
-    make_importable([Path(place) for place in now.noted.folders if Path(place).is_dir()])
-    _warn_of_versions(folder, now.noted)
-    now.check_files(now.noted)
+    noted = _noted(folder)
+    if noted is not None:
+        make_importable(noted.folders)
+        _warn_of_versions(folder, noted)
+        _Now.of(folder).check_files(noted)
 
 
 def check_bound(folder: RunFolder, scenario: Scenario) -> None:
@@ -67,12 +66,17 @@ def check_bound(folder: RunFolder, scenario: Scenario) -> None:
     Raises:
         RunError: as `bind`; or rounds were played without any note of the data.
     """
-    now = _Now.of(folder)
-    if now.noted is None:
-        now.check_unbound(scenario)
-        return
-    now.check_code(now.noted)
-    now.check_scenario(now.noted, scenario)
+    noted = _noted(folder)
+    if noted is not None:
+        now = _Now.of(folder)
+        now.check_code(noted)
+        now.check_scenario(noted, scenario)
+    elif saved(folder).rounds:
+        _Now.of(folder).check_unbound(scenario)
+
+
+def _noted(folder: RunFolder) -> Binding | None:
+    return binding_of(folder.journal, folder.path / "journal.jsonl")
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,6 @@ class _Now:
         return cls(folder, config, None if forgotten else noise_root(config, folder))
 
     @property
-    def noted(self) -> Binding | None:
-        return binding_of(self.folder.journal, self.folder.path / "journal.jsonl")
-
-    @property
     def code(self) -> OwnCode:
         """The user's modules, as far as they are imported."""
         models = [self.config.teacher.model, *self.config.student.models]
@@ -111,7 +111,7 @@ class _Now:
             records=_records(root, scenario),
             classes=self._private(root).of_classes(scenario),
             code=self._coded(root).of_files(code.files),
-            folders=tuple(map(str, code.folders)),
+            folders=code.folders,
             versions=versions,
         )
 
@@ -123,12 +123,23 @@ class _Now:
     def check_code(self, noted: Binding) -> None:
         if self.root is None and self._code_is_private:
             return
-        loaded, places = self.code.files, [*map(Path, noted.folders), Path.cwd()]
-        files: dict[str, Path] = {}
-        for name in noted.code:
-            found = [loaded[name]] if name in loaded else [place / name for place in places]
-            files.update((name, path) for path in reversed(found) if path.is_file())
-        self._compare("code", noted.code, self._coded(self.root).of_files(files))
+        loaded = self.code.files
+        found = {name: loaded.get(name) or importable(name) for name in noted.code}
+        files = {name: path for name, path in found.items() if path is not None}
+        now = self._coded(self.root).of_files(files)
+        if now != noted.code:
+            self._point_to(noted)
+        self._compare("code", noted.code, now)
+
+    def _point_to(self, noted: Binding) -> None:
+        """Raise `RunError` where the code lies as it was, in a folder that is not imported from."""
+        for place in noted.folders:
+            files = {name: Path(place) / name for name in noted.code if (Path(place) / name).is_file()}
+            if files and self._coded(self.root).of_files(files) == noted.code:
+                raise RunError(
+                    f"{self.folder.path}: its modules were imported from {place}: go on from there, or set "
+                    f"PYTHONPATH={place}"
+                )
 
     def check_scenario(self, noted: Binding, scenario: Scenario) -> None:
         if self.root is None:
@@ -139,8 +150,6 @@ class _Now:
             raise self._changed("data", "the records are others")
 
     def check_unbound(self, scenario: Scenario) -> None:
-        if not saved(self.folder).rounds:
-            return
         old = [row.get("hmac") for row in self.folder.journal if row.get("step") == "records"]
         if not old:
             raise RunError(
@@ -167,16 +176,14 @@ class _Now:
         return Fingerprints(root.subkey("bound") if root and self._code_is_private else None)
 
     def _compare(self, what: str, noted: Mapping[str, str], found: Mapping[str, str]) -> None:
-        for name in (*noted, *found):
-            if noted.get(name) != found.get(name):
-                how = (
-                    "was changed"
-                    if name in noted and name in found
-                    else "is gone"
-                    if name in noted
-                    else "is new"
-                )
-                raise self._changed(what, f"{name} {how}")
+        for name in noted:
+            if name not in found:
+                raise self._changed(what, f"{name} is gone")
+            if noted[name] != found[name]:
+                raise self._changed(what, f"{name} was changed")
+        for name in found:
+            if name not in noted:
+                raise self._changed(what, f"{name} is new")
 
     def _changed(self, what: str, how: str) -> RunError:
         return RunError(

@@ -106,7 +106,7 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
     """The rounds that are left, each committed before the next."""
     config, plan = game.config, game.plan
     root = noise_root(config, folder)
-    bind(folder, config, game.scenario, root)
+    bind(folder, game.scenario, root)
     with open_channel(
         config.channel.kind,
         clip_norm=plan.clip_norm,

@@ -3,7 +3,7 @@
 import importlib
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,23 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
     return found
 
 
-def make_importable(folders: Sequence[Path]) -> None:
-    """Import from ``folders`` first, then from the working directory: where a run's modules were found."""
-    for folder in (Path.cwd(), *reversed(folders)):
-        _prepend(str(folder))
+def make_importable(folders: Mapping[str, str]) -> None:
+    """Import from ``folders``, as `OwnCode.folders`, first: where their marks are what they were.
+
+    The working directory is next.
+    """
+    _prepend(str(Path.cwd()))
+    for folder, marked in reversed(list(folders.items())):
+        name, _, known = marked.rpartition(" ")
+        file = Path(folder) / name
+        if file.is_file() and mark(file) == known:
+            _prepend(folder)
+
+
+def importable(name: str) -> Path | None:
+    """The file of that name, below the first folder to import from that has it."""
+    places = (Path(place) / name for place in (*sys.path, str(Path.cwd())))
+    return next((path for path in places if path.is_file()), None)
 
 
 def _prepend(folder: str) -> None:
@@ -46,10 +59,25 @@ def _prepend(folder: str) -> None:
 
 @dataclass(frozen=True)
 class OwnCode:
-    """The user's modules: their ``files``, by their names below the ``folders`` they were imported from."""
+    """The user's modules.
+
+    Attributes:
+        files: by their names below the folder that they were imported from.
+        folders: those folders, each with the mark of a module in it: see `mark`.
+    """
 
     files: dict[str, Path]
-    folders: tuple[Path, ...]
+    folders: dict[str, str]
+
+
+def mark(file: Path) -> str:
+    """What tells a file from a copy of it: the inode, and when that was changed last, which nobody can set.
+
+    A run's folder may come from anybody. Who made it up elsewhere can name a folder here, and put a module
+    into it, but cannot know the mark that the module will have.
+    """
+    status = file.stat()
+    return f"{status.st_ino}-{status.st_ctime_ns}"
 
 
 def own_code(paths: Iterable[str]) -> OwnCode:
@@ -59,19 +87,19 @@ def own_code(paths: Iterable[str]) -> OwnCode:
     path without ``:`` names nothing of the user's, and a module that was not imported yet has no file.
     """
     files: dict[str, Path] = {}
-    folders: dict[Path, None] = {}
+    folders: dict[str, str] = {}
     for name in dict.fromkeys(path.partition(":")[0] for path in paths if ":" in path):
         file = _file_of(name)
         if file is None:
             continue
         folder = file.parents[name.count(".") + (file.stem == "__init__")]
-        folders[folder] = None
+        folders.setdefault(str(folder), f"{file.relative_to(folder).as_posix()} {mark(file)}")
         within = folder / name.partition(".")[0] if _is_installed(file) else folder
         for other in list(sys.modules):
             found = None if other.partition(".")[0] in _OURS else _file_of(other)
             if found == file or (found and _belongs(found, within, installed=_is_installed(file))):
                 files[found.relative_to(folder).as_posix()] = found
-    return OwnCode(dict(sorted(files.items())), tuple(folders))
+    return OwnCode(dict(sorted(files.items())), folders)
 
 
 def _belongs(file: Path, within: Path, *, installed: bool) -> bool:

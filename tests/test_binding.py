@@ -170,6 +170,19 @@ class TestData:
             exported(folder)
 
 
+FEW = ("data.devices=2", "data.records_per_device=8", "data.public_records=12",
+       "data.validation_records=6", "data.proxy_records=6", "data.device_test_records=1")  # fmt: skip
+
+
+def pictures(folder: Path) -> None:
+    """A folder of 99 images in three classes."""
+    rng = np.random.default_rng(0)
+    for number in range(99):
+        path = folder / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+
+
 class TestFiles:
     """Which files a data set is known by."""
 
@@ -222,14 +235,8 @@ class TestFiles:
         assert [before[name] == after[name] for name in before] == [True, False]
 
     def test_an_image_more_or_less_is_named(self, tmp_path: Path) -> None:
-        rng = np.random.default_rng(0)
-        for number in range(99):
-            path = tmp_path / "images" / f"class{number % 3}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-        few = ("data.devices=2", "data.records_per_device=8", "data.public_records=12")
-        more = ("data.validation_records=6", "data.proxy_records=6", "data.device_test_records=1")
-        play(tmp_path / "run", f"data.source={tmp_path / 'images'}", "rounds=1", *few, *more)
+        pictures(tmp_path / "images")
+        play(tmp_path / "run", f"data.source={tmp_path / 'images'}", "rounds=1", *FEW)
         extra = tmp_path / "images" / "class0" / "extra.png"
         shutil.copy(tmp_path / "images" / "class0" / "0.png", extra)
         with pytest.raises(RunError, match=rf"{CHANGED}: class0/extra\.png is new"):
@@ -246,6 +253,14 @@ from parts.layers import activation
 def student(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), activation(), nn.Linear(8, classes))
 """
+
+FUNCTION = """
+import numpy as np
+def records():
+    rng = np.random.default_rng(0)
+    return rng.random((400, 4), dtype=np.float32), np.arange(400) % 3
+"""
+ALONE = OWN.replace("from parts.layers import activation", "activation = nn.Tanh")
 
 
 class TestCode:
@@ -271,7 +286,7 @@ class TestCode:
     def test_is_noted_with_what_it_imported(self, place: Path) -> None:
         noted = binding(place / "run")
         assert list(noted.code) == ["own.py", "parts/__init__.py", "parts/layers.py"]
-        assert noted.folders == (str(place.resolve()),)
+        assert list(noted.folders) == [str(place.resolve())]
         digest = hashlib.sha256((place / "own.py").read_bytes()).hexdigest()
         assert noted.code["own.py"] == f"sha256:{digest}"
 
@@ -306,10 +321,32 @@ class TestCode:
         answer = commands.run("export", "run", cwd=place)
         assert answer.code == 0, answer.err
 
-    def test_is_found_from_another_folder(self, commands: Commands, place: Path, tmp_path: Path) -> None:
+    def test_is_found_from_another_folder(self, commands: Commands, tmp_path: Path) -> None:
         """Another module of the same name there is not taken for it."""
-        (tmp_path / "own.py").write_text("raise SystemExit('the wrong one')\n")
-        answer = commands.run("export", place / "run", cwd=tmp_path)
+        home, away = tmp_path / "home", tmp_path / "away"
+        for place in (home, away):
+            place.mkdir()
+        (home / "own.py").write_text(ALONE)
+        (away / "own.py").write_text("raise SystemExit('the wrong one')\n")
+        assert self.trained(commands, home).code == 0
+        answer = commands.run("export", home / "run", cwd=away)
+        assert answer.code == 0, answer.err
+
+    def test_of_a_folder_that_a_stranger_names_is_not_run(self, commands: Commands, tmp_path: Path) -> None:
+        """Whoever makes up a run folder can name any folder, and vouch for the module that lies there."""
+        home, away = tmp_path / "home", tmp_path / "away"
+        for place in (home, away):
+            place.mkdir()
+        (home / "own.py").write_text(ALONE)
+        assert self.trained(commands, home).code == 0
+        rebound(home / "run", lambda row: row.update(folders={str(home): "own.py 1-2"}))
+        for other in ("", "raise SystemExit('the wrong one')\n"):
+            if other:
+                (away / "own.py").write_text(other)
+            answer = commands.run("export", home / "run", cwd=away)
+            assert answer.code == 2
+            assert f"its modules were imported from {home}: go on from there" in answer.err
+        answer = commands.run("export", "run", cwd=home)
         assert answer.code == 0, answer.err
 
     def test_may_move_with_its_run(self, commands: Commands, place: Path, tmp_path: Path) -> None:
@@ -323,12 +360,10 @@ class TestCode:
         assert answer.code == 0, answer.err
 
     def test_of_a_data_function_is_its_code_too(self, commands: Commands, tmp_path: Path) -> None:
-        source = "import numpy as np\ndef records():\n    rng = np.random.default_rng(0)\n"
-        source += "    return rng.random((400, 4), dtype=np.float32), np.arange(400) % 3\n"
-        (tmp_path / "mine.py").write_text(source)
+        (tmp_path / "mine.py").write_text(FUNCTION)
         settings = typed("data.source=mine:records")
         assert commands.run("train", *settings, "--out", "run", cwd=tmp_path).code == 0
-        (tmp_path / "mine.py").write_text(source + "# the same records\n")
+        (tmp_path / "mine.py").write_text(FUNCTION + "# the same records\n")
         answer = commands.run("export", "run", cwd=tmp_path)
         assert "mine.py was changed" in answer.err
 
@@ -341,7 +376,7 @@ class TestOwnCode:
         assert all(name.startswith("torch/") for name in found.files)
         here = own_code([f"{__name__}:binding"])
         assert f"{__name__}.py" in here.files
-        assert here.folders == (Path(__file__).resolve().parent,)
+        assert list(here.folders) == [str(Path(__file__).resolve().parent)]
         assert not any(name.startswith(("privkd", "audits")) for name in here.files)
 
     def test_of_what_was_not_imported_is_nothing(self) -> None:
@@ -394,6 +429,37 @@ class TestDeployment:
         assert list(before) == [tmp_path.name]
         (tmp_path / "jane" / "1.png").rename(tmp_path / "jane" / "2.png")
         assert keyed.of_data(DataConfig(source=str(tmp_path))) != before
+
+    def test_a_folder_may_be_named_by_where_one_stands(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pictures(tmp_path / "images")
+        monkeypatch.chdir(tmp_path / "images")
+        with pytest.raises(KeyboardInterrupt):
+            play(tmp_path / "run", "data.source=.", *FEW, *self.SYSTEM, progress=StopAt(IN_ROUND_TWO))
+        monkeypatch.chdir(tmp_path)
+        assert list(binding(tmp_path / "run").data) == ["images"]
+        resume(tmp_path / "run")
+
+    def test_the_code_of_a_data_function_is_keyed_like_its_data(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may hold the records itself."""
+        file = tmp_path / "kept.py"
+        file.write_text(FUNCTION)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            play(tmp_path / "run", "data.source=kept:records", *self.SYSTEM, progress=StopAt(IN_ROUND_TWO))
+        assert binding(tmp_path / "run").code["kept.py"].startswith("hmac-sha256:")
+        plain = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert plain not in (tmp_path / "run" / "journal.jsonl").read_text()
+        file.write_text(FUNCTION + "# the same records\n")
+        with pytest.raises(
+            RunError, match=r"the code changed since the run was started: kept\.py was changed"
+        ):
+            resume(tmp_path / "run")
+        file.write_text(FUNCTION)
+        resume(tmp_path / "run")
 
     @pytest.mark.parametrize("what", RETRAIN)
     def test_is_neither_audited_nor_exported(self, tmp_path: Path, what: str) -> None:
@@ -490,7 +556,7 @@ class TestUnbound:
         with RunFolder.create(tmp_path / "run", config) as folder:
             game = open_game(config)
             check_bound(folder, game.scenario)
-            bind(folder, config, game.scenario, NoiseRoot.from_seed(0))
+            bind(folder, game.scenario, NoiseRoot.from_seed(0))
             assert binding(tmp_path / "run").data == {}
 
 
@@ -500,13 +566,13 @@ class TestUnbound:
 )
 def test_a_note_of_another_form_is_one_line(tmp_path: Path, note: dict[str, Any]) -> None:
     with RunFolder.create(tmp_path / "run", small()) as folder:
-        folder.journal.append({"step": "bound", "records": "", "classes": "", "folders": [], **note})
+        folder.journal.append({"step": "bound", "records": "", "classes": "", "folders": {}, **note})
         with pytest.raises(RunError, match="is not of this version's form"):
             binding_of(folder.journal, folder.path)
 
 
 def test_a_note_survives_its_way_through_the_journal(tmp_path: Path) -> None:
-    noted = Binding({"a": "sha256:1"}, "r", "c", {"b.py": "sha256:2"}, ("/x",), {"torch": "2"})
+    noted = Binding({"a": "sha256:1"}, "r", "c", {"b.py": "sha256:2"}, {"/x": "b.py 1-2"}, {"torch": "2"})
     with RunFolder.create(tmp_path / "run", small()) as folder:
         folder.note("bound", **asdict(noted))
     assert binding(tmp_path / "run") == noted
