@@ -28,6 +28,13 @@ from privkd.randomness import Randomness, SeededRandomness, derive_seed, seeded_
 from privkd.reverse import bounded_answers
 from privkd.transcript import Transcript
 
+DEPLOYED = (
+    "and is not audited: a replay trains on the devices' own records and writes their answers, which the "
+    "ledger does not cover; audit a simulation of the same settings, or run "
+    "`privkd audit mechanism`"
+)
+"""Why no audit replays a deployment."""
+
 Role: TypeAlias = Literal["target", "shadow"]
 Report: TypeAlias = Callable[[int, int], None]
 """Told how many steps are done, of how many."""

@@ -15,7 +15,7 @@ from audits.estimators import (
     one_run,
     tpr_at_fpr,
 )
-from audits.game import DeviceSide
+from audits.game import DEPLOYED, DeviceSide
 from audits.gradient import Scores, bound_many_trials, bound_one_run, dirac_scores
 from audits.labels import LabelFinding
 from audits.release import Floats
@@ -27,10 +27,11 @@ from audits.wires import Replays, Wires
 from privkd.cohort import train_cohort
 from privkd.errors import ConfigError, InputError
 from privkd.events import Unit
-from privkd.federation import Game, open_game
+from privkd.federation import Game
 from privkd.ledger import Ledger
 from privkd.progress import Progress
 from privkd.randomness import derive_seed
+from privkd.reopening import reopened_simulation
 from privkd.state import load_transcript
 from privkd.store import RunFolder
 
@@ -65,9 +66,10 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
     """Play the game of ``audits.game`` on the run in ``folder``.
 
     Raises:
-        InputError: the run is unfinished or damaged, lacks the view, or has too few records.
+        InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
+            lacks the view, or has too few records.
     """
-    game = open_game(folder.config)
+    game = reopened_simulation(folder, DEPLOYED)
     views = views_of(game, request.view)
     wanted = [
         (view, attack) for view in views for attack in ATTACKS_OF[view] if request.attack in ("all", attack)

@@ -8,10 +8,10 @@ from torch import nn
 
 from privkd.export.export import Artefact, export_model, raw_of
 from privkd.export.formats import format_named
-from privkd.federation import open_game
 from privkd.latency import latencies_ms
+from privkd.reopening import reopened_simulation
 from privkd.store import RunFolder
-from privkd.students import finished_state
+from privkd.students import HELD_BY_DEVICES, finished_state
 
 _TURNS = 501
 
@@ -23,7 +23,7 @@ def latency_figures(folder: RunFolder, form: str) -> Mapping[str, float]:
         PrivkdError: as `privkd.export.export.export_student` does.
     """
     writer = format_named(form)
-    game = open_game(folder.config)
+    game = reopened_simulation(folder, HELD_BY_DEVICES)
     state = finished_state(game, folder)
     records, divisor = game.scenario.public.inputs, game.scenario.divisor
     with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:

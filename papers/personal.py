@@ -8,12 +8,12 @@ from torch import nn
 from privkd.data.scenario import Device
 from privkd.delivery import deliver
 from privkd.errors import RunError
-from privkd.federation import open_game
 from privkd.fitting import accuracy
 from privkd.progress import Silent
 from privkd.randomness import seeded_layers
+from privkd.reopening import reopened_simulation
 from privkd.store import RunFolder
-from privkd.students import finished_state
+from privkd.students import HELD_BY_DEVICES, finished_state
 
 
 def personal_figures(folder: RunFolder) -> Mapping[str, float]:
@@ -27,7 +27,7 @@ def personal_figures(folder: RunFolder) -> Mapping[str, float]:
     Raises:
         RunError: the run is not finished, or no device has test records.
     """
-    game = open_game(folder.config)
+    game = reopened_simulation(folder, HELD_BY_DEVICES)
     state = finished_state(game, folder)
     devices = [number for number, device in enumerate(game.scenario.devices) if len(device.test)]
     if not devices:

@@ -12,6 +12,7 @@ import tomli_w
 
 from papers.probes import Effort, Probe
 from papers.study import Case, Scale
+from privkd.bound import check_files
 from privkd.config import RunConfig, config_tree, load_config
 from privkd.errors import RunError
 from privkd.federation import open_game
@@ -41,10 +42,12 @@ class Player:
         """The figures of one run by their dotted names, played or resumed where it is not finished yet.
 
         Raises:
-            PrivkdError: as training and auditing do.
+            RunError: the data or the code of a run that is kept changed since.
+            PrivkdError: otherwise as training and auditing do.
         """
         config = config_of(case, scale, seed, self.data_dir)
         with _opened(self.out / folder_name(config), config) as folder:
+            check_files(folder)
             tree = _finished(folder)
             if tree is None:
                 self.progress.stage(f"papers: case {case.name}, seed {seed}, in {folder.path}")

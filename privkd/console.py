@@ -1,7 +1,7 @@
 """What a person sees in a terminal: progress on stderr; tables and plans on stdout."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,11 +121,17 @@ def print_forecast(forecast: Forecast) -> None:
         console.print(_NO_RECORD_DP)
     if plan.inferred:
         console.print(_inferred(plan.inferred))
+    for line in _warnings(plan.warnings):
+        console.print(line)
 
 
 def _inferred(constants: tuple[str, ...]) -> Text:
     said = f"Simulation: read from all records, private ones too: {', '.join(constants)}."
     return Text(f"{said} A deployment must be given them as settings under data.", style="yellow")
+
+
+def _warnings(warnings: Sequence[str]) -> list[Text]:
+    return [Text(f"Warning: {words}.", style="bold red") for words in warnings]
 
 
 def _vote_rows(forecast: Forecast) -> list[tuple[str, str]]:
@@ -186,7 +192,7 @@ def _ledger(result: Result) -> Table:
 
 
 def _remarks(result: Result) -> list[Text]:
-    remarks = _lower_bounds(result)
+    remarks = _lower_bounds(result) + _warnings(result.warnings)
     for row in result.ledger:
         if row.unit is Unit.RECORD and math.isinf(row.epsilon.high):
             remarks.append(_NO_RECORD_DP)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privkd.bound import bind
 from privkd.bounds import Audited
 from privkd.channel import Channel, PlainChannel, Release, open_channel
 from privkd.config import ModelConfig, RunConfig
@@ -43,12 +44,12 @@ from privkd.randomness import (
     seeded_generator,
     seeded_layers,
 )
+from privkd.repeats import UNKEPT, Notes, check_repeats
 from privkd.reverse import bounded_answers, choose_queries, targets_of
 from privkd.state import (
     RoundFigures,
     State,
     Wire,
-    check_same_records,
     commit,
     load_state,
     load_teachers,
@@ -102,7 +103,8 @@ def run(
     """Play all rounds of ``game`` in ``folder``, from the last committed one where ``resumed``, and audit it.
 
     Raises:
-        InputError: other data than the run began with; nothing was spent.
+        InputError: other data or code than the run began with, or a repeated round that comes out otherwise;
+            nothing was spent or released.
         BudgetError: the run would overspend; it does not start.
         ChannelError: a release failed; resume the run to try the round again.
     """
@@ -132,6 +134,7 @@ def _opened(game: "Game", folder: RunFolder) -> Iterator["Game"]:
     """``game`` with the channel and the noise of the run in ``folder``."""
     config, plan = game.config, game.plan
     root = noise_root(config, folder)
+    bind(folder, game.scenario, root)
     with open_channel(
         config.channel.kind,
         clip_norm=plan.clip_norm,
@@ -141,13 +144,12 @@ def _opened(game: "Game", folder: RunFolder) -> Iterator["Game"]:
         deadline=config.channel.deadline,
         services=service_options(config, folder, game.fleet.names, plan.votes),
     ) as channel:
-        yield replace(game, channel=channel, root=root)
+        yield replace(game, channel=channel, root=root, notes=folder)
 
 
 def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
     """The rounds that are left, each committed before the next."""
     config, plan = game.config, game.plan
-    check_same_records(folder, game.scenario, game.root)
     game.channel.start()
     if state is None:
         with seeded_layers(config.seed, "begin"):
@@ -156,6 +158,7 @@ def _play_on(game: "Game", folder: RunFolder, state: State | None) -> State:
     elif config.student.start == "own":
         published = load_teachers(folder, saved(folder), game.blank()[0])[: state.round]
         state = replace(state, students=game.students_after(published))
+        game.check_repeated(state)
     for round in range(state.round, plan.rounds):
         with seeded_layers(config.seed, "round", round):
             state = game.play(state)
@@ -194,6 +197,7 @@ class Game:
     root: NoiseRoot
     progress: Progress
     probe: Probe
+    notes: Notes = UNKEPT
     _distilled: dict[int, tuple[nn.Module, list[nn.Module]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -279,24 +283,44 @@ class Game:
             self.config.reverse.selection,
             self._generator("queries", state.round),
         )
-        kind = self.config.channel.sends
         prior = F.softmax(teacher_logits[queries], dim=-1)
-        silence = self._generator("silence", state.round)
-        present = self.fleet.present(self.config.silent_devices, silence)
-        logits = self.fleet.answer([students[number] for number in present], proxy[queries])
-        answers = bounded_answers(logits, prior, kind)
+        names, answers = self._answers(students, queries, prior, state.round)
         # Who falls silent is not known beforehand, so all are charged.
         self._debit(Unit.DEVICE, self.channel.event, state.round)
         self.ledger.post_process(
             Unit.RECORD, *self.fleet.names, round=state.round, of="a DP-SGD student's answers"
         )
-        names = tuple(self.fleet.names[number] for number in present)
+        check_repeats(self.notes, self.root, state.round, names, answers)
         release = self.channel.release(answers, devices=names, round=state.round)
         if self.plan.votes is not None:
             voted = torch.tensor([name in release.devices for name in names])
             self._report_votes(answers[voted.to(answers.device)], release, self.plan.votes)
-        baseline = prior.cpu() if kind == "residuals" else torch.zeros(prior.shape)
+        baseline = prior.cpu() if self.config.channel.sends == "residuals" else torch.zeros(prior.shape)
         return Wire(queries, release.answers, baseline, release.noise_std, release.devices)
+
+    def _answers(
+        self, students: Sequence[nn.Module], queries: Tensor, prior: Tensor, round: int
+    ) -> tuple[tuple[PartyId, ...], Tensor]:
+        """Who answers in ``round``, and what: bounded, ``[device, query, class]``, before the channel."""
+        silence = self._generator("silence", round)
+        present = self.fleet.present(self.config.silent_devices, silence)
+        logits = self.fleet.answer([students[number] for number in present], self.scenario.proxy[queries])
+        names = tuple(self.fleet.names[number] for number in present)
+        return names, bounded_answers(logits, prior, self.config.channel.sends)
+
+    def check_repeated(self, state: State) -> None:
+        """Refuse students that were trained again and answer otherwise than in their last round.
+
+        They repeat that round's noise, so other ones would show what the noise had hidden.
+
+        Raises:
+            RunError: they do; nothing was released.
+        """
+        if state.wires:
+            wire, last = state.wires[-1], state.round - 1
+            place = self.scenario.proxy.device
+            queries, prior = wire.queries.to(place), wire.baseline.to(place)
+            check_repeats(self.notes, self.root, last, *self._answers(state.students, queries, prior, last))
 
     def _report_votes(self, votes: Tensor, release: Release, rule: VoteRule) -> None:
         """Say how many queries were answered, and in a simulation what that cost given the votes: private."""

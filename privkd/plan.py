@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from privkd.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
+from privkd.claims import check_delta, warnings_on
 from privkd.config import RunConfig
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
@@ -65,6 +66,7 @@ class Plan:
         upload_bytes: a device's upload a round, before sealing.
         votes: the rule of each release's vote, ``None`` where means are released.
         inferred: public constants that a simulation read from all records, private ones too, in words.
+        warnings: what must be said wherever this plan's epsilons and delta are shown, a sentence each.
     """
 
     rounds: int
@@ -85,14 +87,15 @@ class Plan:
     upload_bytes: int
     votes: VoteRule | None = None
     inferred: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
     """Calibrate the noise so that the whole run, all rounds together, stays within its budgets.
 
     Raises:
-        ConfigError: there is nothing to ask the students, or the norm check may name an honest device with a
-            probability that is not far below delta.
+        ConfigError: there is nothing to ask the students, delta is too large, or the norm check may name an
+            honest device with a probability that is not far below delta.
         BudgetError: no noise reaches the budget.
     """
     if facts.proxy == 0:
@@ -100,6 +103,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
             "the proxy set is empty, so the students have nothing to answer: raise data.proxy_records"
         )
     privacy, recipe = config.privacy, config.student.dp
+    check_delta(privacy.delta, allowed=privacy.allow_large_delta)
     multiplier = calibrate_noise_multiplier(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
@@ -115,6 +119,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
     )
     device_event: PrivacyEvent = ZCdp(rho) if rho is not None else NoPrivacy(_NO_NOISE[config.channel.kind])
     queries = min(facts.proxy, _queries(config, rho, facts))
+    record, device = (price([event] * config.rounds, privacy.delta) for event in (record_event, device_event))
     return Plan(
         rounds=config.rounds,
         devices=facts.devices,
@@ -128,12 +133,16 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
         rho=rho,
         record_event=record_event,
         device_event=device_event,
-        record=price([record_event] * config.rounds, privacy.delta),
-        device=price([device_event] * config.rounds, privacy.delta),
+        record=record,
+        device=device,
         delta=privacy.delta,
         upload_bytes=queries * facts.classes * _BYTES_PER_ENTRY,
         votes=_votes(config, rho, facts.devices, queries),
         inferred=facts.inferred,
+        warnings=(
+            *warnings_on(Unit.RECORD, record.high, privacy.delta, facts.records_per_device),
+            *warnings_on(Unit.DEVICE, device.high, privacy.delta, facts.devices),
+        ),
     )
 
 

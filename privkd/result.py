@@ -19,6 +19,7 @@ from privkd.latency import latencies_ms
 from privkd.ledger import Statement
 from privkd.models import parameter_count
 from privkd.progress import Progress
+from privkd.reopening import reopened
 from privkd.state import RoundFigures, State
 from privkd.store import RunFolder
 from privkd.students import with_students
@@ -73,7 +74,7 @@ class Result:
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
     The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited, and
-    ``checks`` what was asked of its mechanisms beside them.
+    ``checks`` what was asked of its mechanisms beside them. ``warnings`` are the plan's.
     """
 
     run: str
@@ -87,6 +88,7 @@ class Result:
     checks: tuple[Check, ...]
     rounds: tuple[RoundFigures, ...]
     noise: str
+    warnings: tuple[str, ...]
     seconds: float
 
     def lower_bound(self, unit: Unit) -> LowerBound | None:
@@ -109,7 +111,7 @@ def train(
     bounds that cross are the caller's to raise, by `raise_crossed`.
     """
     start = time.monotonic()
-    game = game or open_game(config)
+    game = game or (reopened(folder) if resumed else open_game(config))
     finished = run(game, folder, progress, resumed=resumed, audit=audit)
     left_with = _delivered(game, folder, finished.state, progress)
     result = _result(finished, left_with, config, folder.path, start)
@@ -209,6 +211,7 @@ def _result(
         checks=finished.audited.checks,
         rounds=figures,
         noise=config.privacy.noise,
+        warnings=finished.plan.warnings,
         seconds=time.monotonic() - start,
     )
 

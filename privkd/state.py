@@ -1,7 +1,6 @@
 """A run between two rounds, and its way to the disk and back."""
 
 import copy
-import hmac
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from privkd.aggregation import Rule, aggregate
-from privkd.data.scenario import Scenario
 from privkd.errors import RunError
 from privkd.events import PartyId
 from privkd.journal import Head
-from privkd.noise import NoiseRoot
 from privkd.reverse import Knowledge
 from privkd.store import RunFolder, prefixed, restore
 from privkd.transcript import Exchange, Transcript
@@ -195,21 +192,6 @@ def _of_this_form(path: Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"{path} is not of this version's form ({error!r}): restore it from a copy") from None
-
-
-def check_same_records(folder: RunFolder, scenario: Scenario, root: NoiseRoot) -> None:
-    """Refuse to repeat a round's noise on other records: the difference of the two releases would be bare.
-
-    Raises:
-        RunError: the data are not those that the run was started with.
-    """
-    digest = hmac.new(root.subkey("records"), digestmod="sha256")
-    sets = [scenario.public, scenario.validation, *(device.train for device in scenario.devices)]
-    tensors = [tensor for records in sets for tensor in (records.inputs, records.labels)]
-    for tensor in (scenario.proxy, *tensors):
-        digest.update(tensor.cpu().numpy().tobytes())
-    if folder.note("records", hmac=digest.hexdigest()).get("hmac") != digest.hexdigest():
-        raise RunError(f"{folder.path}: the data changed since the run was started; bring back the old data")
 
 
 def load_state(folder: RunFolder, record: Saved, teacher: nn.Module) -> State:

@@ -139,11 +139,11 @@ class RunFolder:
         """SHA-256 of a file of the run."""
         return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
 
-    def note(self, step: str, **facts: str) -> dict[str, str]:
-        """Journal ``facts`` once: the first that were noted under ``step`` are returned for good."""
+    def note(self, step: str, **facts: Any) -> dict[str, Any]:
+        """Journal ``facts``, which JSON can hold, once: the first under ``step`` are returned for good."""
         for record in self.journal:
             if record.get("step") == step:
-                return {name: str(value) for name, value in record.items()}
+                return record
         self.journal.append({"step": step, **facts})
         return facts
 

@@ -2,10 +2,17 @@
 
 from dataclasses import replace
 
+from privkd.bound import check_bound
 from privkd.errors import RunError
 from privkd.federation import Game
+from privkd.reopening import check_simulated
 from privkd.state import State, load_state, load_teachers, saved
 from privkd.store import RunFolder
+
+HELD_BY_DEVICES = (
+    "and holds no students: each is on its device alone, where privkd.export.export.export_model writes it; "
+    "or name a simulation's folder"
+)
 
 
 def finished_state(game: Game, folder: RunFolder) -> State:
@@ -24,15 +31,12 @@ def finished_state(game: Game, folder: RunFolder) -> State:
             f"{folder.path}: {done} of {game.plan.rounds} rounds are finished; "
             f"go on with `privkd train --resume {folder.path}`"
         )
-    if game.config.privacy.noise != "seeded":
-        raise RunError(
-            f"{folder.path} is a deployment (privacy.noise='system') and holds no students: each is on its "
-            "device alone, where privkd.export.export.export_model writes it; or name a simulation's folder"
-        )
+    check_simulated(folder, game.config, HELD_BY_DEVICES)
     return with_students(game, folder, load_state(folder, record, game.blank()[0]))
 
 
 def with_students(game: Game, folder: RunFolder, state: State) -> State:
     """``state``, as loaded from the simulation in ``folder``, with its students: see `finished_state`."""
+    check_bound(folder, game.scenario)
     teachers = load_teachers(folder, saved(folder), game.blank()[0])
     return replace(state, students=game.students_after(teachers[: state.round]))

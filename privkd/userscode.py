@@ -2,10 +2,16 @@
 
 import importlib
 import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from privkd.errors import InputError, one_line
+
+_OURS = {"privkd", "attacks", "audits", "papers", "cli"}
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def users_callable(path: str, what: str, error: type[InputError]) -> Any:
@@ -17,9 +23,7 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
         error: raised, in one line, where it cannot be imported or called.
     """
     module, _, name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    _prepend(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as cause:  # A user's module may fail in any way.
@@ -27,3 +31,85 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
     if not callable(found):
         raise error(f"{what} {path!r}: is a {type(found).__name__}, not a function")
     return found
+
+
+def make_importable(folders: Mapping[str, str]) -> None:
+    """Import from ``folders``, as `OwnCode.folders`, first: where their marks are what they were.
+
+    The working directory is next.
+    """
+    _prepend(str(Path.cwd()))
+    for folder, marked in reversed(list(folders.items())):
+        name, _, known = marked.rpartition(" ")
+        file = Path(folder) / name
+        if file.is_file() and mark(file) == known:
+            _prepend(folder)
+
+
+def importable(name: str) -> Path | None:
+    """The file of that name, below the first folder to import from that has it."""
+    places = (Path(place) / name for place in (*sys.path, str(Path.cwd())))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _prepend(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """The user's modules.
+
+    Attributes:
+        files: by their names below the folder that they were imported from.
+        folders: those folders, each with the mark of a module in it: see `mark`.
+    """
+
+    files: dict[str, Path]
+    folders: dict[str, str]
+
+
+def mark(file: Path) -> str:
+    """What tells a file from a copy of it: the inode, and when that was changed last, which nobody can set.
+
+    A run's folder may come from anybody. Who made it up elsewhere can name a folder here, and put a module
+    into it, but cannot know the mark that the module will have.
+    """
+    status = file.stat()
+    return f"{status.st_ino}-{status.st_ctime_ns}"
+
+
+def own_code(paths: Iterable[str]) -> OwnCode:
+    """The modules that ``paths`` name, and what else was imported from the folders where they were found.
+
+    Installed packages and privkd's own are left out; of a module that is installed, its package is all. A
+    path without ``:`` names nothing of the user's, and a module that was not imported yet has no file.
+    """
+    files: dict[str, Path] = {}
+    folders: dict[str, str] = {}
+    for name in dict.fromkeys(path.partition(":")[0] for path in paths if ":" in path):
+        file = _file_of(name)
+        if file is None:
+            continue
+        folder = file.parents[name.count(".") + (file.stem == "__init__")]
+        folders.setdefault(str(folder), f"{file.relative_to(folder).as_posix()} {mark(file)}")
+        within = folder / name.partition(".")[0] if _is_installed(file) else folder
+        for other in list(sys.modules):
+            found = None if other.partition(".")[0] in _OURS else _file_of(other)
+            if found == file or (found and _belongs(found, within, installed=_is_installed(file))):
+                files[found.relative_to(folder).as_posix()] = found
+    return OwnCode(dict(sorted(files.items())), folders)
+
+
+def _belongs(file: Path, within: Path, *, installed: bool) -> bool:
+    return file.is_relative_to(within) and (installed or not _is_installed(file))
+
+
+def _is_installed(file: Path) -> bool:
+    return bool(_INSTALLED & set(file.parts)) or file.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+def _file_of(module: str) -> Path | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file).resolve() if isinstance(file, str) and Path(file).is_file() else None

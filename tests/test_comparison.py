@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evidence import audited, finding
@@ -12,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from audits.comparison.curves import compare_curves
 from audits.comparison.runs import compare_runs
+from audits.evidence.facts import RunFacts
 from audits.evidence.reading import read_run
 from audits.intervals import mean_of
 from audits.tradeoff.curve import CELLS, read_curve
@@ -74,6 +77,49 @@ def test_the_command_prints_it(runs: Path, tmp_path: Path) -> None:
     assert tree["leaks"][0]["second"] is None
     assert tree["ledger"][1]["first"]["epsilon_upper"] == "inf"
     assert tree["accuracy"][0]["change"]["low"] < tree["accuracy"][0]["change"]["high"]
+
+
+def noted(path: Path, **other: Any) -> RunFacts:
+    """The facts of a run, were it bound to ``other`` things."""
+    facts = read_run(path)
+    assert facts.binding is not None
+    return replace(facts, binding=replace(facts.binding, **other))
+
+
+def test_data_code_and_versions_that_differ_are_listed(runs: Path) -> None:
+    one, two = runs / "one", read_run(runs / "eight")
+    assert compare_runs(read_run(one), two).provenance == ()
+    first = noted(one, data={"t.csv": "sha256:" + "a" * 64}, code={"own.py": "sha256:" + "b" * 64})
+    first = replace(first, versions=(*first.versions, ("torch", "0.1")))
+    second = noted(two.path, data={"t.csv": "sha256:" + "c" * 64})
+    found = {row.name: (row.first, row.second) for row in compare_runs(first, second).provenance}
+    assert found["data, t.csv"] == ("sha256:" + "a" * 12, "sha256:" + "c" * 12)
+    assert found["code, own.py"] == ("sha256:" + "b" * 12, None)
+    assert found["version of torch"][0] == "0.1"
+    records = compare_runs(noted(one, records="hmac-sha256:0"), two).provenance
+    assert [row.name for row in records] == ["data, records as split"]
+
+
+def test_nothing_is_told_of_what_only_its_own_run_can_know(runs: Path) -> None:
+    keyed = {"data": {"t.csv": "hmac-sha256:" + "a" * 64}}
+    rows = compare_runs(noted(runs / "one", **keyed), noted(runs / "eight", **keyed)).provenance
+    assert [row.name for row in rows] == ["data, t.csv"]
+    assert "nobody can tell" in str(rows[0].first)
+    unbound = replace(read_run(runs / "one"), binding=None)
+    rows = compare_runs(unbound, read_run(runs / "eight")).provenance
+    assert [(row.name, row.second) for row in rows] == [("data and code", "noted")]
+
+
+def test_what_differs_is_printed(runs: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(runs / "one", tmp_path / "one"))
+    versions = json.loads((changed / "versions.json").read_text())
+    (changed / "versions.json").write_text(json.dumps(versions | {"torch": "0.1"}))
+    printed = compare(changed, runs / "eight").stdout
+    assert "Data, code and versions that differ" in printed
+    assert "version of torch" in printed
+    tree = json.loads(compare(changed, runs / "eight", "--json").stdout)
+    assert [row["name"] for row in tree["provenance"]] == ["version of torch"]
+    assert "No data, code or version differs" in compare(runs / "one", runs / "eight").stdout
 
 
 def test_another_seed_is_another_sample_of_one_source(runs: Path) -> None:

@@ -62,7 +62,7 @@ def flat(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
 LEAVES = leaves(RunConfig)
 OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
-    "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, [1], ["cnn"],
+    "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, True, [1], ["cnn"],
     32,
     ["a", "b"],
 )  # fmt: skip

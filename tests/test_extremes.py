@@ -46,7 +46,7 @@ WORKS = {
     "epsilon 0.01": ("privacy.epsilon=0.01",),
     "epsilon 100": ("privacy.epsilon=100",),
     "epsilon 1e-6": ("privacy.epsilon=1e-6",),
-    "delta 0.5": ("privacy.delta=0.5",),
+    "delta 0.5": ("privacy.delta=0.5", "privacy.allow_large_delta=true"),
     "delta 1e-30": ("privacy.delta=1e-30",),
     "device epsilon 0.01": ("channel.kind=noised", "privacy.device_epsilon=0.01"),
     "device epsilon 100": ("channel.kind=noised", "privacy.device_epsilon=100"),
@@ -97,6 +97,7 @@ REFUSED = {
         ("data.source=huge.npz", "teacher.model={name='mlp', width=128}"), 1, "diverged in training",
     ),
     "delta 0": (("privacy.delta=0",), 2, "privacy.delta"),
+    "a large delta": (("privacy.delta=0.5",), 2, "privacy.allow_large_delta=true"),
     "no device": (("data.devices=0",), 2, "data.devices"),
     "no round": (("rounds=0",), 2, "rounds"),
     "device epsilon 1e-12": (

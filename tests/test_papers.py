@@ -205,6 +205,17 @@ class TestRuns:
         result.write_text(result.read_text().replace('"teacher"', '"teacher "', 1))
         assert player.figures(MADE_UP.cases[0], TINY, 0)["teacher.after"] == honest["teacher.after"]
 
+    def test_on_other_data_are_not_taken_for_these(self, tmp_path: Path) -> None:
+        data = tmp_path / "t.csv"
+        lines = [f"{k % 7},{k % 5},{k % 3}\n" for k in range(300)]
+        data.write_text("".join(lines))
+        case = replace(MADE_UP.cases[0], settings=(f"data.source={data}",), probes=())
+        player = Player(tmp_path / "runs", None, Silent())
+        player.figures(case, TINY, 0)
+        data.write_text("".join(reversed(lines)))
+        with pytest.raises(RunError, match=r"t\.csv was changed"):
+            player.figures(case, TINY, 0)
+
     def test_bad_data_leave_no_folder(self, tmp_path: Path) -> None:
         case = Case("open", ("data.source=mnist",))
         with pytest.raises(ConfigError):

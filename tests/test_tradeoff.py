@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from audits.tradeoff.runner import Limits, run_cells
 from audits.tradeoff.table import as_csv, rows_of
 from audits.tradeoff.worker import DONE, is_done
 from cli import app
-from privkd.errors import ConfigError
+from privkd.errors import ConfigError, RunError
 from privkd.journal import Journal
 from privkd.progress import Silent
 from privkd.result import train
@@ -207,7 +208,20 @@ def test_cells_are_resumed_and_never_played_twice(tmp_path: Path) -> None:
     assert again.begun == []
 
 
-def test_a_cell_without_data_fails_with_its_reason(tmp_path: Path) -> None:
+def test_done_cells_on_other_data_are_not_set_beside_new_ones(tmp_path: Path) -> None:
+    data = tmp_path / "t.csv"
+    lines = [f"{k % 7},{k % 5},{k % 3}\n" for k in range(300)]
+    data.write_text("".join(lines))
+    request = small_request(seeds=1, overrides=(*OVERRIDES, f"data.source={data}"))
+    assert play_curve(tmp_path / "curve", request, PLENTY, Watching()).failed == ()
+    data.write_text("".join(reversed(lines)))
+    wider, watching = replace(request, seeds=2), Watching()
+    with pytest.raises(RunError, match=r"the data changed since the run was started: t\.csv was changed"):
+        play_curve(tmp_path / "curve", wider, PLENTY, watching)
+    assert watching.begun == []
+
+
+def test_a_cell_without_data(tmp_path: Path) -> None:
     request = small_request(overrides=(*OVERRIDES, "data.source=nowhere.npz"))
     (row,) = play_curve(tmp_path, request, PLENTY, Watching()).failed
     assert "nowhere.npz" in row.reason

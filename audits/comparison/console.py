@@ -19,10 +19,11 @@ _MOST_SHOWN = 60
 
 
 def print_runs(comparison: RunComparison) -> None:
-    """Settings, accuracies, ledgers, leaks."""
+    """Settings, data, code and versions, accuracies, ledgers, leaks."""
     console = Console()
     _legend(console, str(comparison.first.path), str(comparison.second.path))
     console.print(_settings(comparison.settings))
+    console.print(_provenance(comparison.provenance))
     table = _table(
         f"Accuracy on the test set, {100 * CONFIDENCE:g} % intervals", "model", ">A", ">B", ">B - A"
     )
@@ -76,16 +77,24 @@ def _table(title: str, *names: str) -> Table:
     return table
 
 
-def _settings(settings: Sequence[Differing]) -> Table:
-    table = _table("Settings that differ" if settings else "No setting differs", "setting", "A", "B")
-    for row in settings:
-        table.add_row(Text(row.name), Text(_short(row.first)), Text(_short(row.second)))
+def _settings(rows: Sequence[Differing]) -> Table:
+    return _differing("Settings that differ" if rows else "No setting differs", "setting", rows, "not set")
+
+
+def _provenance(rows: Sequence[Differing]) -> Table | Text:
+    if not rows:
+        return Text("No data, code or version differs.", style="dim")
+    return _differing("Data, code and versions that differ", "what", rows, "not there")
+
+
+def _differing(title: str, name: str, rows: Sequence[Differing], absent: str) -> Table:
+    table = _table(title, name, "A", "B")
+    for row in rows:
+        table.add_row(*(Text(_short(text or absent)) for text in (row.name, row.first, row.second)))
     return table
 
 
-def _short(value: str | None) -> str:
-    if value is None:
-        return "not set"
+def _short(value: str) -> str:
     return value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
 
 

@@ -6,6 +6,7 @@ from audits.evidence.command import settings_of
 from audits.evidence.facts import Accuracies, RunFacts
 from audits.intervals import Interval, difference
 from audits.verdict import Finding
+from privkd.binding import Binding
 from privkd.errors import InputError
 from privkd.events import Unit
 from privkd.ledger import Statement
@@ -20,10 +21,14 @@ _NAMES = {
     "direct": "student trained directly, no DP",
 }
 
+_PLAIN, _SHOWN = "sha256:", 12
+_KEYED = "keyed by the run, so nobody can tell"
+_UNKNOWN = "not noted, so nobody can tell"
+
 
 @dataclass(frozen=True)
 class Differing:
-    """A setting and its two values; ``None`` is not set."""
+    """A setting, or something that a run rests on, and its two values; ``None`` is not set, or not there."""
 
     name: str
     first: str | None
@@ -64,12 +69,14 @@ class RunComparison:
 
     Attributes:
         same_test: whether both were measured on the same records.
+        provenance: data files, modules and versions that differ, or of which nobody can tell.
     """
 
     first: RunFacts
     second: RunFacts
     same_test: bool
     settings: tuple[Differing, ...]
+    provenance: tuple[Differing, ...]
     accuracies: tuple[Shares, ...]
     gain: Shares
     ledgers: tuple[Ledgers, ...]
@@ -92,6 +99,7 @@ def compare_runs(first: RunFacts, second: RunFacts) -> RunComparison:
         second,
         one.digest == other.digest,
         settings,
+        _provenance(first, second),
         accuracies=tuple(_shares(one, other)),
         # Two differences: their intervals are joined as if independent, like those of shares.
         gain=Shares("gain over zero devices", one.gain, other.gain, difference(other.gain, one.gain)),
@@ -138,6 +146,42 @@ def _differing(first: RunFacts, second: RunFacts) -> tuple[Differing, ...]:
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name)
     )
+
+
+def _provenance(first: RunFacts, second: RunFacts) -> tuple[Differing, ...]:
+    one, other = dict(first.versions), dict(second.versions)
+    versions = [
+        Differing(f"version of {name}", one.get(name), other.get(name))
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name) != other.get(name)
+    ]
+    if first.binding is None or second.binding is None:
+        noted = [_UNKNOWN if facts.binding is None else "noted" for facts in (first, second)]
+        return (Differing("data and code", *noted), *versions)
+    mine, theirs = _digests(first.binding), _digests(second.binding)
+    rows = [Differing(name, mine.get(name), theirs.get(name)) for name in dict.fromkeys([*mine, *theirs])]
+    records = _records(first, first.binding), _records(second, second.binding)
+    if records[0] != records[1] and first.config.seed == second.config.seed:
+        rows.append(Differing("data, records as split", *records))
+    return (*(row for row in rows if row.first != row.second or row.first == _KEYED), *versions)
+
+
+def _records(facts: RunFacts, binding: Binding) -> str:
+    """The digest of a simulation's records is keyed by its seed, so runs of one seed can be compared."""
+    if facts.config.privacy.noise != "seeded":
+        return _KEYED
+    return binding.records.rpartition(":")[2][:_SHOWN]
+
+
+def _digests(binding: Binding) -> dict[str, str]:
+    """Digests by what they are of, shortened. A keyed one says nothing beside another run's."""
+    named = {f"data, {name}": digest for name, digest in binding.data.items()}
+    named |= {"classes": binding.classes}
+    named |= {f"code, {name}": digest for name, digest in binding.code.items()}
+    return {
+        name: digest[: _SHOWN + len(_PLAIN)] if digest.startswith(_PLAIN) else _KEYED
+        for name, digest in named.items()
+    }
 
 
 def _shares(one: Accuracies, other: Accuracies) -> list[Shares]:

@@ -19,6 +19,7 @@ def runs_tree(comparison: RunComparison) -> dict[str, Any]:
         "second": str(comparison.second.path),
         "same_test_records": comparison.same_test,
         "settings": [asdict(row) for row in comparison.settings],
+        "provenance": [asdict(row) for row in comparison.provenance],
         "accuracy": [asdict(row) for row in (*comparison.accuracies, comparison.gain)],
         "ledger": [_ledgers(row) for row in comparison.ledgers],
         "leaks": [_leaks(row) for row in comparison.leaks],

@@ -24,6 +24,7 @@ def run_tree(facts: RunFacts) -> dict[str, Any]:
         "run": str(facts.path),
         "verdict": _verdict(verdict_on_run(facts)),
         "standing": facts.standing,
+        "warnings": list(facts.warnings),
         "trust": _trust(trust_of(facts.config)),
         "ledger": {
             "units": [_statement(row, facts.lower_bound(row.unit)) for row in facts.statements],

@@ -4,8 +4,9 @@ import math
 
 from audits.dossier.page import Verdict
 from audits.evidence.facts import RunFacts
-from audits.evidence.wording import certainty, counted, epsilon_text
+from audits.evidence.wording import counted, epsilon_text
 from audits.tradeoff.curve import Curve
+from privkd.claims import certainty
 from privkd.events import Unit
 
 _SIMULATED = (
@@ -59,7 +60,8 @@ def verdict_on_run(facts: RunFacts) -> Verdict:
 def _promises(facts: RunFacts) -> tuple[str, ...]:
     """What the ledger promises for each unit, in words, and what a simulation's promise is worth."""
     said = [_promise(facts, unit) for unit in Unit if facts.statement(unit)]
-    return (*said, *((_SIMULATED,) if facts.config.privacy.noise == "seeded" else ()))
+    warnings = [f"Warning: {words}." for words in facts.warnings]
+    return (*said, *warnings, *((_SIMULATED,) if facts.config.privacy.noise == "seeded" else ()))
 
 
 def _promise(facts: RunFacts, unit: Unit) -> str:

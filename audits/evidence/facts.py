@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from audits.intervals import Interval, difference
 from audits.verdict import Finding, Verdict
+from privkd.binding import Binding
 from privkd.bounds import Audited, LowerBound
 from privkd.config import RunConfig
 from privkd.events import PrivacyEvent, Unit
@@ -224,9 +225,11 @@ class RunFacts:
         accuracies: ``None`` for an unfinished run, or one older than the count of its test records.
         finished: whether all rounds were played and the result written.
         closing: lower bounds and checks from the audit that the run ended with.
+        warnings: what its result says that its epsilons and delta are not worth.
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
         exports: the students that were exported.
         versions: of what computed the run, by name.
+        binding: the data and code that it was started with; ``None`` where it noted none.
         files: what the report rests on.
         started: when the run was started, as the file system says, ``YYYY-MM-DD``.
     """
@@ -240,10 +243,12 @@ class RunFacts:
     accuracies: Accuracies | None
     finished: bool
     closing: Audited
+    warnings: tuple[str, ...]
     membership: MembershipFacts | None
     reconstruction: ReconstructionFacts | None
     exports: tuple[ExportFacts, ...]
     versions: tuple[tuple[str, str], ...]
+    binding: Binding | None
     files: tuple[FileFacts, ...]
     started: str
 

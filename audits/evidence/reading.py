@@ -24,6 +24,7 @@ from audits.evidence.parsing import count, number, read_json, well_formed
 from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
 from audits.intervals import Interval, share
 from audits.verdict import Finding, Refused
+from privkd.binding import binding_of
 from privkd.bounds import Audited, Check, LowerBound
 from privkd.charges import decode_charge
 from privkd.config import load_config
@@ -71,10 +72,12 @@ def read_run(path: Path) -> RunFacts:
         accuracies=_accuracies(path, result),
         finished=finished,
         closing=_closing(path, result),
+        warnings=_warnings(path, result),
         membership=_membership(path / MEMBERSHIP, statements),
         reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
         exports=read_exports(path),
         versions=_versions(path / "versions.json"),
+        binding=binding_of(journal, path / "journal.jsonl"),
         files=tuple(_file(path, name) for name in _evidence(path)),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
     )
@@ -160,6 +163,11 @@ def _closing(path: Path, tree: Mapping[str, Any]) -> Audited:
             Check(str(row["name"]), row["passed"] is True, str(row["seen"])) for row in tree.get("checks", ())
         )
         return Audited(bounds, checks)
+
+
+def _warnings(path: Path, tree: Mapping[str, Any]) -> tuple[str, ...]:
+    with well_formed(path / "result.json"):
+        return tuple(str(words) for words in tree.get("warnings", ()))
 
 
 def _accuracies(path: Path, tree: Mapping[str, Any]) -> Accuracies | None:

@@ -28,11 +28,6 @@ def points(interval: Interval) -> str:
     return f"{100 * interval.estimate:+.1f} points [{_end(low, '+')}, {_end(high, '+')}]"
 
 
-def certainty(epsilon: float) -> str:
-    """What an epsilon lets an adversary be certain of, who held a fact to be as likely true as not."""
-    return f"{100 / (1 + math.exp(-min(epsilon, 700.0))):.3g} %"
-
-
 def event_text(event: PrivacyEvent) -> str:
     """What was done, with its public parameters."""
     match event:

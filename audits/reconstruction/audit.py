@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from attacks.reconstruction.similarity import is_image
-from audits.game import DeviceSide
+from audits.game import DEPLOYED, DeviceSide
 from audits.membership import views_of
 from audits.reconstruction.drawings import Drawn, draw_class, draw_record
 from audits.reconstruction.finding import ReconstructionFinding, ReconstructionReport
@@ -36,11 +36,12 @@ from audits.reconstruction.secrets import Floats, lacks_classes, numbers
 from privkd.cohort import train_cohort
 from privkd.errors import ConfigError, InputError
 from privkd.events import PrivacyEvent, Unit
-from privkd.federation import Game, open_game
+from privkd.federation import Game
 from privkd.ledger import Ledger
 from privkd.progress import Progress
 from privkd.randomness import derive_seed
 from privkd.reconstruction import reconstruction_ceiling
+from privkd.reopening import reopened_simulation
 from privkd.state import load_transcript
 from privkd.store import RunFolder
 
@@ -67,9 +68,10 @@ def audit_reconstruction(
     """Play both games on the run in ``folder``, and draw grids into it.
 
     Raises:
-        InputError: the run is unfinished or damaged, lacks the view, or has too few records or classes.
+        InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
+            lacks the view, or has too few records or classes.
     """
-    game = open_game(folder.config)
+    game = reopened_simulation(folder, DEPLOYED)
     wanted, notes = plan_attacks(game, request)
     transcript = load_transcript(folder, game.blank()[0])
     if not transcript.exchanges:

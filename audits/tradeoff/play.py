@@ -19,9 +19,11 @@ def play_curve(path: Path, request: CurveRequest, limits: Limits, watcher: Watch
     """Train and audit what ``path`` does not hold yet.
 
     Raises:
-        RunError: the folder cannot be written, or another process plays a curve there.
+        RunError: the folder cannot be written, another process plays a curve there, or the data or the code
+            of a cell that is done changed since.
     """
     with _held(path):
+        _check_kept(path, request)
         before = dict(read_request(path)[1]) if is_curve(path) else {}
         _write(path, request, before)
         left = unfinished(path, request)
@@ -33,6 +35,18 @@ def play_curve(path: Path, request: CurveRequest, limits: Limits, watcher: Watch
 def unfinished(path: Path, request: CurveRequest) -> list[Cell]:
     """The cells of ``request`` that ``path`` does not hold done."""
     return [cell for cell in request.cells if not is_done(cell, _folder(path, cell))]
+
+
+def _check_kept(path: Path, request: CurveRequest) -> None:
+    """Cells on other data or code than those that are done could not be set beside them."""
+    done = [cell for cell in request.cells if is_done(cell, _folder(path, cell))]
+    if done:
+        from privkd.bound import check_files
+        from privkd.store import RunFolder
+
+        for cell in done:
+            with RunFolder.resume(_folder(path, cell)) as folder:
+                check_files(folder)
 
 
 def _folder(path: Path, cell: Cell) -> Path:

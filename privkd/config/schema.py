@@ -228,7 +228,8 @@ class PrivacyConfig(Settings):
 
     Attributes:
         epsilon: record-level, for each device's records; ``inf`` trains without DP.
-        delta: of both units.
+        delta: of both units; far below one over a device's records, or it promises nothing.
+        allow_large_delta: let ``delta`` be above 0.01, which is refused otherwise.
         device_epsilon: device-level, for each device's contributions to the channel; ``None`` or ``inf``
             adds no noise to the channel, which then has no device-level guarantee.
         noise: ``seeded`` is reproducible and protects nobody outside a simulation; ``system`` draws all
@@ -237,6 +238,7 @@ class PrivacyConfig(Settings):
 
     epsilon: Epsilon = 3.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    allow_large_delta: bool = False
     device_epsilon: Epsilon | None = None
     noise: Literal["seeded", "system"] = "seeded"
 

@@ -21,6 +21,10 @@ _FILE_READERS = {".npz": load_npz, ".csv": load_csv, ".parquet": load_parquet}
 _TRAIN, _TEST = "train.parquet", "test.parquet"
 _BYTES_MAX = 255
 _TEN = tuple("0123456789")
+_TABLES, _IDX = ("", "data/"), "*-ubyte*"
+_NAMED = ("digits", "mnist", "cifar10")
+_PLACES = {"mnist": (".", "MNIST/raw", "raw"), "cifar10": (".", "cifar10")}
+"""Where the files of a data set may lie below ``data_dir``."""
 
 
 def load(config: DataConfig) -> Source:
@@ -61,14 +65,44 @@ def located(config: RunConfig) -> RunConfig:
     )
 
 
+def data_files(config: DataConfig) -> dict[str, Path]:
+    """The files that ``config.source`` is read from, by their names below its folder, sorted.
+
+    Of a folder these are its IDX files, else its Parquet files, else all files below it that are not hidden:
+    a reader may look at fewer. Of an embedded data set, a function, or what is not there, there are none.
+    """
+    if config.source in _PLACES:
+        folders = [folder for folder in _places(config.source, config.data_dir) if _training_files(folder)]
+        return _files_in(folders[0]) if folders else {}
+    named = config.source in _NAMED or is_function_name(config.source)
+    path = None if named else _existing(config.source, config.data_dir)
+    if path is None:
+        return {}
+    return _files_in(path) if path.is_dir() else {path.name: path}
+
+
+def _training_files(folder: Path) -> list[Path]:
+    tables = [path for place in _TABLES for path in folder.glob(f"{place}train*.parquet")]
+    images = find_idx(folder, "train", "images")
+    return tables if images is None else [images]
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    patterns = ["**/*"]
+    if training := _training_files(folder):
+        patterns = [f"{place}*.parquet" for place in _TABLES] if training[0].suffix == ".parquet" else [_IDX]
+    found = {path.relative_to(folder): path for pattern in patterns for path in folder.glob(pattern)}
+    shown = [name for name in sorted(found) if not any(part.startswith(".") for part in name.parts)]
+    return {name.as_posix(): found[name] for name in shown if found[name].is_file()}
+
+
 def _digits() -> Source:
     bunch = load_digits()
     return _public(make_source("digits", RawSet(bunch.images.astype(np.uint8), bunch.target)), _DIGITS_MAX)
 
 
 def _mnist(data_dir: Path | None) -> Source:
-    base = data_dir or Path()
-    folders = [base, base / "MNIST" / "raw", base / "raw"]
+    folders = _places("mnist", data_dir)
     for folder in folders:
         if find_idx(folder, "train", "images"):
             return _public(load_idx_folder(folder, "mnist"), _BYTES_MAX)
@@ -76,8 +110,7 @@ def _mnist(data_dir: Path | None) -> Source:
 
 
 def _cifar10(data_dir: Path | None) -> Source:
-    base = data_dir or Path()
-    folders = [base, base / "cifar10"]
+    folders = _places("cifar10", data_dir)
     for folder in folders:
         if (folder / _TRAIN).is_file():
             return _public(_parquet_folder(folder, "cifar10"), _BYTES_MAX)
@@ -87,6 +120,10 @@ def _cifar10(data_dir: Path | None) -> Source:
 def _public(source: Source, divisor: float) -> Source:
     """With what all the world knows of a public data set: ten classes by number, and its features' range."""
     return replace(source, classes=_TEN, divisor=float(divisor))
+
+
+def _places(source: str, data_dir: Path | None) -> list[Path]:
+    return [(data_dir or Path()) / place for place in _PLACES[source]]
 
 
 def _nowhere(source: str, file: str, folders: list[Path]) -> str:

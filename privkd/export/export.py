@@ -14,13 +14,13 @@ from privkd.delivery import deliver
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Check, Deployable, check_equal
 from privkd.export.formats import Answering, Format, format_named
-from privkd.federation import open_game
 from privkd.latency import latencies_ms
 from privkd.models import parameter_count
 from privkd.progress import Silent
+from privkd.reopening import reopened_simulation
 from privkd.result import plain
 from privkd.store import RunFolder
-from privkd.students import finished_state
+from privkd.students import HELD_BY_DEVICES, finished_state
 
 _CHECKED = 256
 
@@ -72,11 +72,11 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     Raises:
         ConfigError: an unknown format, or one whose packages are missing.
         ModelError: the student cannot be exported, or the artefact answers otherwise.
-        RunError: the run is unfinished, damaged or a deployment, has no such device, or ``out`` cannot be
-            written.
+        RunError: the run is unfinished, damaged or a deployment, its data or code changed, it has no such
+            device, or ``out`` cannot be written.
     """
     suffix = format_named(form).suffix
-    game = open_game(folder.config)
+    game = reopened_simulation(folder, HELD_BY_DEVICES)
     scenario = game.scenario
     count = len(scenario.devices)
     if device >= count:
