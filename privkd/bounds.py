@@ -1,10 +1,12 @@
 """What an audit proves of a run, to stand beside what the ledger promises."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from privkd.errors import AuditAlarm
+from privkd.errors import AuditAlarm, RunError
 from privkd.events import Unit
+from privkd.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,32 @@ class Audited:
 
     bounds: tuple[LowerBound, ...] = ()
     checks: tuple[Check, ...] = ()
+
+
+_STEP = "audited"
+
+
+def note_audit(journal: Journal, audited: Audited) -> None:
+    """Note in a run's journal what its audit came to. Durable on return."""
+    journal.append({"step": _STEP, **json.loads(json.dumps(asdict(audited)))})
+
+
+def noted_audit(journal: Journal) -> Audited | None:
+    """What a run's journal says that its audit came to, if it was audited.
+
+    Raises:
+        RunError: the note is not of this version's form.
+    """
+    row = next((row for row in journal if row.get("step") == _STEP), None)
+    if row is None:
+        return None
+    try:
+        bounds = tuple(LowerBound(**{**bound, "unit": Unit(bound["unit"])}) for bound in row["bounds"])
+        return Audited(bounds, tuple(Check(**check) for check in row["checks"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{journal.path} is not of this version's form ({error!r}): restore it from a copy"
+        ) from None
 
 
 def raise_failed(checks: Iterable[Check]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privkd.bound import bind
-from privkd.bounds import Audited
+from privkd.bounds import Audited, note_audit, noted_audit
 from privkd.channel import Channel, PlainChannel, Release, open_channel
 from privkd.config import ModelConfig, RunConfig
 from privkd.controls import Controls, mean_accuracy, measure_controls, personal_accuracy
@@ -87,20 +87,17 @@ ClosingAudit: TypeAlias = Callable[["Game", State, Progress], Audited]
 """Audits a run that is about to end, while its channel is open."""
 
 
-def no_audit(game: "Game", state: State, progress: Progress) -> Audited:
-    """Leave the audit to others."""
-    return Audited()
-
-
 def run(
     game: "Game",
     folder: RunFolder,
     progress: Progress,
     *,
     resumed: bool = False,
-    audit: ClosingAudit = no_audit,
+    audit: ClosingAudit | None = None,
 ) -> Run:
     """Play all rounds of ``game`` in ``folder``, from the last committed one where ``resumed``, and audit it.
+
+    A run is audited once: what came out is noted in the folder, and found there again.
 
     Raises:
         InputError: other data or code than the run began with, or a repeated round that comes out otherwise;
@@ -118,13 +115,17 @@ def run(
     )
     game = replace(game, ledger=ledger, progress=progress)
     state = load_state(folder, record, game.blank()[0]) if record.rounds else None
-    with _opened(game, folder) as game:
-        if state is None or state.round < game.plan.rounds:
-            state = _play_on(game, folder, state)
-        with seeded_layers(config.seed, "audit"):
-            audited = audit(game, state, progress)
+    audited = noted_audit(folder.journal)
+    if state is None or state.round < game.plan.rounds or (audit is not None and audited is None):
+        with _opened(game, folder) as game:
+            if state is None or state.round < game.plan.rounds:
+                state = _play_on(game, folder, state)
+            if audit is not None:
+                with seeded_layers(config.seed, "audit"):
+                    audited = audit(game, state, progress)
+                note_audit(folder.journal, audited)
     with seeded_layers(config.seed, "finish"):
-        finished = game.finish(state, audited)
+        finished = game.finish(state, audited or Audited())
     folder.forget_secrets()
     return finished
 

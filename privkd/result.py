@@ -14,7 +14,7 @@ from privkd.data.scenario import LabelledSet
 from privkd.delivery import deliver
 from privkd.errors import AuditAlarm
 from privkd.events import Unit
-from privkd.federation import ClosingAudit, Game, Run, no_audit, open_game, run
+from privkd.federation import ClosingAudit, Game, Run, open_game, run
 from privkd.latency import latencies_ms
 from privkd.ledger import Statement
 from privkd.models import parameter_count
@@ -103,7 +103,7 @@ def train(
     *,
     resumed: bool = False,
     game: Game | None = None,
-    audit: ClosingAudit = no_audit,
+    audit: ClosingAudit | None = None,
 ) -> Result:
     """Run ``config`` in ``folder``, audit it, and write ``result.json`` there.
 

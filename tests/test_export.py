@@ -211,7 +211,8 @@ class Branching(nn.Module):
         self.head = nn.Linear(int(np.prod(shape)), classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x.flatten(1) if bool((x > 0.5).any()) else x.flatten(1) * 2)
+        rows = [row if bool((row > 0.5).any()) else row * 2 for row in x.flatten(1)]
+        logits: Tensor = self.head(torch.stack(rows))
         return logits
 
 
