@@ -396,7 +396,7 @@ class Game:
     @property
     def fleet(self) -> Fleet:
         """The devices."""
-        return Fleet(self.scenario.devices, self.config.student)
+        return Fleet(self.scenario.devices, self.config.student, names_diverged=self.plan.rho is None)
 
     @property
     def data(self) -> PublicData:

@@ -31,11 +31,14 @@ class Fleet:
     """The devices, and how a simulation trains their students.
 
     ``engine`` is ``opacus`` for the reference path, one device after the other, or ``cohort`` for equal
-    architectures as one program; both compute the same.
+    architectures as one program; both compute the same. Where ``names_diverged``, a student whose weights are
+    not finite after DP-SGD ends the training by its device's name. Else it answers what a channel takes for
+    zeros: a device budget knows no other way for a device to fail.
     """
 
     devices: tuple[Device, ...]
     config: StudentConfig
+    names_diverged: bool = True
 
     @property
     def names(self) -> tuple[PartyId, ...]:
@@ -87,7 +90,7 @@ class Fleet:
         """Each device's student after DP-SGD on its private records; see `student.train_private`.
 
         Raises:
-            TrainingError: a student's weights are not finite.
+            TrainingError: a student's weights are not finite, and ``names_diverged``.
         """
         sources = [randomness(name) for name in self.names]
         rate = mechanism.recipe.learning_rate
@@ -216,7 +219,7 @@ class Fleet:
         return self._finite([trained[i] for i in range(len(students))], learning_rate)
 
     def _finite(self, students: list[nn.Module], learning_rate: float) -> list[nn.Module]:
-        for name, student in zip(self.names, students, strict=True):
+        for name, student in zip(self.names, students, strict=True) if self.names_diverged else ():
             check_finite(student, f"the student of {name}", learning_rate)
         return students
 

@@ -27,7 +27,9 @@ def bounded_answers(logits: Tensor, teacher_probabilities: Tensor, kind: AnswerK
             the teacher's).
     """
     if kind == "votes":
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float32)
+        votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float32)
+        # As a probability would: a channel then sends zeros for the device.
+        return torch.where(logits.isfinite().all(-1, keepdim=True), votes, torch.nan)
     probabilities = F.softmax(logits, dim=-1)
     return probabilities - teacher_probabilities if kind == "residuals" else probabilities
 

@@ -37,6 +37,7 @@ from privkd.proof import (
     gradients_alone,
     keep_statistics,
     perturbed,
+    with_cure,
 )
 from privkd.randomness import Randomness, SeededRandomness, Uniforms
 from privkd.recordwise import Recordwise, record_digests
@@ -508,7 +509,7 @@ def check_trainable(
         raise
     except Exception as error:
         raise ModelError(
-            f"the student failed one DP-SGD step on public records: {_with_cure(model, str(error))}"
+            f"the student failed one DP-SGD step on public records: {with_cure(model, str(error))}"
         ) from error
 
 
@@ -538,11 +539,3 @@ def _made_up_step(
     step = recipe.model_copy(update={"steps": 1, "sampling_rate": 1.0})
     mechanism = Mechanism(step, 1.0, expected_batch_size=float(batch), alpha=0.5, temperature=2.0)
     train_private(model, shard, torch.zeros(batch, classes), mechanism, SeededRandomness(0))
-
-
-def _with_cure(model: nn.Module, problem: str) -> str:
-    for name, module in model.named_modules():
-        cure = cure_of(module)
-        if cure:
-            return f"layer {name!r} ({type(module).__name__}): {cure}"
-    return f"{' '.join(problem.split())}; every layer must treat each record by itself"

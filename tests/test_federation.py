@@ -410,6 +410,25 @@ class TestRefusals:
             play(tmp_path / "run", f"student.engine={engine}", f"privacy.epsilon={epsilon}")
         assert watching.seen == []
 
+    @pytest.mark.parametrize("engine", ["opacus", "cohort"])
+    def test_under_a_device_budget_nobody_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+    ) -> None:
+        """The neighbouring run, without that device's contribution, would go on: so must this one."""
+
+        def spoilt(models: Any, *_: Any, **__: Any) -> Any:
+            each = [copy.deepcopy(model) for model in (models if isinstance(models, list) else [models])]
+            torch.nn.init.constant_(each[-1].head.weight, math.nan)
+            return each if isinstance(models, list) else each[0]
+
+        for name in ("train_private", "train_cohort"):
+            monkeypatch.setattr(f"privkd.fleet.{name}", spoilt)
+        budget = ("channel.kind=noised", "privacy.device_epsilon=8", "privacy.noise=system")
+        play(tmp_path / "run", f"student.engine={engine}", *budget)
+        answers = load_file(tmp_path / "run" / "rounds" / "001" / "wire.safetensors")["answers"]
+        assert bool(answers.isfinite().all())
+        assert len(answers) == 3
+
     def test_a_forecast_touches_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         found = forecast(small())
