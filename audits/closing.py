@@ -20,8 +20,8 @@ from privkd.state import State
 
 CONFIDENCE = 0.999
 """Of all bounds of one run together. Its checks add `audits.on_device.FALSE_ALARM` each."""
-_SECONDS = 6.0
-"""For the channel's canaries."""
+_UPLOADS = {"noised": 40_000, "processes": 9_000, "services": 2_000}
+"""Of canary devices, all rounds together: some seconds of the channel's time."""
 
 
 def closing_audit(game: Game, state: State, progress: Progress) -> Audited:
@@ -77,13 +77,14 @@ def _of_devices(game: Game, confidence: float, seed: int) -> Audited:
     plan, settings = game.plan, game.config.channel
     assert isinstance(game.channel, ChannelBase)
     channel = game.channel.for_audit()
-    audit = audit_releases(channel, plan.rounds, seed, _SECONDS)
+    parties = "services" if settings.through_services else "processes"
+    uploads = _UPLOADS["noised" if settings.kind == "noised" else parties]
+    audit = audit_releases(channel, plan.rounds, seed, uploads)
     epsilon = bound_canaries(audit.scores, delta=plan.delta, confidence=confidence)
     behind = ""
     if settings.kind == "secure":
         kept = settings.through_services and settings.aggregator_urls
         told = "none of whose noise is known" if kept else "all but one of whose noise is known"
-        parties = "services" if settings.through_services else "processes"
         behind = f", by its {settings.aggregators} {parties}, {told}"
     path = f"the run's own {settings.kind} channel{behind}"
     return Audited(

@@ -6,7 +6,6 @@ relation: zero out one device's whole contribution, the number of devices public
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -29,7 +28,7 @@ FALSE_ALARM = 1e-6
 """Of all checks of one audit together: a sound channel fails one with at most this probability."""
 _TOGETHER = 100
 """Canary devices in one release, each with an entry of its own."""
-_MOST, _FEWEST = 20_000, 400
+_FEWEST = 400
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,22 @@ class ReleaseAudit:
     checks: tuple[Check, ...]
 
 
-def audit_releases(channel: ChannelBase, rounds: int, seed: int, seconds: float) -> ReleaseAudit:
-    """Play the game on as many canary devices as about ``seconds`` allow.
+def audit_releases(channel: ChannelBase, rounds: int, seed: int, uploads: int) -> ReleaseAudit:
+    """Play the game on as many canary devices as ``uploads`` allow, in all rounds together.
 
     Args:
         channel: as opened by the run, with noise.
         rounds: that the run took; a device plays all of them with one coin.
         seed: of the coins.
-        seconds: to be spent; at least a few hundred devices are played however long they take.
+        uploads: of all canary devices; a few hundred devices are played however many they take.
     """
     assert channel.rho is not None
-    generator, start, trials = seeded_generator(seed, "audit", "device coins"), time.monotonic(), 0
-    played: list[_Group] = []
-    while trials < _FEWEST or (trials < _MOST and time.monotonic() - start < seconds):
-        coins = torch.rand(_TOGETHER, generator=generator) < 0.5
-        played.append(_play(channel, coins, len(played), max(2, rounds)))
-        trials += _TOGETHER
+    generator, rounds_played = seeded_generator(seed, "audit", "device coins"), max(2, rounds)
+    devices = max(_FEWEST, uploads // rounds_played)
+    played = [
+        _play(channel, torch.rand(_TOGETHER, generator=generator) < 0.5, group, rounds_played)
+        for group in range(-(-devices // _TOGETHER))
+    ]
     inside = np.concatenate([group.inside for group in played])
     spread = math.sqrt(channel.unknown_noise / (2 * channel.rho))
     values = np.concatenate([group.left for group in played], axis=1)[:rounds]

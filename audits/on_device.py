@@ -46,7 +46,9 @@ _MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 16_000, 40_000_000, 1_000
 _MOST_ONE_BY_ONE = 3_000
 """Device-steps of the reference engine, which takes milliseconds for each."""
 _CALLS, _MOST_DEVICE_CALLS = 16, 2_000
-_QUIET_STEP, _NOISY_STEP = 0.1, 1e-4
+_QUIET_STEP, _NOISY_STEP, _LEAST_STEP = 0.1, 1e-4, 1e-6
+"""What a record moves the weights by in one step without noise, what noise moves them by, and the least of
+the first beside noise that float32 still holds."""
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,7 @@ def _play(game: Game, kind: _Crafted, mechanism: Mechanism, kinds: int, seed: in
         noisy, quiet = _sources(game, round, devices), _sources(game, round, devices)
         left = np.zeros((devices, kind.directions.shape[0]))
         for steps in calls:
-            some = _plain_steps(mechanism, steps, _NOISY_STEP / sigma)
+            some = _plain_steps(mechanism, steps, max(_NOISY_STEP / sigma, _LEAST_STEP))
             seen = canaries.sums(some, noisy.__getitem__)
             clean = canaries.sums(some, lambda name, quiet=quiet: _Quiet(quiet[name]))  # type: ignore[misc]
             noise, along = seen - clean, clean @ kind.directions

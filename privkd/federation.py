@@ -199,7 +199,7 @@ class Game:
     progress: Progress
     probe: Probe
     notes: Notes = UNKEPT
-    _distilled: dict[int, tuple[nn.Module, list[nn.Module]]] = field(
+    _distilled: dict[int, tuple[nn.Module, RunConfig, list[nn.Module]]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -430,11 +430,11 @@ class Game:
     def public_students(self, teacher: nn.Module, *, round: int) -> list[nn.Module]:
         """A student of each architecture, distilled on public data from the ``teacher`` of ``round``.
 
-        The last ones are kept for who asks again; they are nobody's to write to.
+        The last ones are kept for who asks again.
         """
         known = self._distilled.get(round)
-        if known is not None and known[0] is teacher:
-            return list(known[1])
+        if known is not None and known[0] is teacher and known[1] is self.config:
+            return copy.deepcopy(known[2])
         with seeded_layers(self.config.seed, "distil", round):
             students = [
                 distil_public(
@@ -448,8 +448,8 @@ class Game:
                 for number, student in enumerate(self._fresh_students())
             ]
         self._distilled.clear()
-        self._distilled[round] = (teacher, students)
-        return list(students)
+        self._distilled[round] = (teacher, self.config, students)
+        return copy.deepcopy(students)
 
     def _debit(self, unit: Unit, event: PrivacyEvent, round: int) -> None:
         self.ledger.debit_all([Charge(unit, name, event, round) for name in self.fleet.names])

@@ -221,7 +221,7 @@ def _arm_release(tracer: _Tracer, kind: Any, release: Any) -> None:
         return found
 
     def outer(channel: Any, answers: Any, *, devices: Any, round: int) -> Any:
-        if devices[0].startswith("replay-"):
+        if devices[0].startswith(("replay-", "audit-")):
             # An audit's made-up devices: no release of the run.
             return inner(channel, answers, devices=devices, round=round)
         point = tracer.wrap("release", lambda _: noted(channel, answers, devices=devices, round=round), str)

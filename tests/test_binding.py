@@ -384,7 +384,10 @@ class TestOwnCode:
 
 
 class TestDeployment:
-    SYSTEM = ("privacy.noise=system",)
+    SYSTEM = (
+        "privacy.noise=system", "data.classes=0,1,2", "data.public_records=40", "data.validation_records=20",
+        "data.test_records=40",
+    )  # fmt: skip
 
     def test_shows_no_plain_digest_of_its_data_and_no_count_of_its_files(self, tmp_path: Path) -> None:
         data = table(tmp_path / "t.csv")
@@ -436,7 +439,8 @@ class TestDeployment:
         pictures(tmp_path / "images")
         monkeypatch.chdir(tmp_path / "images")
         with pytest.raises(KeyboardInterrupt):
-            play(tmp_path / "run", "data.source=.", *FEW, *self.SYSTEM, progress=StopAt(IN_ROUND_TWO))
+            few = ("data.source=.", "data.classes=class0,class1,class2", "data.test_records=12", *FEW)
+            play(tmp_path / "run", *self.SYSTEM, *few, progress=StopAt(IN_ROUND_TWO))
         monkeypatch.chdir(tmp_path)
         assert list(binding(tmp_path / "run").data) == ["images"]
         resume(tmp_path / "run")

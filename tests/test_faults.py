@@ -121,13 +121,19 @@ def strike(commands: Commands, folder: Path, whole: Whole, hit: Strike) -> tuple
     return struck, resumed
 
 
+def spent_in(path: Path) -> dict[str, Any]:
+    """What the result says was spent, without what the audit found: its noise is the system's, drawn anew."""
+    ledger = outcome(path)["ledger"]
+    return {unit: {k: v for k, v in row.items() if k != "lower_bound"} for unit, row in ledger.items()}
+
+
 def kill(commands: Commands, folder: Path, whole: Whole, hit: Strike) -> None:
     struck, _ = strike(commands, folder, whole, hit)
     assert struck.code == -signal.SIGKILL, struck.err
     path = folder / f"{hit.kind}-{hit.at}" / "run"
     if "privacy.noise=system" in whole.settings:
         assert not (path / "secrets").exists(), "no key outlives the run"
-        assert outcome(path)["ledger"] == outcome(whole.path)["ledger"]
+        assert spent_in(path) == spent_in(whole.path)
     else:
         assert same(path, whole.path), f"{hit} at {whole.points[hit.at]}"
     tally.note("SIGKILL at a durable step or a release", "survived")
