@@ -22,6 +22,7 @@ from audits.on_device import mean_square
 from privkd.bounds import Check
 from privkd.channel import ChannelBase
 from privkd.randomness import seeded_generator
+from privkd.secure.shares import fitting_encoding
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -30,6 +31,8 @@ FALSE_ALARM = 1e-6
 _TOGETHER = 100
 """Canary devices in one release, each with an entry of its own."""
 _MOST, _FEWEST = 20_000, 400
+_ORDINARY = (5, 400, 5)
+"""Devices, queries and classes of the exact sum."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,22 @@ class ReleaseAudit:
     checks: tuple[Check, ...]
 
 
-def audit_releases(channel: ChannelBase, rounds: int, seed: int, seconds: float) -> ReleaseAudit:
-    """Play the game on as many canary devices as about ``seconds`` allow.
+def audit_releases(
+    channel: ChannelBase, rounds: int, seed: int, seconds: float = math.inf, *, most: int = _MOST
+) -> ReleaseAudit:
+    """Play the game on as many canary devices as about ``seconds`` allow, and ``most`` at most.
 
     Args:
         channel: as opened by the run, with noise.
         rounds: that the run took; a device plays all of them with one coin.
         seed: of the coins.
         seconds: to be spent; at least a few hundred devices are played however long they take.
+        most: canary devices; they alone decide where there is time, so that the audit repeats.
     """
     assert channel.rho is not None
     generator, start, trials = seeded_generator(seed, "audit", "device coins"), time.monotonic(), 0
     played: list[_Group] = []
-    while trials < _FEWEST or (trials < _MOST and time.monotonic() - start < seconds):
+    while trials < _FEWEST or (trials < most and time.monotonic() - start < seconds):
         coins = torch.rand(_TOGETHER, generator=generator) < 0.5
         played.append(_play(channel, coins, len(played), max(2, rounds)))
         trials += _TOGETHER
@@ -150,7 +156,36 @@ def _repeated(channel: ChannelBase) -> Check:
         again, _, _ = released(channel, 0 * loud, names, 1 << 20)
     except Exception as error:  # parties that keep what they released refuse, which is as good
         return Check(name, True, f"a second set is refused: {str(error)[:80]}")
+    if np.array_equal(first, again):
+        return Check(name, True, "the first set's release is repeated, and nothing is told of a second")
     apart = (first - 1 - again) / math.sqrt(2 * variance / (2 * (channel.rho or 0)))
     ratio, low, _ = mean_square(apart, FALSE_ALARM / 4)
     seen = f"two attempts differ by {ratio:.3f} of fresh noise; from {low:.3f} on is within chance"
     return Check(name, ratio >= low, seen)
+
+
+def check_sum(channel: ChannelBase, seed: int) -> Check:
+    """Whether a secure channel without noise releases exactly the mean of the clipped integer blocks.
+
+    Among ordinary answers one device's block is far too long.
+
+    Args:
+        channel: as opened by a run, with no noise.
+        seed: of the answers.
+    """
+    assert channel.rho is None
+    devices, *block = _ORDINARY
+    blocks = torch.randn(_ORDINARY, generator=seeded_generator(seed, "audit", "answers"))
+    blocks *= 0.5 * channel.clip_norm / math.prod(block) ** 0.5
+    blocks[0] *= LOUD
+    names = [f"audit-sum-{number}" for number in range(devices)]
+    released = channel.release(blocks, devices=names, round=0).answers.double().numpy().reshape(-1)
+    parties = getattr(channel, "aggregators", 1)
+    encoding = fitting_encoding(channel.clip_norm, devices=devices, parties=parties, rho=None)
+    integers = encoding.encode(blocks.double().numpy().reshape(devices, -1)).sum(axis=0)
+    mean = encoding.decode(integers) / devices
+    # All that may lie between them is the release's rounding to float32.
+    wrong = int((np.abs(released - mean) > np.spacing(np.abs(mean.astype(np.float32)))).sum())
+    return Check(
+        "released sum equals the clipped integer sum", wrong == 0, f"{wrong} of {mean.size:,} entries differ"
+    )
