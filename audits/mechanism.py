@@ -3,14 +3,14 @@
 Every audit opens a game as ``privkd train`` does, at the default run's settings but for those in the tables
 below, with models that nobody trained:
 
-* DP-SGD: crafted records through the call that trains a run's devices (`audits.on_device`), with both engines,
-  both sources of randomness, the head or every layer in training, full and subsampled batches;
-* the channels, opened as a run opens them: canary devices (`audits.on_channel`), and the exact sum of the secure
-  ones where nothing is noised;
-* two worlds of DP-SGD (`audits.worlds`), which find what nobody foresaw.
+* DP-SGD: crafted records through the call that trains a run's devices (`audits.on_device`), with both
+  engines, both sources of randomness, the head or every layer in training, full and subsampled batches;
+* the channels, opened as a run opens them: canary devices (`audits.on_channel`), and of the secure ones the
+  exact sum where nothing is noised;
+* two worlds of DP-SGD and of the noised channel (`audits.worlds`), which find what nobody foresaw.
 
-Each claims events; the ledger's price of them is the upper bound that the audit sets its lower bound beside. A
-sound mechanism comes near it from below; a broken one goes above, or fails a check.
+Each claims events; the ledger's price of them is the upper bound that the audit sets its lower bound beside.
+A sound mechanism comes near it from below; a broken one goes above, or fails a check.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +18,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
+import numpy as np
+from torch import Tensor
+
 from audits import on_channel, on_device
 from audits.gradient import Scores, bound_many_trials
 from audits.verdict import Finding
-from audits.worlds import Bounded, DpSgdGame, ObserveSums, bound_worlds, dp_sgd_worlds, observed
+from audits.worlds import (
+    Bounded,
+    DpSgdGame,
+    Floats,
+    ObserveSums,
+    ReleaseMany,
+    bound_worlds,
+    channel_worlds,
+    dp_sgd_worlds,
+    observed,
+)
 from privkd.accounting import price
 from privkd.bounds import Check
 from privkd.channel import Channel, open_channel
 from privkd.config import load_config
-from privkd.events import DpSgd, PrivacyEvent, Unit
+from privkd.events import DpSgd, PrivacyEvent, Unit, ZCdp
 from privkd.federation import Game, open_game
 from privkd.progress import Progress
 from privkd.randomness import derive_seed
@@ -52,10 +65,11 @@ TRAININGS: tuple[Settings, ...] = (
 _SHORT: Settings = ("rounds=2", "student.dp.steps=4")
 """The noise is calibrated to the steps, so that fewer of them are as tight, and cheaper."""
 
+_NOISED: Settings = ("channel.kind=noised",)
 CHANNELS: dict[str, Settings] = {
-    "noised channel": ("channel.kind=noised",),
-    "secure channel, processes": ("channel.kind=secure", "channel.parties=processes"),
-    "secure channel, services": ("channel.kind=secure", "channel.parties=services"),
+    "noised": _NOISED,
+    "secure, processes": ("channel.kind=secure", "channel.parties=processes"),
+    "secure, services": ("channel.kind=secure", "channel.parties=services"),
 }
 _DEVICE_BUDGET: Settings = ("rounds=2", "privacy.device_epsilon=8")
 
@@ -65,11 +79,11 @@ FULL_BATCH = DpSgdGame(noise_multiplier=2.0, sampling_rate=1.0, steps=4, base=4,
 GAMES = (
     FULL_BATCH,
     replace(FULL_BATCH, base=1, noise="system"),
-    DpSgdGame(noise_multiplier=2.0, sampling_rate=0.5, steps=8, base=0, runs=3000, noise="system"),
+    DpSgdGame(noise_multiplier=2.0, sampling_rate=0.5, steps=8, base=0, runs=2000, noise="system"),
 )
 """One other record, which the canary just outweighs, shows what is clipped after the average."""
 
-_TRIALS = {"cohort": 6_000, "opacus": 2_000, "noised": 10_000, "processes": 2_000, "services": 800}
+_TRIALS = {"cohort": 4_000, "opacus": 1_500, "noised": 8_000, "processes": 2_000, "services": 800}
 """Canaries at most, by engine and by what stands behind the channel."""
 
 
@@ -119,6 +133,7 @@ def audit_mechanisms(seed: int, progress: Progress) -> MechanismReport:
     audits: list[Callable[[Level], Examined]] = [
         *(partial(audit_records, settings, seed=seed) for settings in TRAININGS),
         *(partial(audit_devices, name, seed=seed) for name in CHANNELS),
+        partial(_audit_noised_worlds, seed=seed),
         *(partial(_audit_worlds, game, seed=seed) for game in GAMES),
     ]
     level = Level(confidence=1 - (1 - _CONFIDENCE) / len(audits))
@@ -145,7 +160,7 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
     )
     bounded = _bounded(audit.scores, plan.sampling_rate, level, seed)
     part = "all layers" if student.dp.part == "all" else f"the {student.dp.part.replace('_', ' ')}"
-    crafted = f"{part}, q={plan.sampling_rate:g}, {game.config.privacy.noise} noise"
+    crafted = f"{part}, q={plan.sampling_rate:g}, {game.config.privacy.noise}"
     estimator = "gaussian" if plan.sampling_rate == 1 else "clopper_pearson"
     claim = [plan.record_event] * plan.rounds
     name = f"DP-SGD, {student.engine}"
@@ -154,7 +169,7 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
 
 def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
     """Worst-case devices through the channel ``name`` of `CHANNELS`, over all rounds of its run."""
-    game = open_game(load_config(None, [*_DEVICE_BUDGET, *CHANNELS[name], f"seed={seed}"]))
+    game = _with_device_budget(CHANNELS[name], seed)
     plan, settings = game.plan, game.config.channel
     coins = derive_seed(seed, "mechanism", name)
     most = _TRIALS[settings.parties if settings.kind == "secure" else settings.kind]
@@ -162,8 +177,12 @@ def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
         audit = on_channel.audit_releases(channel.for_audit(), plan.rounds, coins, most=most)
     bounded = _bounded(audit.scores, 1.0, level, seed)
     claim = [plan.device_event] * plan.rounds
-    finding = _finding(name, "huge block or none", Unit.DEVICE, claim, bounded, level, "gaussian")
+    finding = _finding(name, "devices side by side", Unit.DEVICE, claim, bounded, level, "gaussian")
     return Examined(finding, (*audit.checks, *_exact_sum(game, coins)))
+
+
+def _with_device_budget(settings: Settings, seed: int) -> Game:
+    return open_game(load_config(None, [*_DEVICE_BUDGET, *settings, f"seed={seed}"]))
 
 
 def _exact_sum(game: Game, seed: int) -> Iterator[Check]:
@@ -194,8 +213,7 @@ def _audit_worlds(game: DpSgdGame, level: Level, *, seed: int) -> Examined:
 
 def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level, seed: int) -> Finding:
     """One canary joins other records, or does not; see `dp_sgd_worlds`."""
-    others = "1 record" if game.base == 1 else f"{game.base} records"
-    label = f"canary and {others}, q={game.sampling_rate:g}, {game.noise} noise"
+    label = f"canary beside {game.base}, q={game.sampling_rate:g}, {game.noise}"
     worlds = dp_sgd_worlds(observe, game, derive_seed(seed, "mechanism", name, label))
     full = game.sampling_rate == 1
     bounded = bound_worlds(
@@ -204,6 +222,38 @@ def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level,
     claim = [DpSgd(game.noise_multiplier, game.sampling_rate, game.steps)]
     estimator = "gaussian" if full else "clopper_pearson"
     return _finding(name, label, Unit.RECORD, claim, bounded, level, estimator)
+
+
+def _audit_noised_worlds(level: Level, *, seed: int) -> Examined:
+    game = _with_device_budget(_NOISED, seed)
+    plan = game.plan
+    assert plan.rho is not None
+    with opened(game, plan.rho) as channel:
+        release, runs = released_by(channel), _TRIALS["noised"]
+        return Examined(
+            audit_channel(release, "noised", level, seed, runs=runs, clip_norm=plan.clip_norm, rho=plan.rho)
+        )
+
+
+def audit_channel(
+    release: ReleaseMany, name: str, level: Level, seed: int, *, runs: int, clip_norm: float, rho: float
+) -> Finding:
+    """One device's block is far too long, or zero; see `channel_worlds`."""
+    worlds = channel_worlds(release, clip_norm=clip_norm, runs=runs)
+    bounded = bound_worlds(
+        worlds, gaussian_curve=True, delta=level.delta, confidence=level.confidence, seed=seed
+    )
+    return _finding(name, "a huge block or none", Unit.DEVICE, [ZCdp(rho)], bounded, level, "gaussian")
+
+
+def released_by(channel: Channel) -> ReleaseMany:
+    """One release of many devices, each a run of its own, over a channel that shows each device."""
+
+    def release(blocks: Tensor) -> Floats:
+        names = [f"audit-{number:05d}" for number in range(len(blocks))]
+        return channel.release(blocks, devices=names, round=0).answers.numpy().astype(np.float64)
+
+    return release
 
 
 def _bounded(scores: Scores, sampling_rate: float, level: Level, seed: int) -> Bounded:

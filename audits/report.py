@@ -219,8 +219,8 @@ def print_mechanisms(report: MechanismReport) -> None:
     console.print(table)
     first = report.findings[0]
     console.print(
-        f"All lower bounds hold together with confidence {100 * first.confidence:g} %; delta {first.delta:g}. "
-        f"Sound mechanisms fail a check in {100 * report.false_alarm:.1g} % of seeds.",
+        f"All lower bounds hold together with confidence {100 * first.confidence:g} %; "
+        f"delta {first.delta:g}. Sound mechanisms fail a check in {100 * report.false_alarm:.1g} % of seeds.",
         highlight=False,
     )
     for check in report.checks:
