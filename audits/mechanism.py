@@ -62,7 +62,7 @@ TRAININGS: tuple[Settings, ...] = (
 )
 """The first is the default run."""
 
-_SHORT: Settings = ("rounds=2", "student.dp.steps=4")
+_SHORT: Settings = ("rounds=2", "student.dp.steps=3")
 """The noise is calibrated to the steps, so that fewer of them are as tight, and cheaper."""
 
 _NOISED: Settings = ("channel.kind=noised",)
