@@ -9,7 +9,6 @@ answers through the channel while it is open (`audits.on_channel`). It takes sec
 from audits.gradient import bound_many_trials
 from audits.on_channel import audit_releases
 from audits.on_device import audit_training
-from audits.processes import bound_canaries
 from privkd.bounds import Audited, LowerBound
 from privkd.channel import ChannelBase
 from privkd.events import Unit
@@ -79,8 +78,10 @@ def _of_devices(game: Game, confidence: float, seed: int) -> Audited:
     channel = game.channel.for_audit()
     parties = "services" if settings.through_services else "processes"
     uploads = _UPLOADS["noised" if settings.kind == "noised" else parties]
-    audit = audit_releases(channel, plan.rounds, seed, uploads)
-    epsilon = bound_canaries(audit.scores, delta=plan.delta, confidence=confidence)
+    audit = audit_releases(channel, plan.rounds, seed, most=uploads // max(2, plan.rounds))
+    epsilon = bound_many_trials(
+        audit.scores, sampling_rate=1.0, delta=plan.delta, confidence=confidence, seed=seed
+    )
     behind = ""
     if settings.kind == "secure":
         kept = settings.through_services and settings.aggregator_urls

@@ -29,7 +29,7 @@ from audits.estimators import (
 from privkd.config import DpSgdConfig
 from privkd.data.scenario import LabelledSet
 from privkd.randomness import Randomness, SeededRandomness, seeded_generator
-from privkd.student import Mechanism, train_private
+from privkd.student import Mechanism
 
 Floats = NDArray[np.float64]
 
@@ -37,20 +37,6 @@ DpSgdStep: TypeAlias = Callable[
     [Sequence[nn.Module], Sequence[LabelledSet], None, Mechanism, Sequence[Randomness]], Sequence[nn.Module]
 ]
 """An implementation of DP-SGD for many students, with the signature of ``privkd.cohort.train_cohort``."""
-
-
-def one_by_one(
-    models: Sequence[nn.Module],
-    shards: Sequence[LabelledSet],
-    teacher_logits: None,
-    mechanism: Mechanism,
-    randomness: Sequence[Randomness],
-) -> list[nn.Module]:
-    """The reference path, one student after the other."""
-    return [
-        train_private(model, shard, teacher_logits, mechanism, source)
-        for model, shard, source in zip(models, shards, randomness, strict=True)
-    ]
 
 
 LOUD = 1e3

@@ -1,32 +1,33 @@
-"""``privkd audit mechanism``: worst-case inputs through the installed channels and the installed DP-SGD step.
+"""``privkd audit mechanism``: the worst case through the product's own path, without any run.
 
-Each mechanism claims an event; the ledger's price of that event is the upper bound that the audit sets its
-lower bound beside. A sound mechanism comes near it from below; a broken one goes above.
+Every audit opens a game as ``privkd train`` does, at the default run's settings but for those in the tables
+below, with models that nobody trained:
+
+* DP-SGD: crafted records through the call that trains a run's devices (`audits.on_device`), with both
+  engines, both sources of randomness, the head or every layer in training, full and subsampled batches;
+* the channels, opened as a run opens them: canary devices (`audits.on_channel`), and of the secure ones the
+  exact sum where nothing is noised;
+* two worlds of DP-SGD and of the noised channel (`audits.worlds`), which find what nobody foresaw.
+
+Each claims events; the ledger's price of them is the upper bound that the audit sets its lower bound beside.
+A sound mechanism comes near it from below; a broken one goes above, or fails a check.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from audits.gradient import DpSgdStep, bound_many_trials, dirac_scores, one_by_one
-from audits.processes import (
-    AGGREGATORS,
-    CLIP_NORM,
-    RHO,
-    OpenChannel,
-    RunningChannel,
-    bound_canaries,
-    secure_channel,
-)
-from audits.release import Floats, ring_mean
+from audits import on_channel, on_device
+from audits.gradient import Scores, bound_many_trials
 from audits.verdict import Finding
 from audits.worlds import (
     Bounded,
     DpSgdGame,
+    Floats,
     ObserveSums,
     ReleaseMany,
     bound_worlds,
@@ -36,17 +37,54 @@ from audits.worlds import (
 )
 from privkd.accounting import price
 from privkd.bounds import Check
-from privkd.channel import NoisedChannel
-from privkd.cohort import train_cohort
-from privkd.config import DpSgdConfig
+from privkd.channel import Channel, open_channel
+from privkd.config import load_config
 from privkd.events import DpSgd, PrivacyEvent, Unit, ZCdp
-from privkd.noise import NoiseRoot
+from privkd.federation import Game, open_game
 from privkd.progress import Progress
 from privkd.randomness import derive_seed
-from privkd.student import Mechanism
+from privkd.secure.remote import ServiceOptions
 
 _DELTA = 1e-5
 _CONFIDENCE = 0.95
+
+Settings: TypeAlias = tuple[str, ...]
+"""Of a run, beside the defaults, as on the command line."""
+
+_SUBSAMPLED, _EVERY_LAYER = "student.dp.sampling_rate=0.2", "student.dp.part=all"
+_OPACUS, _SYSTEM = "student.engine=opacus", "privacy.noise=system"
+TRAININGS: tuple[Settings, ...] = (
+    (),
+    (_EVERY_LAYER, _SYSTEM),
+    (_SUBSAMPLED, _SYSTEM),
+    (_OPACUS, _EVERY_LAYER),
+    (_OPACUS, _SUBSAMPLED, _SYSTEM),
+)
+"""The first is the default run."""
+
+_SHORT: Settings = ("rounds=2", "student.dp.steps=3")
+"""The noise is calibrated to the steps, so that fewer of them are as tight, and cheaper."""
+
+_NOISED: Settings = ("channel.kind=noised",)
+CHANNELS: dict[str, Settings] = {
+    "noised": _NOISED,
+    "secure, processes": ("channel.kind=secure", "channel.parties=processes"),
+    "secure, services": ("channel.kind=secure", "channel.parties=services"),
+}
+_DEVICE_BUDGET: Settings = ("rounds=2", "privacy.device_epsilon=8")
+
+FULL_BATCH = DpSgdGame(noise_multiplier=2.0, sampling_rate=1.0, steps=4, base=4, runs=3000)
+"""Exactly Gaussian: mu = sqrt(steps) / noise multiplier = 1."""
+
+GAMES = (
+    FULL_BATCH,
+    replace(FULL_BATCH, base=1, noise="system"),
+    DpSgdGame(noise_multiplier=2.0, sampling_rate=0.5, steps=8, base=0, runs=2000, noise="system"),
+)
+"""One other record, which the canary just outweighs, shows what is clipped after the average."""
+
+_TRIALS = {"cohort": 4_000, "opacus": 1_500, "noised": 8_000, "processes": 2_000, "services": 800}
+"""Canaries at most, by engine and by what stands behind the channel."""
 
 
 @dataclass(frozen=True)
@@ -58,146 +96,190 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Examined:
+    """One mechanism's lower bound beside the ledger's price, and the checks that it was put to."""
+
+    finding: Finding
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True)
 class MechanismReport:
-    """All lower bounds beside the ledger's prices, and what the running secure channel was asked."""
+    """All mechanisms; sound ones together fail one of the checks with probability ``false_alarm`` at most."""
 
-    findings: tuple[Finding, ...]
-    checks: tuple[Check, ...]
+    examined: tuple[Examined, ...]
+    false_alarm: float
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All lower bounds beside their prices."""
+        return tuple(each.finding for each in self.examined)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """All checks, each under its mechanism's name."""
+        return tuple(
+            replace(check, name=f"{each.finding.view}, {each.finding.attack}: {check.name}")
+            for each in self.examined
+            for check in each.checks
+        )
 
 
-def audit_mechanisms(seed: int, progress: Progress, opened: OpenChannel = secure_channel) -> MechanismReport:
+def audit_mechanisms(seed: int, progress: Progress) -> MechanismReport:
     """Audit all mechanisms as they are installed. All lower bounds hold together with 95 % confidence.
 
-    ``opened`` is the secure channel with its processes, which start while the rest is audited.
+    Neighbouring relations: add or remove one record; zero out one device, their number being public.
     """
-    running = RunningChannel(opened, seed)
-    checks: list[Callable[[Level], Finding]] = [
-        lambda level: audit_dirac(train_cohort, "DP-SGD, cohort", level, seed, canaries=100_000),
-        lambda level: audit_dirac(one_by_one, "DP-SGD, Opacus", level, seed, canaries=10_000),
-        *(partial(_audit_cohort, game, seed=seed) for game in GAMES),
-        lambda level: audit_channel(noised_release(RHO, seed), "noised channel", level, seed, runs=20_000),
-        lambda level: audit_channel(
-            secure_release(RHO, seed), "secure channel, ring", level, seed, runs=4_000
-        ),
-        lambda level: audit_running(running, level),
+    audits: list[Callable[[Level], Examined]] = [
+        *(partial(audit_records, settings, seed=seed) for settings in TRAININGS),
+        *(partial(audit_devices, name, seed=seed) for name in CHANNELS),
+        partial(_audit_noised_worlds, seed=seed),
+        *(partial(_audit_worlds, game, seed=seed) for game in GAMES),
     ]
-    level = Level(confidence=1 - (1 - _CONFIDENCE) / len(checks))
-    findings = []
-    try:
-        for number, check in enumerate(checks):
-            progress.stage(f"mechanism audit {number + 1} of {len(checks)}")
-            findings.append(check(level))
-        return MechanismReport(tuple(findings), running.checks())
-    finally:
-        running.close()
+    level = Level(confidence=1 - (1 - _CONFIDENCE) / len(audits))
+    examined = []
+    for number, audit in enumerate(audits):
+        progress.stage(f"mechanism audit {number + 1} of {len(audits)}")
+        examined.append(audit(level))
+    false_alarm = len(TRAININGS) * on_device.FALSE_ALARM + len(CHANNELS) * on_channel.FALSE_ALARM
+    return MechanismReport(tuple(examined), false_alarm)
 
 
-FULL_BATCH = DpSgdGame(noise_multiplier=2.0, sampling_rate=1.0, steps=4, base=4, runs=3000)
-"""Exactly Gaussian: mu = sqrt(steps) / noise multiplier = 1."""
+def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
+    """Crafted records through DP-SGD as a run of these ``settings`` trains its devices, over all its rounds.
 
-SUBSAMPLED = DpSgdGame(noise_multiplier=2.0, sampling_rate=0.5, steps=8, base=0, runs=3000)
-GAMES = (FULL_BATCH, replace(FULL_BATCH, base=1), SUBSAMPLED)
-"""One other record, which the canary just outweighs, shows what is clipped after the average."""
+    Raises:
+        InputError: no run can have these settings.
+    """
+    game = open_game(load_config(None, [*_SHORT, *settings, f"seed={seed}"]))
+    plan, student = game.plan, game.config.student
+    teacher, students = game.blank()
+    # The devices' students are all of one architecture.
+    audit = on_device.audit_training(
+        game, teacher, students[:1], derive_seed(seed, "mechanism", *settings), most=_TRIALS[student.engine]
+    )
+    bounded = _bounded(audit.scores, plan.sampling_rate, level, seed)
+    part = "all layers" if student.dp.part == "all" else f"the {student.dp.part.replace('_', ' ')}"
+    crafted = f"{part}, q={plan.sampling_rate:g}, {game.config.privacy.noise}"
+    estimator = "gaussian" if plan.sampling_rate == 1 else "clopper_pearson"
+    claim = [plan.record_event] * plan.rounds
+    name = f"DP-SGD, {student.engine}"
+    return Examined(_finding(name, crafted, Unit.RECORD, claim, bounded, level, estimator), audit.checks)
 
 
-def _audit_cohort(game: DpSgdGame, level: Level, *, seed: int) -> Finding:
-    return audit_dp_sgd(observed(train_cohort), game, "DP-SGD, cohort", level, seed)
+def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
+    """Worst-case devices through the channel ``name`` of `CHANNELS`, over all rounds of its run."""
+    game = _with_device_budget(CHANNELS[name], seed)
+    plan, settings = game.plan, game.config.channel
+    coins = derive_seed(seed, "mechanism", name)
+    most = _TRIALS[settings.parties if settings.kind == "secure" else settings.kind]
+    with opened(game, plan.rho) as channel:
+        audit = on_channel.audit_releases(channel.for_audit(), plan.rounds, coins, most=most)
+    bounded = _bounded(audit.scores, 1.0, level, seed)
+    claim = [plan.device_event] * plan.rounds
+    finding = _finding(name, "devices side by side", Unit.DEVICE, claim, bounded, level, "gaussian")
+    return Examined(finding, (*audit.checks, *_exact_sum(game, coins)))
+
+
+def _with_device_budget(settings: Settings, seed: int) -> Game:
+    return open_game(load_config(None, [*_DEVICE_BUDGET, *settings, f"seed={seed}"]))
+
+
+def _exact_sum(game: Game, seed: int) -> Iterator[Check]:
+    """What a secure channel releases where it adds no noise."""
+    if game.config.channel.kind == "secure":
+        with opened(game, None) as channel:
+            yield on_channel.check_sum(channel.for_audit(), seed)
+
+
+def opened(game: Game, rho: float | None) -> Channel:
+    """The channel as a run of ``game`` opens it, at the price ``rho`` of a release; to be closed."""
+    settings = game.config.channel
+    return open_channel(
+        settings.kind,
+        clip_norm=game.plan.clip_norm,
+        root=game.root,
+        rho=rho,
+        aggregators=settings.aggregators,
+        deadline=settings.deadline,
+        services=ServiceOptions() if settings.through_services else None,
+    )
+
+
+def _audit_worlds(game: DpSgdGame, level: Level, *, seed: int) -> Examined:
+    run = open_game(load_config(None, [f"privacy.noise={game.noise}", f"seed={seed}"]))
+    return Examined(audit_dp_sgd(observed(run.randomness_of), game, "DP-SGD, cohort", level, seed))
 
 
 def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level, seed: int) -> Finding:
     """One canary joins other records, or does not; see `dp_sgd_worlds`."""
-    worlds = dp_sgd_worlds(observe, game, derive_seed(seed, "mechanism", name))
+    label = f"canary beside {game.base}, q={game.sampling_rate:g}, {game.noise}"
+    worlds = dp_sgd_worlds(observe, game, derive_seed(seed, "mechanism", name, label))
     full = game.sampling_rate == 1
     bounded = bound_worlds(
         worlds, gaussian_curve=full, delta=level.delta, confidence=level.confidence, seed=seed
     )
-    claim = DpSgd(game.noise_multiplier, game.sampling_rate, game.steps)
-    others = "1 record" if game.base == 1 else f"{game.base} records"
-    label = f"canary and {others}, q={game.sampling_rate:g}"
-    return _finding(name, label, claim, bounded, level, "gaussian" if full else "clopper_pearson")
+    claim = [DpSgd(game.noise_multiplier, game.sampling_rate, game.steps)]
+    estimator = "gaussian" if full else "clopper_pearson"
+    return _finding(name, label, Unit.RECORD, claim, bounded, level, estimator)
 
 
-def audit_dirac(step: DpSgdStep, name: str, level: Level, seed: int, *, canaries: int) -> Finding:
-    """Orthogonal canaries in full batches, each a trial of its own; see `dirac_scores`."""
-    multiplier, steps = 1.0, 1
-    mechanism = Mechanism(DpSgdConfig(sampling_rate=1.0), multiplier, 100.0, 0.0, 1.0)
-    scores = dirac_scores(
-        step, mechanism, steps, canaries=canaries, block=250, seed=derive_seed(seed, "dirac", name)
-    )
-    lower = bound_many_trials(
-        scores, sampling_rate=1.0, delta=level.delta, confidence=level.confidence, seed=seed
-    )
-    bounded = Bounded(lower, min(len(scores.members), len(scores.nonmembers)))
-    claim = DpSgd(multiplier, 1.0, steps)
-    return _finding(name, "orthogonal canaries", claim, bounded, level, "gaussian")
+def _audit_noised_worlds(level: Level, *, seed: int) -> Examined:
+    game = _with_device_budget(_NOISED, seed)
+    plan = game.plan
+    assert plan.rho is not None
+    with opened(game, plan.rho) as channel:
+        release, runs = released_by(channel), _TRIALS["noised"]
+        return Examined(
+            audit_channel(release, "noised", level, seed, runs=runs, clip_norm=plan.clip_norm, rho=plan.rho)
+        )
 
 
 def audit_channel(
-    release: ReleaseMany, name: str, level: Level, seed: int, *, runs: int, rho: float = RHO
+    release: ReleaseMany, name: str, level: Level, seed: int, *, runs: int, clip_norm: float, rho: float
 ) -> Finding:
     """One device's block is far too long, or zero; see `channel_worlds`."""
-    worlds = channel_worlds(release, clip_norm=CLIP_NORM, runs=runs)
+    worlds = channel_worlds(release, clip_norm=clip_norm, runs=runs)
     bounded = bound_worlds(
         worlds, gaussian_curve=True, delta=level.delta, confidence=level.confidence, seed=seed
     )
-    return _finding(name, "huge block or none", ZCdp(rho), bounded, level, "gaussian")
+    return _finding(name, "a huge block or none", Unit.DEVICE, [ZCdp(rho)], bounded, level, "gaussian")
 
 
-def audit_running(running: RunningChannel, level: Level) -> Finding:
-    """Orthogonal devices through the secure channel's processes, for a cloud that no aggregator helps."""
-    scores = running.canaries()
-    lower = bound_canaries(scores, delta=level.delta, confidence=level.confidence)
-    bounded = Bounded(lower, min(len(scores.members), len(scores.nonmembers)))
-    return _finding("secure channel, running", "orthogonal devices", ZCdp(RHO), bounded, level, "gaussian")
-
-
-def noised_release(rho: float | None, seed: int) -> ReleaseMany:
-    """The noised channel's own code; each run is a device of its own, which draws noise of its own."""
-    channel = NoisedChannel(CLIP_NORM, rho, NoiseRoot.from_seed(seed))
+def released_by(channel: Channel) -> ReleaseMany:
+    """One release of many devices, each a run of its own, over a channel that shows each device."""
 
     def release(blocks: Tensor) -> Floats:
-        names = [f"run-{number}" for number in range(len(blocks))]
+        names = [f"audit-{number:05d}" for number in range(len(blocks))]
         return channel.release(blocks, devices=names, round=0).answers.numpy().astype(np.float64)
 
     return release
 
 
-def secure_release(rho: float | None, seed: int) -> ReleaseMany:
-    """The secure channel's own arithmetic in the ring: two devices, of which one sends nothing.
-
-    One honest aggregator must be enough, so all others tell the adversary their noise.
-    """
-    root = NoiseRoot.from_seed(seed)
-
-    def release(blocks: Tensor) -> Floats:
-        return np.stack(
-            [
-                ring_mean(
-                    torch.stack([block, torch.zeros_like(block)]),
-                    CLIP_NORM,
-                    rho,
-                    AGGREGATORS,
-                    NoiseRoot(root.subkey("run", run, float(block.sum()).hex())),
-                    colluding=AGGREGATORS - 1,
-                )[0]
-                for run, block in enumerate(blocks)
-            ]
-        )
-
-    return release
+def _bounded(scores: Scores, sampling_rate: float, level: Level, seed: int) -> Bounded:
+    lower = bound_many_trials(
+        scores, sampling_rate=sampling_rate, delta=level.delta, confidence=level.confidence, seed=seed
+    )
+    return Bounded(lower, min(len(scores.members), len(scores.nonmembers)))
 
 
 def _finding(
-    name: str, game: str, claim: PrivacyEvent, bounded: Bounded, level: Level, estimator: str
+    name: str,
+    game: str,
+    unit: Unit,
+    claim: Sequence[PrivacyEvent],
+    bounded: Bounded,
+    level: Level,
+    estimator: str,
 ) -> Finding:
     return Finding(
         view=name,
         attack=game,
-        unit=Unit.DEVICE if isinstance(claim, ZCdp) else Unit.RECORD,
+        unit=unit,
         auc=None,
         tpr_at_fpr=(),
         epsilon_lower=bounded.epsilon,
-        epsilon_upper=price([claim], level.delta).high,
+        epsilon_upper=price(claim, level.delta).high,
         delta=level.delta,
         confidence=_CONFIDENCE,
         members=bounded.runs,

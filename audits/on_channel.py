@@ -21,6 +21,7 @@ from audits.on_device import mean_square
 from privkd.bounds import Check
 from privkd.channel import ChannelBase
 from privkd.randomness import seeded_generator
+from privkd.secure.shares import fitting_encoding
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -29,6 +30,8 @@ FALSE_ALARM = 1e-6
 _TOGETHER = 100
 """Canary devices in one release, each with an entry of its own."""
 _FEWEST = 400
+_ORDINARY = (5, 400, 5)
+"""Devices, queries and classes of the exact sum."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,19 @@ class ReleaseAudit:
     checks: tuple[Check, ...]
 
 
-def audit_releases(channel: ChannelBase, rounds: int, seed: int, uploads: int) -> ReleaseAudit:
-    """Play the game on as many canary devices as ``uploads`` allow, in all rounds together.
+def audit_releases(channel: ChannelBase, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
+    """Play the game on ``most`` canary devices, or a few hundred where they are fewer.
 
     Args:
         channel: as opened by the run, with noise.
         rounds: that the run took; a device plays all of them with one coin.
         seed: of the coins.
-        uploads: of all canary devices; a few hundred devices are played however many they take.
     """
     assert channel.rho is not None
-    generator, rounds_played = seeded_generator(seed, "audit", "device coins"), max(2, rounds)
-    devices = max(_FEWEST, uploads // rounds_played)
+    generator, together = seeded_generator(seed, "audit", "device coins"), max(2, rounds)
     played = [
-        _play(channel, torch.rand(_TOGETHER, generator=generator) < 0.5, group, rounds_played)
-        for group in range(-(-devices // _TOGETHER))
+        _play(channel, torch.rand(_TOGETHER, generator=generator) < 0.5, group, together)
+        for group in range(-(-max(_FEWEST, most) // _TOGETHER))
     ]
     inside = np.concatenate([group.inside for group in played])
     spread = math.sqrt(channel.unknown_noise / (2 * channel.rho))
@@ -149,7 +150,36 @@ def _repeated(channel: ChannelBase) -> Check:
         again, _, _ = released(channel, 0 * loud, names, 1 << 20)
     except Exception as error:  # parties that keep what they released refuse, which is as good
         return Check(name, True, f"a second set is refused: {str(error)[:80]}")
+    if np.array_equal(first, again):
+        return Check(name, True, "the first set's release is repeated, and nothing is told of a second")
     apart = (first - 1 - again) / math.sqrt(2 * variance / (2 * (channel.rho or 0)))
     ratio, low, _ = mean_square(apart, FALSE_ALARM / 4)
     seen = f"two attempts differ by {ratio:.3f} of fresh noise; from {low:.3f} on is within chance"
     return Check(name, ratio >= low, seen)
+
+
+def check_sum(channel: ChannelBase, seed: int) -> Check:
+    """Whether a secure channel without noise releases exactly the mean of the clipped integer blocks.
+
+    Among ordinary answers one device's block is far too long.
+
+    Args:
+        channel: as opened by a run, with no noise.
+        seed: of the answers.
+    """
+    assert channel.rho is None
+    devices, *block = _ORDINARY
+    blocks = torch.randn(_ORDINARY, generator=seeded_generator(seed, "audit", "answers"))
+    blocks *= 0.5 * channel.clip_norm / math.prod(block) ** 0.5
+    blocks[0] *= LOUD
+    names = [f"audit-sum-{number}" for number in range(devices)]
+    released = channel.release(blocks, devices=names, round=0).answers.double().numpy().reshape(-1)
+    parties = getattr(channel, "aggregators", 1)
+    encoding = fitting_encoding(channel.clip_norm, devices=devices, parties=parties, rho=None)
+    integers = encoding.encode(blocks.double().numpy().reshape(devices, -1)).sum(axis=0)
+    mean = encoding.decode(integers) / devices
+    # All that may lie between them is the release's rounding to float32.
+    wrong = int((np.abs(released - mean) > np.spacing(np.abs(mean.astype(np.float32)))).sum())
+    return Check(
+        "released sum equals the clipped integer sum", wrong == 0, f"{wrong} of {mean.size:,} entries differ"
+    )

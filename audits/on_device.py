@@ -45,7 +45,7 @@ _TOLERANCE, _SLACK = 1e-3, 0.02
 _MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 16_000, 40_000_000, 1_000
 _MOST_ONE_BY_ONE = 3_000
 """Device-steps of the reference engine, which takes milliseconds for each."""
-_CALLS, _MOST_DEVICE_CALLS = 16, 2_000
+_CALLS, _MOST_DEVICE_CALLS, _FEWEST_DEVICES = 16, 2_000, 8
 _QUIET_STEP, _NOISY_STEP, _LEAST_STEP = 0.1, 1e-4, 1e-6
 """What a record moves the weights by in one step without noise, what noise moves them by, and the least of
 the first beside noise that float32 still holds."""
@@ -59,7 +59,9 @@ class TrainingAudit:
     checks: tuple[Check, ...]
 
 
-def audit_training(game: Game, teacher: nn.Module, starts: Sequence[nn.Module], seed: int) -> TrainingAudit:
+def audit_training(
+    game: Game, teacher: nn.Module, starts: Sequence[nn.Module], seed: int, *, most: int = _MOST_TRIALS
+) -> TrainingAudit:
     """Play the game on canary devices, for as many rounds and steps as the run took.
 
     Args:
@@ -67,6 +69,7 @@ def audit_training(game: Game, teacher: nn.Module, starts: Sequence[nn.Module], 
         teacher: the published one.
         starts: a student of each architecture, as the public distillation left it.
         seed: of the coins and of the crafted records.
+        most: canaries that are played at most.
     """
     mechanism = game.mechanism
     assert mechanism is not None
@@ -75,7 +78,7 @@ def audit_training(game: Game, teacher: nn.Module, starts: Sequence[nn.Module], 
         _length_check("a record by itself", [kind.longest for kind in kinds]),
         _length_check("a record among others", [_in_company(kind) for kind in kinds]),
     ]
-    played = [_play(game, kind, mechanism, len(kinds), seed) for kind in kinds]
+    played = [_play(game, kind, mechanism, most, len(kinds), seed) for kind in kinds]
     each = FALSE_ALARM / len(kinds)
     noise = [check for found in played for check in found.checks(mechanism, each)]
     values = np.concatenate([found.values.reshape(-1) for found in played])
@@ -357,12 +360,13 @@ def mean_square(noise: Floats, false_alarm: float) -> tuple[float, float, float]
     return float(np.square(noise).mean()), low * (1 - _SLACK), high * (1 + _SLACK)
 
 
-def _play(game: Game, kind: _Crafted, mechanism: Mechanism, kinds: int, seed: int) -> _Played:
+def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: int, seed: int) -> _Played:
     """Canary devices of one architecture through all rounds of the run."""
     plan, together = game.plan, len(kind.records)
     rounds = max(2, min(plan.rounds, max(1, _MOST_STEPS // plan.steps)))
     calls = _calls(plan.steps, rounds, plan.sampling_rate)
-    devices = _affordable(game, kind, rounds * sum(calls), rounds * len(calls), kinds)
+    devices = _affordable(game, kind, rounds * sum(calls), rounds * len(calls), most) // kinds
+    devices = max(_FEWEST_DEVICES, devices)
     inside = torch.rand((devices, together), generator=seeded_generator(seed, "audit", "coins")) < 0.5
     shards = [LabelledSet(kind.records.inputs[row], kind.records.labels[row]) for row in inside]
     canaries = kind.on(shards)
@@ -405,16 +409,16 @@ def _calls(steps: int, rounds: int, rate: float) -> tuple[int, ...]:
     return tuple(len(part) for part in np.array_split(np.arange(steps), calls))
 
 
-def _affordable(game: Game, kind: _Crafted, steps: int, calls: int, kinds: int) -> int:
-    """How many canary devices, such that the audit stays within seconds."""
+def _affordable(game: Game, kind: _Crafted, steps: int, calls: int, trials: int) -> int:
+    """How many canary devices, such that the audit stays within seconds, and within ``trials`` canaries."""
     most = min(
-        _MOST_TRIALS // len(kind.records),
+        trials // len(kind.records),
         _MOST_DRAWS // (kind.directions.shape[0] * steps),
         _MOST_DEVICE_CALLS // calls,
     )
     if game.config.student.engine == "opacus" or game.fleet.goes_one_by_one([kind.start], kind.mechanism):
         most = min(most, _MOST_ONE_BY_ONE // steps)
-    return max(8, most // kinds)
+    return most
 
 
 def log_ratio(seen: Floats, lengths: Floats, sigma: float, rate: float, steps: int) -> Floats:

@@ -13,9 +13,8 @@ from rich.text import Text
 from audits.curves import Roc, draw, roc
 from audits.estimators import TprAtFpr
 from audits.labels import LabelFinding
-from audits.mechanism import MechanismReport
+from audits.mechanism import Examined, MechanismReport
 from audits.membership import MembershipReport, Scored
-from audits.processes import FALSE_ALARM
 from audits.request import LABELS
 from audits.verdict import Finding, Refused
 from privkd.events import Unit
@@ -190,20 +189,22 @@ def mechanism_tree(report: MechanismReport) -> dict[str, Any]:
     return {
         "mechanisms": [plain(finding_tree(finding)) for finding in report.findings],
         "checks": [asdict(check) for check in report.checks],
-        "false_alarm": FALSE_ALARM,
+        "false_alarm": report.false_alarm,
     }
 
 
 def print_mechanisms(report: MechanismReport) -> None:
-    """One row for each mechanism and game, then the checks of the running channel."""
-    title = "Mechanism audit: worst-case inputs through the installed code"
+    """One row for each mechanism and game, then the checks that failed."""
+    title = "Mechanism audit: worst-case inputs through the product's own path"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("mechanism", "game", "unit"):
         table.add_column(name, no_wrap=True)
     for name in ("runs", "eps >=", "eps <="):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for finding in report.findings:
+    for name in ("verdict", "checks"):
+        table.add_column(name, no_wrap=True)
+    for examined in report.examined:
+        finding = examined.finding
         table.add_row(
             finding.view,
             finding.attack,
@@ -212,16 +213,24 @@ def print_mechanisms(report: MechanismReport) -> None:
             f"{finding.epsilon_lower:.4g}",
             _epsilon(finding.epsilon_upper),
             _verdict(finding),
+            _checks(examined),
         )
     console = wide_console()
     console.print(table)
     first = report.findings[0]
-    bounds = f"All lower bounds hold together with confidence {100 * first.confidence:g} %; "
-    console.print(Text(f"{bounds}delta {first.delta:g}."), highlight=False)
     console.print(
-        f"Secure channel, running; a sound one fails a check in {100 * FALSE_ALARM:g} % of seeds:",
+        f"All lower bounds hold together with confidence {100 * first.confidence:g} %; "
+        f"delta {first.delta:g}. Sound mechanisms fail a check in {100 * report.false_alarm:.1g} % of seeds.",
         highlight=False,
     )
     for check in report.checks:
-        word, style = ("holds", "green") if check.passed else ("FAILS", "bold red")
-        console.print(Text(f"  {word}: {check.name} ({check.seen})", style=style), highlight=False)
+        if not check.passed:
+            console.print(Text(f"FAILS: {check.name} ({check.seen})", style="bold red"), highlight=False)
+
+
+def _checks(examined: Examined) -> Text:
+    """How many there were, and how many failed."""
+    failed = sum(not check.passed for check in examined.checks)
+    if failed:
+        return Text(f"{failed} of {len(examined.checks)} FAIL", style=_STYLES["ALARM"])
+    return Text(f"{len(examined.checks)} hold" if examined.checks else "-", style=_STYLES["within bound"])

@@ -10,7 +10,7 @@ on the fitting half as well.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from audits.estimators import (
     epsilon_lower_bound,
     gaussian,
 )
-from audits.gradient import LOUD, DpSgdStep, log_ratio, noised_sums, probe, single_step
-from privkd.config import DpSgdConfig
-from privkd.data.scenario import LabelledSet
-from privkd.randomness import SeededRandomness, derive_seed
+from audits.gradient import LOUD, log_ratio, noised_sums, probe, single_step
+from privkd.config import DpSgdConfig, StudentConfig
+from privkd.data.scenario import Device, LabelledSet
+from privkd.fleet import Fleet, RandomnessOf
+from privkd.randomness import derive_seed
 from privkd.student import Mechanism
 
 Floats = NDArray[np.float64]
@@ -143,6 +144,7 @@ class DpSgdGame:
         runs: of each world.
         clip_norm: public.
         features: of each record; all but the first are zero, so that only noise fills their weights.
+        noise: the run's source of samples and noise.
     """
 
     noise_multiplier: float
@@ -152,6 +154,7 @@ class DpSgdGame:
     runs: int
     clip_norm: float = 1.0
     features: int = 32
+    noise: Literal["seeded", "system"] = "seeded"
 
     @property
     def mechanism(self) -> Mechanism:
@@ -166,19 +169,25 @@ ObserveSums: TypeAlias = Callable[[LabelledSet, DpSgdGame, int], Tensor]
 ``[run, step, parameter]``."""
 
 
-def observed(step: DpSgdStep) -> ObserveSums:
-    """What ``step`` leaves, run ``game.steps`` times in each run, always from zero weights."""
+def observed(randomness_of: Callable[[int], RandomnessOf]) -> ObserveSums:
+    """What the call leaves that trains a run's devices, ``game.steps`` times in each run, from zero weights.
+
+    ``randomness_of`` is that of `federation.Game`; a world is a round of its own.
+    """
 
     def observe(shard: LabelledSet, game: DpSgdGame, seed: int) -> Tensor:
-        sources = [SeededRandomness(seed, "audit", "run", run) for run in range(game.runs)]
+        names, source = [f"audit-{run:05d}" for run in range(game.runs)], randomness_of(seed)
+        # One source for all steps of a run, as on a device in one round.
+        sources = {name: source(name) for name in names}
+        fleet = Fleet(tuple(Device(name, shard, shard) for name in names), StudentConfig())
         models: list[nn.Module] = [probe(game.features)] * game.runs
-        return torch.stack(
-            [
-                noised_sums(step(models, [shard] * game.runs, None, game.mechanism, sources), game.mechanism)
-                for _ in range(game.steps)
-            ],
-            dim=1,
-        )
+        sums = []
+        for _ in range(game.steps):
+            trained = fleet.train_private(
+                models, None, game.mechanism, sources.__getitem__, lambda done: None
+            )
+            sums.append(noised_sums(trained, game.mechanism))
+        return torch.stack(sums, dim=1)
 
     return observe
 

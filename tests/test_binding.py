@@ -438,8 +438,8 @@ class TestDeployment:
     ) -> None:
         pictures(tmp_path / "images")
         monkeypatch.chdir(tmp_path / "images")
+        few = ("data.source=.", "data.classes=class0,class1,class2", "data.test_records=12", *FEW)
         with pytest.raises(KeyboardInterrupt):
-            few = ("data.source=.", "data.classes=class0,class1,class2", "data.test_records=12", *FEW)
             play(tmp_path / "run", *self.SYSTEM, *few, progress=StopAt(IN_ROUND_TWO))
         monkeypatch.chdir(tmp_path)
         assert list(binding(tmp_path / "run").data) == ["images"]
