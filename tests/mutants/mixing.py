@@ -80,7 +80,7 @@ def _students_unchecked(put: Put) -> None:
         put(module, "check_records_apart", lambda *arguments: None)
 
 
-_AMONG = "a record among others moves the sum by at most the clip norm"
+_AMONG = "a record among others moves the sum as it does by itself"
 _REST = "training changes nothing but the weights in training"
 _NO_CHANCE = "without chance: {}"
 

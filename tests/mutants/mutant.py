@@ -52,7 +52,6 @@ def nowhere(put: Put) -> None:
 
 
 def variance_away(share: float, draws: int) -> str:
-    """How far a ``share`` of the claimed variance is off, in standard deviations of the mean square of so many
-    ``draws``."""
+    """How far a ``share`` of the claimed variance is off, in standard deviations of a mean square."""
     off = abs(share - 1) / math.sqrt(2 / draws)
     return f"{share:.3g} of the variance over {draws:,} draws: {off:.0f} standard deviations"

@@ -16,8 +16,10 @@ from privkd.student import _SuppliedNoiseOptimizer
 
 _EVERY_ENGINE = ("cohort", "opacus", "autograd", "cohort, system noise", "opacus, system noise")
 _CLASSES = 10
-_DRAWS = 606_000
-"""Of the cohort's audit: 2 rounds of 500 devices with 606 weights."""
+_DEVICES = 50
+"""Canary devices of the reference, with the fewest; the cohort has 125."""
+_DRAWS = 2 * _DEVICES * 606
+"""In 2 rounds, with 606 weights a device."""
 
 
 def _drawn(change: Callable[[Tensor], Tensor]) -> Fault:
@@ -111,7 +113,7 @@ MUTANTS = (
         _drawn(_without_last_bias),
         _EVERY_ENGINE,
         _SIZE,
-        variance_away(0, 10_000),
+        variance_away(0, 2 * _DEVICES * _CLASSES),
     ),
     Mutant(
         "noise repeated over rounds",
@@ -128,7 +130,7 @@ MUTANTS = (
         _labelled(device=False, round=True),
         _EVERY_ENGINE,
         "noise is fresh on every device",
-        variance_away(500, _DRAWS // 500),
+        variance_away(_DEVICES, _DRAWS // _DEVICES),
     ),
     Mutant(
         "fleet without noise",
