@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from audits.gradient import Scores
 from privkd.bounds import Check
+from privkd.cohort import is_vectorised
 from privkd.data.scenario import Device, LabelledSet
 from privkd.federation import Game
 from privkd.fleet import Fleet, RandomnessOf
@@ -44,7 +45,7 @@ _TOLERANCE, _SLACK = 1e-3, 0.02
 """Rounding of float32 weights, and of integers in the channel: on lengths in clip norms, and on variances."""
 _MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 16_000, 40_000_000, 1_000
 _MOST_ONE_BY_ONE = 3_000
-"""Device-steps of the reference engine, which takes milliseconds for each."""
+"""Device-steps of students that are trained one by one, which takes milliseconds for each."""
 _CALLS, _MOST_DEVICE_CALLS = 16, 2_000
 _QUIET_STEP, _NOISY_STEP = 0.1, 1e-4
 
@@ -481,7 +482,8 @@ def _affordable(game: Game, kind: _Crafted, steps: int, calls: int, kinds: int) 
         _MOST_DRAWS // (kind.directions.shape[0] * steps),
         _MOST_DEVICE_CALLS // calls,
     )
-    if game.config.student.engine == "opacus" or game.fleet.goes_one_by_one([kind.start], kind.mechanism):
+    engine = game.config.student.engine
+    if engine == "opacus" or not is_vectorised(kind.start, kind.records, kind.mechanism):
         most = min(most, _MOST_ONE_BY_ONE // steps)
     return max(8, most // kinds)
 

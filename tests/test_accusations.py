@@ -4,8 +4,6 @@ False alarms: `most_accused` is exceeded with probability 1e-4 at most, if each 
 most `SOUND`, about 0.1 %. The seeds are fixed.
 """
 
-from collections.abc import Iterator
-
 import pytest
 from mutants.accusations import KINDS, Opened, count, cut_short, most_accused
 from mutants.registry import MUTANTS
@@ -14,9 +12,8 @@ RUNS = 30
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_short(monkeypatch.setattr)
-    yield
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ class Ended:
 def found_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was proved with a fault in place is nobody else's, and canaries take a second."""
     monkeypatch.setattr(audits.closing, "_SECONDS", 1.0)
-    monkeypatch.setattr(audits.on_device, "_MOST_TRIALS", 4_000)
+    monkeypatch.setattr(audits.on_device, "_POOL", 12)
+    monkeypatch.setattr(audits.on_device, "_MOST_DRAWS", 600_000)
     monkeypatch.setattr(audits.on_device, "_MOST_ONE_BY_ONE", 300)
     kept = (privkd.cohort.planning._found, privkd.student._fastest_mode)
     for cache in kept:
@@ -141,3 +142,15 @@ def test_settings_take_the_computation_that_they_are_named_after(
 def test_every_fault_in_the_parties_is_known_to_both_sides() -> None:
     assert set(FAULTS) == {mutant.name for mutant in MUTANTS.values() if mutant.in_parties}
     assert {settings for mutant in MUTANTS.values() for settings in mutant.settings} <= set(SETTINGS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+def test_the_docs_have_its_row(mutant: Mutant) -> None:
+    """In the registry's words, and nowhere else: the table is read by people who will not run this."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (HERE.parent / "docs" / "audits.md").read_text().splitlines()
+        if line.startswith(f"| {mutant.name} |")
+    ]
+    finds = {Ends.CAUGHT: mutant.by, Ends.REFUSED: "refused", Ends.REPLACED: "the proof: replaced"}
+    assert [row[-1] for row in rows] == [finds[mutant.ends]]

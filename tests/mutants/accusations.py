@@ -4,8 +4,8 @@ One small run is opened, and audited again and again, each time with another see
 DP-SGD's samples and noise, the channel's, and the audit's own records and coins. The audit is the one that a
 run ends with, only of fewer canaries, so that it takes well under a second.
 
-A sound run is accused with probability at most `SOUND`: `on_device.FALSE_ALARM`, `on_channel.FALSE_ALARM`, and
-1 - `closing.CONFIDENCE`.
+A sound run is accused with probability at most `SOUND`: the checks' `on_device.FALSE_ALARM` and
+`on_channel.FALSE_ALARM`, and the bounds' 1 - `closing.CONFIDENCE`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {"full batches": (), "sampled": SAMPLED}
 def cut_short(put: Put) -> None:
     """As few canaries as make an audit of about half a second."""
     put(audits.on_device, "_POOL", 10)
-    put(audits.on_device, "_MOST_TRIALS", 1_000)
+    put(audits.on_device, "_MOST_DRAWS", 120_000)
     put(audits.on_device, "_CALLS", 6)
     put(audits.closing, "_SECONDS", 0.0)
 

@@ -179,7 +179,7 @@ def _of_clipping() -> Iterator[Mutant]:
             f"{name} in the cohort",
             f"{words} in the fast program",
             together,
-            (f"cohort{cnn}", *sampled),
+            (f"cohort{cnn}",),
             "",
             _PROVED,
             ends=Ends.REPLACED,

@@ -17,7 +17,7 @@ from privkd.student import _SuppliedNoiseOptimizer
 _EVERY_ENGINE = ("cohort", "opacus", "autograd", "cohort, system noise", "opacus, system noise")
 _CLASSES = 10
 _DEVICES = 50
-"""Canary devices of the reference, with the fewest; the cohort has 125."""
+"""Canary devices of the reference, with the fewest; the cohort has 165."""
 _DRAWS = 2 * _DEVICES * 606
 """In 2 rounds, with 606 weights a device."""
 
