@@ -131,9 +131,14 @@ def _normalised_by_the_shard(put: Put) -> None:
         for size in {len(shard) for shard in shards}:
             some = [i for i, shard in enumerate(shards) if len(shard) == size]
             given = None if targets is None else [targets[i] for i in some]
-            mine = _own_size(mechanism, size)
-            own = [[given_to[i] for i in some] for given_to in (models, shards, sources)]
-            trained |= zip(some, train_cohort(own[0], own[1], given, mine, own[2]), strict=True)
+            own = train_cohort(
+                [models[i] for i in some],
+                [shards[i] for i in some],
+                given,
+                _own_size(mechanism, size),
+                [sources[i] for i in some],
+            )
+            trained |= zip(some, own, strict=True)
         return [trained[i] for i in range(len(models))]
 
     put(privkd.fleet, "train_private", alone)

@@ -19,8 +19,7 @@ def _dealt(put: Put) -> None:
         for _ in range(steps):
             place = getattr(self, "dealt_steps", 0)
             if place % epoch == 0:
-                order = torch.from_numpy(_permutation(self, records))
-                self.dealt = order % epoch
+                self.dealt = _permutation(self, records) % epoch
             rows.append(self.dealt == place % epoch)
             self.dealt_steps = place + 1
         return torch.stack(rows)
@@ -29,10 +28,10 @@ def _dealt(put: Put) -> None:
         put(source, "samples", samples)
 
 
-def _permutation(source: Any, records: int) -> Any:
+def _permutation(source: SeededRandomness | SystemRandomness, records: int) -> Tensor:
     if isinstance(source, SeededRandomness):
-        return torch.randperm(records, generator=source._samples).numpy()
-    return source._samples.words(records).argsort()
+        return torch.randperm(records, generator=source._samples)
+    return torch.from_numpy(source._samples.words(records).argsort())
 
 
 def _twice(put: Put) -> None:
@@ -41,7 +40,8 @@ def _twice(put: Put) -> None:
         def samples(
             self: Randomness, steps: int, records: int, sampling_rate: float, drawn: Any = source.samples
         ) -> Tensor:
-            return drawn(self, steps, records, min(1.0, 2 * sampling_rate))
+            chosen: Tensor = drawn(self, steps, records, min(1.0, 2 * sampling_rate))
+            return chosen
 
         put(source, "samples", samples)
 
