@@ -61,7 +61,9 @@ def audit_releases(channel: ChannelBase, rounds: int, seed: int, *, most: int) -
     values = np.concatenate([group.left for group in played], axis=1)[:rounds]
     scores = Scores(log_ratio(values, spread, 1.0).sum(axis=0), inside)
     noise = np.concatenate([group.noise for group in played], axis=1)
-    return ReleaseAudit(scores, (*_noise_checks(noise, FALSE_ALARM / 4), _repeated(channel)))
+    shared = [group.shared for group in played if group.shared is not None]
+    between = np.concatenate(shared, axis=1) if shared else None
+    return ReleaseAudit(scores, (*_noise_checks(noise, between, FALSE_ALARM / 4), _repeated(channel)))
 
 
 @dataclass(frozen=True)
@@ -72,45 +74,66 @@ class _Group:
         inside: whose block was not zero, bool ``[device]``.
         left: what each device's entry holds for the adversary, in clip norms, ``[round, device]``.
         noise: what it holds beside its device's clipped block, in standard deviations of the claim, likewise.
+        shared: the sum of all devices' noise at that entry over the root of their number, which is a standard
+            normal too where each draws its own, likewise; ``None`` where the cloud sees no single device.
     """
 
     inside: NDArray[np.bool_]
     left: Floats
     noise: Floats
+    shared: Floats | None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One release of blocks ``[device, device]``, of which each device fills an entry of its own.
+
+    Attributes:
+        own: each device's own entry, in clip norms ``[device]``.
+        told: the colluders' noise in it, likewise.
+        total: the sum of all devices at each entry, likewise; ``None`` where that is all that is seen.
+        spread: the standard deviation of all noise on an entry that the price claims, in clip norms.
+    """
+
+    own: Floats
+    told: Floats
+    total: Floats | None
+    spread: float
 
 
 def _play(channel: ChannelBase, coins: Tensor, group: int, rounds: int) -> _Group:
     names = [f"audit-{group:04d}-{number:04d}" for number in range(len(coins))]
     blocks = torch.diag(coins * (LOUD * channel.clip_norm))
-    left, noise = [], []
-    for round in range(rounds):
-        seen, told, variance = released(channel, blocks, names, group * rounds + round)
-        left.append(seen - told)
-        noise.append((seen - coins.numpy()) / math.sqrt(variance / (2 * (channel.rho or 0))))
-    return _Group(coins.numpy(), np.stack(left), np.stack(noise))
+    seen = [_released(channel, blocks, names, group * rounds + round) for round in range(rounds)]
+    inside, root = coins.numpy(), math.sqrt(len(coins))
+    totals = [(each.total - inside) / (each.spread * root) for each in seen if each.total is not None]
+    return _Group(
+        inside,
+        np.stack([each.own - each.told for each in seen]),
+        np.stack([(each.own - inside) / each.spread for each in seen]),
+        np.stack(totals) if totals else None,
+    )
 
 
-def released(
-    channel: ChannelBase, blocks: Tensor, names: Sequence[str], round: int
-) -> tuple[Floats, Floats, float]:
-    """One release of ``blocks`` ``[device, device]``, each device's own entry in clip norms ``[device]``.
-
-    Returns:
-        The entries as released; of these the colluders' noise; and the claimed variance of all noise, in
-        that of the price.
-    """
+def _released(channel: ChannelBase, blocks: Tensor, names: Sequence[str], round: int) -> _Seen:
+    """One release of ``blocks`` ``[device, device]``."""
     release = channel.release(blocks[:, :, None], devices=names, round=round)
     answers, scale = release.answers.double().numpy(), channel.clip_norm
+    spread = math.sqrt(1 / (2 * (channel.rho or 0)))
     if answers.ndim == 3:
-        return np.diagonal(answers[:, :, 0]) / scale, np.zeros(len(names)), 1.0
+        entries = answers[:, :, 0] / scale
+        return _Seen(np.diagonal(entries), np.zeros(len(names)), entries.sum(axis=0), spread)
     count = len(release.devices)
-    told = channel.colluders_noise() * count / scale
+    told = np.broadcast_to(channel.colluders_noise() * count / scale, (len(names),))
     parties = getattr(channel, "aggregators", 1)
-    return answers[:, 0] * count / scale, np.broadcast_to(told, (len(names),)), float(parties)
+    return _Seen(answers[:, 0] * count / scale, told, None, spread * math.sqrt(parties))
 
 
-def _noise_checks(noise: Floats, false_alarm: float) -> list[Check]:
-    """The noise's size ``[round, device]``, and whether rounds or devices share some of it."""
+def _noise_checks(noise: Floats, shared: Floats | None, false_alarm: float) -> list[Check]:
+    """The noise's size ``[round, device]``, and whether rounds or devices share some of it.
+
+    ``shared``: see `_Group`; ``false_alarm``: of each check.
+    """
     checks = []
     ratio, low, high = mean_square(noise, false_alarm)
     checks.append(
@@ -128,31 +151,36 @@ def _noise_checks(noise: Floats, false_alarm: float) -> list[Check]:
             f"the mean's variance is {ratio:.4f} of fresh noise's; up to {high:.3f} is within chance",
         )
     )
+    checks.append(_between_devices(noise, shared, false_alarm / 2))
+    return checks
+
+
+def _between_devices(noise: Floats, shared: Floats | None, false_alarm: float) -> Check:
+    """Whether all entries share some noise, or all devices do at an entry; ``false_alarm``: of each."""
     most = float(-ndtri(false_alarm / (2 * len(noise))))
     largest = float(np.abs(noise.mean(axis=1) * math.sqrt(noise.shape[1])).max())
-    checks.append(
-        Check(
-            "the channel's noise is fresh for every device",
-            largest <= most,
-            f"their mean is {largest:.2f} standard deviations off; up to {most:.2f} is within chance",
-        )
-    )
-    return checks
+    seen = f"their mean is {largest:.2f} standard deviations off; up to {most:.2f} is within chance"
+    passed = largest <= most
+    if shared is not None:
+        ratio, _, high = mean_square(shared, false_alarm)
+        seen += f"; their sum's variance is {ratio:.4f} of fresh noise's; up to {high:.3f} is within chance"
+        passed &= ratio <= high
+    return Check("the channel's noise is fresh for every device", passed, seen)
 
 
 def _repeated(channel: ChannelBase) -> Check:
     """Whether a round that is asked again for other blocks meets other noise."""
     names = [f"audit-again-{number:04d}" for number in range(_TOGETHER)]
     loud = torch.eye(_TOGETHER) * (LOUD * channel.clip_norm)
-    first, _, variance = released(channel, loud, names, 1 << 20)
+    first = _released(channel, loud, names, 1 << 20)
     name = "the channel's noise is fresh in every attempt"
     try:
-        again, _, _ = released(channel, 0 * loud, names, 1 << 20)
+        again = _released(channel, 0 * loud, names, 1 << 20)
     except Exception as error:  # parties that keep what they released refuse, which is as good
         return Check(name, True, f"a second set is refused: {str(error)[:80]}")
-    if np.array_equal(first, again):
+    if np.array_equal(first.own, again.own):
         return Check(name, True, "the first set's release is repeated, and nothing is told of a second")
-    apart = (first - 1 - again) / math.sqrt(2 * variance / (2 * (channel.rho or 0)))
+    apart = (first.own - 1 - again.own) / (math.sqrt(2) * first.spread)
     ratio, low, _ = mean_square(apart, FALSE_ALARM / 4)
     seen = f"two attempts differ by {ratio:.3f} of fresh noise; from {low:.3f} on is within chance"
     return Check(name, ratio >= low, seen)

@@ -6,10 +6,10 @@ may be and nearly orthogonal. A device holds some of them by fair coins. The adv
 every step and knows all but one coin; the audit knows more, as it can play a device again without its noise.
 Neighbouring relation: add or remove one record.
 
-Three kinds of things are looked at. What one record moves without noise (`_Crafted`, `_in_company`), which
-clipping bounds. The noise by itself, which must be of the claimed size for every weight and fresh on every
-device and in every round (`_noise_checks`), and the batches, which must be independent draws. And what the
-noised sums tell of the coins: a lower bound on epsilon.
+Three kinds of things are looked at. What one record moves without noise (`_Crafted`, `_InCompany`), which
+clipping bounds, and whether it leaves anything but that. The noise by itself, which must be of the claimed
+size for every weight and fresh on every device and in every round (`_noise_checks`), and the batches, which
+must be independent draws. And what the noised sums tell of the coins: a lower bound on epsilon.
 """
 
 import math
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from audits.gradient import Scores
 from privkd.bounds import Check
+from privkd.cohort import is_vectorised
 from privkd.data.scenario import Device, LabelledSet
 from privkd.federation import Game
 from privkd.fleet import Fleet, RandomnessOf
@@ -44,7 +45,7 @@ _TOLERANCE, _SLACK = 1e-3, 0.02
 """Rounding of float32 weights, and of integers in the channel: on lengths in clip norms, and on variances."""
 _MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 16_000, 40_000_000, 1_000
 _MOST_ONE_BY_ONE = 3_000
-"""Device-steps of the reference engine, which takes milliseconds for each."""
+"""Device-steps of students that are trained one by one, which takes milliseconds for each."""
 _CALLS, _MOST_DEVICE_CALLS, _FEWEST_DEVICES = 16, 2_000, 8
 _QUIET_STEP, _NOISY_STEP, _LEAST_STEP = 0.1, 1e-4, 1e-6
 """What a record moves the weights by in one step without noise, what noise moves them by, and the least of
@@ -74,9 +75,11 @@ def audit_training(
     mechanism = game.mechanism
     assert mechanism is not None
     kinds = [_Crafted.of(game, start, teacher, mechanism, seed) for start in starts]
+    company = [_InCompany.of(kind) for kind in kinds]
     clipping = [
         _length_check("a record by itself", [kind.longest for kind in kinds]),
-        _length_check("a record among others", [_in_company(kind) for kind in kinds]),
+        _length_check("a record among others", [found.longest for found in company]),
+        *(check for found in company for check in found.checks()),
     ]
     played = [_play(game, kind, mechanism, most, len(kinds), seed) for kind in kinds]
     each = FALSE_ALARM / len(kinds)
@@ -150,8 +153,15 @@ class _Canaries:
     def sums(self, mechanism: Mechanism, randomness: RandomnessOf) -> Floats:
         """What each device's weights moved by through the run's own call, as the sum of all steps' gradients
         in clip norms ``[device, parameter]``."""
+        return self.moved(self.trained(mechanism, randomness), mechanism)
+
+    def trained(self, mechanism: Mechanism, randomness: RandomnessOf) -> list[nn.Module]:
+        """What the run's own call leaves each device with."""
         students = [self.start] * len(self.fleet.devices)
-        trained = self.fleet.train_private(students, self.targets, mechanism, randomness, lambda done: None)
+        return self.fleet.train_private(students, self.targets, mechanism, randomness, lambda done: None)
+
+    def moved(self, trained: Sequence[nn.Module], mechanism: Mechanism) -> Floats:
+        """See `sums`."""
         before = _trained_weights(self.start, mechanism)
         after = torch.stack([_trained_weights(student, mechanism) for student in trained])
         recipe = mechanism.recipe
@@ -238,18 +248,80 @@ def _pool(game: Game, seed: int) -> LabelledSet:
     return LabelledSet(records.to(device), labels.to(device))
 
 
-def _in_company(kind: _Crafted) -> float:
-    """How far the sum moves at most when one of several records goes, in clip norms."""
-    public = kind.game.scenario.proxy[:_COMPANY]
-    company = LabelledSet(
-        torch.cat([kind.records.inputs, public]),
-        torch.cat([kind.records.labels, kind.records.labels.new_zeros(len(public))]),
-    )
-    gone = [None, 0, len(kind.records) - 1, len(company) - 1]
-    shards = [company if number is None else _without(company, number) for number in gone]
-    once = _plain_steps(kind.mechanism, 1, _QUIET_STEP)
-    sums = kind.on(shards).sums(once, lambda name: _Quiet(SeededRandomness(0), everything=True))
-    return float(np.linalg.norm(sums[1:] - sums[0], axis=1).max())
+@dataclass(frozen=True)
+class _InCompany:
+    """What one of several records moves when it goes.
+
+    Attributes:
+        longest: how far it moves the sum at most, in clip norms.
+        apart: how far that is at most from what it moves by itself: zero, unless others answer for it.
+        changed: names of what training changed beside the weights in training.
+    """
+
+    longest: float
+    apart: float
+    changed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: _Crafted) -> "_InCompany":
+        """Of the canaries and some public records, the first, one in the middle and the last."""
+        public = kind.game.scenario.proxy[:_COMPANY]
+        company = LabelledSet(
+            torch.cat([kind.records.inputs, public]),
+            torch.cat([kind.records.labels, kind.records.labels.new_zeros(len(public))]),
+        )
+        gone = [0, len(kind.records) - 1, len(company) - 1]
+        alone = [LabelledSet(company.inputs[i : i + 1], company.labels[i : i + 1]) for i in gone]
+        canaries = kind.on([company, *(_without(company, number) for number in gone), *alone])
+        once = _plain_steps(kind.mechanism, 1, _QUIET_STEP)
+        trained = canaries.trained(once, lambda name: _Quiet(SeededRandomness(0), everything=True))
+        everybody, others, own = np.split(canaries.moved(trained, once), [1, 1 + len(gone)])
+        return cls(
+            float(np.linalg.norm(everybody - others, axis=1).max()),
+            float(np.linalg.norm(everybody - others - own, axis=1).max()),
+            tuple(dict.fromkeys(name for student in trained for name in _changed(kind, student))),
+        )
+
+    def checks(self) -> Iterator[Check]:
+        """That a record is by itself, and leaves nothing beside its part of the sum. Without chance."""
+        yield Check(
+            "a record among others moves the sum as it does by itself",
+            self.apart <= _TOLERANCE,
+            f"{self.apart:.3g} clip norms apart",
+        )
+        yield Check(
+            "training changes nothing but the weights in training",
+            not self.changed,
+            f"{self.changed[0]!r} is not what it was" if self.changed else "nothing else is changed",
+        )
+
+
+def _changed(kind: _Crafted, student: nn.Module) -> Iterator[str]:
+    """Names of what a trained student holds otherwise than the one it began as, the trained weights apart."""
+    before, after = (_held(model, kind.mechanism) for model in (kind.start, student))
+    for name in {**before, **after}:
+        was, now = before.get(name), after.get(name)
+        if was is None or now is None or was.shape != now.shape or not _same(was, now):
+            yield name
+
+
+def _held(model: nn.Module, mechanism: Mechanism) -> dict[str, Tensor]:
+    """Every tensor of a model's layers and its gradients by name, the weights in training apart."""
+    in_training = {id(parameter) for parameter in trained_parameters(model, mechanism.recipe.part)}
+    found: dict[str, Tensor] = {}
+    for place, module in model.named_modules():
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
+            if not isinstance(value, Tensor):
+                continue
+            if id(value) not in in_training:
+                found[f"{place}.{name}"] = value.detach()
+            if value.is_leaf and value.grad is not None:
+                found[f"{place}.{name}.grad"] = value.grad
+    return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _without(records: LabelledSet, number: int) -> LabelledSet:
@@ -416,7 +488,8 @@ def _affordable(game: Game, kind: _Crafted, steps: int, calls: int, trials: int)
         _MOST_DRAWS // (kind.directions.shape[0] * steps),
         _MOST_DEVICE_CALLS // calls,
     )
-    if game.config.student.engine == "opacus" or game.fleet.goes_one_by_one([kind.start], kind.mechanism):
+    engine = game.config.student.engine
+    if engine == "opacus" or not is_vectorised(kind.start, kind.records, kind.mechanism):
         most = min(most, _MOST_ONE_BY_ONE // steps)
     return most
 

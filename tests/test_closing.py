@@ -47,11 +47,11 @@ SECURE = ("channel.kind=secure", "privacy.device_epsilon=8")
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer canaries than a run has, and as many of them however long they take."""
+    """Fewer canaries than a run has."""
 
-    def releases(channel: ChannelBase, rounds: int, seed: int, seconds: float) -> ReleaseAudit:
-        most = 2_000 if isinstance(channel, NoisedChannel) else 600
-        return audit_releases(channel, rounds, seed, most=most)
+    def releases(channel: ChannelBase, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
+        fewer = 2_000 if isinstance(channel, NoisedChannel) else 600
+        return audit_releases(channel, rounds, seed, most=min(fewer, most))
 
     monkeypatch.setattr(audits.closing, "audit_training", partial(audit_training, most=4_000))
     monkeypatch.setattr(audits.closing, "audit_releases", releases)

@@ -1,0 +1,120 @@
+"""How often the closing audit accuses sound runs: ``python tests/mutants/accusations.py --runs 1000``.
+
+One small run is opened, and audited again and again, each time with another seed of all that is random in it:
+DP-SGD's samples and noise, the channel's, and the audit's own records and coins. The audit is the one that a
+run ends with, only of fewer canaries, so that it takes well under a second.
+
+A sound run is accused with probability at most `SOUND`: the checks' `on_device.FALSE_ALARM` and
+`on_channel.FALSE_ALARM`, and the bounds' 1 - `closing.CONFIDENCE`.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+_TESTS = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # In place of this folder, whose modules are a package's.
+    sys.path[:1] = [_TESTS, str(Path(_TESTS).parent)]
+
+from scipy.stats import binom  # noqa: E402
+
+import audits.closing  # noqa: E402
+import audits.on_channel  # noqa: E402
+import audits.on_device  # noqa: E402
+from mutants.mutant import Put  # noqa: E402
+from mutants.settings import NOISED, SAMPLED, SMALL  # noqa: E402
+from privkd.channel import NoisedChannel  # noqa: E402
+from privkd.config import load_config  # noqa: E402
+from privkd.events import Unit  # noqa: E402
+from privkd.federation import Game, open_game  # noqa: E402
+from privkd.noise import NoiseRoot  # noqa: E402
+from privkd.progress import Silent  # noqa: E402
+from privkd.state import State  # noqa: E402
+
+SOUND = audits.on_device.FALSE_ALARM + audits.on_channel.FALSE_ALARM + 1 - audits.closing.CONFIDENCE
+KINDS: dict[str, tuple[str, ...]] = {"full batches": (), "sampled": SAMPLED}
+
+
+def cut_short(put: Put) -> None:
+    """As few canaries as make an audit of about half a second."""
+    put(audits.on_device, "_POOL", 10)
+    put(audits.on_device, "_MOST_DRAWS", 120_000)
+    put(audits.on_device, "_CALLS", 6)
+    put(audits.closing, "_SECONDS", 0.0)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A small run that is open, with what its ledger says in the end.
+
+    Attributes:
+        game: the run.
+        state: its beginning: a teacher that public students are distilled from.
+        spent: the upper bounds on epsilon of all its rounds, by unit.
+    """
+
+    game: Game
+    state: State
+    spent: dict[Unit, float]
+
+    @classmethod
+    def of(cls, *settings: str) -> "Opened":
+        """A small run on the noised channel."""
+        game = open_game(load_config(None, [*SMALL, *NOISED, *settings]))
+        channel = NoisedChannel(game.plan.clip_norm, game.plan.rho, game.root)
+        for round in range(game.plan.rounds):
+            game._debit(Unit.RECORD, game.plan.record_event, round)
+            game._debit(Unit.DEVICE, channel.event, round)
+        spent = {unit: game.ledger.spent(unit).high for unit in Unit}
+        return cls(game, game.begin(), spent)
+
+    def accusations(self, seed: int) -> Iterator[str]:
+        """What the audit says against the run with this seed: nothing, if it is sound."""
+        game, config = self.game, self.game.config.model_copy(update={"seed": seed})
+        channel = NoisedChannel(game.plan.clip_norm, game.plan.rho, NoiseRoot.from_seed(seed))
+        again = replace(game, config=config, channel=channel)
+        audited = audits.closing.closing_audit(again, self.state, Silent())
+        yield from (check.name for check in audited.checks if not check.passed)
+        for bound in audited.bounds:
+            if bound.epsilon > self.spent[bound.unit]:
+                yield f"epsilon of at least {bound.epsilon:.3f} per {bound.unit}"
+
+
+def count(kind: str, runs: int, report: Callable[[int, list[str]], None]) -> list[list[str]]:
+    """The accusations of each of so many runs, with the seeds 0, 1, 2, ..."""
+    opened = Opened.of(*KINDS[kind])
+    found = []
+    for seed in range(runs):
+        found.append(list(opened.accusations(seed)))
+        report(seed, found[-1])
+    return found
+
+
+def most_accused(runs: int, *, chance: float) -> int:
+    """How many of so many sound runs are accused at most, but with this ``chance``."""
+    return int(binom.isf(chance, runs, SOUND))
+
+
+def main() -> None:
+    """Count, and print."""
+    parser = argparse.ArgumentParser(description="How often sound runs are accused.")
+    parser.add_argument("--runs", type=int, default=20, help="of each kind")
+    parser.add_argument("--kind", choices=KINDS, help="one kind alone")
+    arguments = parser.parse_args()
+    cut_short(setattr)
+    for kind in [arguments.kind] if arguments.kind else list(KINDS):
+        start = time.monotonic()
+        found = count(kind, arguments.runs, lambda seed, said: print(seed, *said) if said else None)
+        accused, words = sum(map(bool, found)), Counter(word for said in found for word in said)
+        each = (time.monotonic() - start) / arguments.runs
+        expected = f"expected at most {SOUND * arguments.runs:.2g}"
+        print(f"{kind}: {accused} of {arguments.runs} accused, {expected}; {each:.2f} s each", dict(words))
+
+
+if __name__ == "__main__":
+    main()
