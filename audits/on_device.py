@@ -115,6 +115,33 @@ class _Quiet:
         return self._source.layers(step, records)
 
 
+class _Settled:
+    """A device's own samples and noise; in every step layers draw for a record what it was crafted with.
+
+    Else its sum would be another one in each step, and tell neither whether it was there nor how often.
+    """
+
+    def __init__(self, source: Randomness, seed: int) -> None:
+        self._source = source
+        self._crafted = SeededRandomness(seed)
+
+    def sample(self, records: int, sampling_rate: float) -> Tensor:
+        """See `Randomness.sample`."""
+        return self._source.sample(records, sampling_rate)
+
+    def samples(self, steps: int, records: int, sampling_rate: float) -> Tensor:
+        """See `Randomness.samples`."""
+        return self._source.samples(steps, records, sampling_rate)
+
+    def noise(self, size: int) -> Tensor:
+        """See `Randomness.noise`."""
+        return self._source.noise(size)
+
+    def layers(self, step: int, records: Sequence[bytes]) -> list[Uniforms]:
+        """See `Randomness.layers`; of the step for which the records were crafted."""
+        return self._crafted.layers(0, records)
+
+
 def _plain_steps(mechanism: Mechanism, steps: int, movement: float) -> Mechanism:
     """The mechanism with plain steps, whose sum alone moves the weights.
 
@@ -274,7 +301,8 @@ class _InCompany:
         alone = [LabelledSet(company.inputs[i : i + 1], company.labels[i : i + 1]) for i in gone]
         canaries = kind.on([company, *(_without(company, number) for number in gone), *alone])
         once = _plain_steps(kind.mechanism, 1, _QUIET_STEP)
-        trained = canaries.trained(once, lambda name: _Quiet(SeededRandomness(0), everything=True))
+        own_source = kind.game.randomness_of(0)
+        trained = canaries.trained(once, lambda name: _Quiet(own_source("audit"), everything=True))
         everybody, others, own = np.split(canaries.moved(trained, once), [1, 1 + len(gone)])
         return cls(
             float(np.linalg.norm(everybody - others, axis=1).max()),
@@ -445,7 +473,7 @@ def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: in
     sigma, rate = mechanism.noise_multiplier, mechanism.recipe.sampling_rate
     values, noises, taken = np.zeros(inside.shape), [], []
     for round in range(rounds):
-        noisy, quiet = _sources(game, round, devices), _sources(game, round, devices)
+        noisy, quiet = (_sources(game, round, devices, seed) for _ in range(2))
         left = np.zeros((devices, kind.directions.shape[0]))
         for steps in calls:
             some = _plain_steps(mechanism, steps, max(_NOISY_STEP / sigma, _LEAST_STEP))
@@ -466,11 +494,11 @@ def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: in
     return _Played(inside.numpy(), values, np.stack(noises), np.stack(taken), calls * rounds, names)
 
 
-def _sources(game: Game, round: int, devices: int) -> dict[str, Randomness]:
-    """The run's own source of randomness for each canary device, from its beginning."""
+def _sources(game: Game, round: int, devices: int, seed: int) -> dict[str, Randomness]:
+    """The run's own source of samples and noise for each canary device, from its beginning."""
     randomness = game.randomness_of(round)
     names = [f"audit-{number:05d}" for number in range(devices)]
-    return {name: randomness(name) for name in names}
+    return {name: _Settled(randomness(name), seed) for name in names}
 
 
 def _calls(steps: int, rounds: int, rate: float) -> tuple[int, ...]:
