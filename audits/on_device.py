@@ -44,7 +44,9 @@ _COMPANY = 24
 _TOLERANCE, _SLACK = 1e-3, 0.02
 """Rounding of float32 weights, and of integers in the channel: on lengths in clip norms, and on variances."""
 _MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 16_000, 40_000_000, 1_000
-_MOST_ONE_BY_ONE = 3_000
+_MOST_NUMBERS, _LEAST_POOL = 1 << 26, 8
+"""Numbers of what the crafted records move, in double precision."""
+_MOST_ONE_BY_ONE, _MOST_POOL_ONE_BY_ONE = 2_000, 96
 """Device-steps of students that are trained one by one, which takes milliseconds for each."""
 _CALLS, _MOST_DEVICE_CALLS, _FEWEST_DEVICES = 16, 2_000, 8
 _QUIET_STEP, _NOISY_STEP, _LEAST_STEP = 0.1, 1e-4, 1e-6
@@ -231,7 +233,10 @@ class _Crafted:
         cls, game: Game, start: nn.Module, teacher: nn.Module, mechanism: Mechanism, seed: int
     ) -> "_Crafted":
         """Of a pool of crafted records, those whose sums are the least alike."""
-        pool = _pool(game, seed)
+        weights = sum(p.numel() for p in trained_parameters(start, mechanism.recipe.part))
+        most = max(_LEAST_POOL, _MOST_NUMBERS // weights)
+        most = min(most, _MOST_POOL_ONE_BY_ONE) if _one_by_one(game, start) else most
+        pool = _pool(game, seed, most)
         once = _plain_steps(mechanism, 1, _QUIET_STEP)
         alone = [LabelledSet(pool.inputs[i : i + 1], pool.labels[i : i + 1]) for i in range(len(pool))]
         quiet = _Quiet(SeededRandomness(seed), everything=True)
@@ -259,8 +264,11 @@ class _Crafted:
         return _Canaries.of(self.game, self.start, self.teacher, shards)
 
 
-def _pool(game: Game, seed: int) -> LabelledSet:
-    """Public records far out of range and as they are, noise, and the probe's extremes, under any labels."""
+def _pool(game: Game, seed: int, most: int) -> LabelledSet:
+    """Public records far out of range and as they are, noise, and the probe's extremes, under any labels.
+
+    ``most`` of them at the most, drawn by the seed.
+    """
     generator = seeded_generator(seed, "audit", "crafted")
     public = game.scenario.proxy.cpu()
     chosen = public[torch.randperm(len(public), generator=generator)[:_POOL]]
@@ -272,7 +280,8 @@ def _pool(game: Game, seed: int) -> LabelledSet:
     records = torch.cat(inputs).repeat_interleave(_LABELS, 0)
     labels = torch.randint(game.scenario.classes, (len(records),), generator=generator)
     device = game.scenario.proxy.device
-    return LabelledSet(records.to(device), labels.to(device))
+    drawn = torch.randperm(len(records), generator=generator)[:most]
+    return LabelledSet(records[drawn].to(device), labels[drawn].to(device))
 
 
 @dataclass(frozen=True)
@@ -466,7 +475,8 @@ def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: in
     rounds = max(2, min(plan.rounds, max(1, _MOST_STEPS // plan.steps)))
     calls = _calls(plan.steps, rounds, plan.sampling_rate)
     devices = _affordable(game, kind, rounds * sum(calls), rounds * len(calls), most) // kinds
-    devices = max(_FEWEST_DEVICES, devices)
+    fewest = min(_FEWEST_DEVICES, _MOST_NUMBERS // (rounds * kind.directions.shape[0]))
+    devices = max(2, fewest, devices)
     inside = torch.rand((devices, together), generator=seeded_generator(seed, "audit", "coins")) < 0.5
     shards = [LabelledSet(kind.records.inputs[row], kind.records.labels[row]) for row in inside]
     canaries = kind.on(shards)
@@ -516,10 +526,16 @@ def _affordable(game: Game, kind: _Crafted, steps: int, calls: int, trials: int)
         _MOST_DRAWS // (kind.directions.shape[0] * steps),
         _MOST_DEVICE_CALLS // calls,
     )
-    engine = game.config.student.engine
-    if engine == "opacus" or not is_vectorised(kind.start, kind.records, kind.mechanism):
+    if _one_by_one(game, kind.start):
         most = min(most, _MOST_ONE_BY_ONE // steps)
     return most
+
+
+def _one_by_one(game: Game, student: nn.Module) -> bool:
+    """Whether the run trains students like this one after another."""
+    mechanism, shard = game.mechanism, game.scenario.devices[0].train
+    assert mechanism is not None
+    return game.config.student.engine == "opacus" or not is_vectorised(student, shard, mechanism)
 
 
 def log_ratio(seen: Floats, lengths: Floats, sigma: float, rate: float, steps: int) -> Floats:

@@ -467,7 +467,7 @@ class TestDeployment:
 
     @pytest.mark.parametrize("what", RETRAIN)
     def test_is_neither_audited_nor_exported(self, tmp_path: Path, what: str) -> None:
-        play(tmp_path / "run", *self.SYSTEM, "rounds=1")
+        play(tmp_path / "run", "privacy.noise=system", "rounds=1")
         before = sorted(tmp_path.rglob("*"))
         with RunFolder.resume(tmp_path / "run") as folder, pytest.raises(RunError) as refused:
             RETRAIN[what](folder)
@@ -477,7 +477,7 @@ class TestDeployment:
 
     @pytest.mark.parametrize("audit", ["membership", "reconstruction"])
     def test_the_command_says_so_in_one_line(self, commands: Commands, tmp_path: Path, audit: str) -> None:
-        play(tmp_path / "run", *self.SYSTEM, "rounds=1")
+        play(tmp_path / "run", "privacy.noise=system", "rounds=1")
         answer = commands.run("audit", audit, "run", cwd=tmp_path)
         assert answer.code == 2
         assert answer.out == ""

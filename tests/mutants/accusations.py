@@ -45,7 +45,7 @@ def cut_short(put: Put) -> None:
     put(audits.on_device, "_POOL", 10)
     put(audits.on_device, "_MOST_DRAWS", 120_000)
     put(audits.on_device, "_CALLS", 6)
-    put(audits.closing, "_SECONDS", 0.0)
+    put(audits.closing, "_UPLOADS", dict.fromkeys(audits.closing._UPLOADS, 0))
 
 
 @dataclass(frozen=True)
