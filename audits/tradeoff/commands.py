@@ -95,20 +95,22 @@ def _raise_for(curve: "Curve") -> None:
 
 def _request(options: CurveOptions) -> tuple[CurveRequest, Path]:
     """The grid that is asked for, and its folder; under ``--resume`` on top of the one that was."""
-    from audits.tradeoff.curve import is_curve, read_request
-
     path = options.out
-    if not options.resume:
-        if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"go on with it: --resume --out {path}" if is_curve(path) else "name another --out"
-            raise RunError(f"{path} is not empty: {hint}")
-        request = _changed(CurveRequest(), options)
+    if options.resume:
+        from audits.tradeoff.curve import read_request
+
+        path = path or latest(RUNS, "curve")
+        request = _changed(read_request(path)[0], options)
         _check(request.cells)
-        return request, path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
-    path = path or latest(RUNS, "curve")
-    request = _changed(read_request(path)[0], options)
+        return request, path
+    request = _changed(CurveRequest(), options)
     _check(request.cells)
-    return request, path
+    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        from audits.tradeoff.curve import is_curve
+
+        hint = f"go on with it: --resume --out {path}" if is_curve(path) else "name another --out"
+        raise RunError(f"{path} is not empty: {hint}")
+    return request, path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
 
 
 def _changed(request: CurveRequest, options: CurveOptions) -> CurveRequest:

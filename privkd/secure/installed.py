@@ -1,9 +1,12 @@
 """Whether CrypTen is here, found out without loading it, torch or anything else that is heavy."""
 
 import importlib.util
+from typing import TYPE_CHECKING
 
-from privkd.config import ChannelConfig
 from privkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from privkd.config import ChannelConfig
 
 CRYPTEN_COMMAND = "pip install --no-deps crypten==0.4.1"
 
@@ -22,7 +25,7 @@ def check_crypten() -> None:
         )
 
 
-def check_channel(channel: ChannelConfig) -> None:
+def check_channel(channel: "ChannelConfig") -> None:
     """Raise as `check_crypten` where the parties behind ``channel`` would run here, and so need it."""
     if channel.kind == "secure" and not channel.aggregator_urls:
         check_crypten()
