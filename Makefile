@@ -6,6 +6,9 @@ STAMP := $(VENV)/.stamp
 # A package index that carries a CPU build of torch, where the default one does not.
 TORCH_INDEX ?=
 PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Tests run on so many processes, a file at a time; some start the parties of a secure channel beside them.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
 .PHONY: run setup test test-all lint types clean
 
@@ -22,10 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(STAMP)
-	$(BIN)/pytest
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
