@@ -6,23 +6,29 @@ from typing import Annotated
 
 import typer
 
-from privkd.oneline import OneLineErrors
+from privkd.oneline import OneLineErrors, help_alone, print_version
+from privkd.siblings import load_siblings
+
+load_siblings("attacks", "audits", "papers")
 
 app = typer.Typer(
     cls=OneLineErrors,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Privacy-hardened distillation between a cloud teacher and on-device students.",
 )
 
 
 @app.callback()
-def main(context: typer.Context) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
     """Privacy-hardened distillation between a cloud teacher and on-device students."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+    help_alone(context)
 
 
 Text = str | None
@@ -271,11 +277,28 @@ def aggregator(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Install CrypTen where it is missing, without its dependencies.")
+    ] = False,
+) -> None:
     """Say what is missing on this machine, and the exact command that mends it."""
-    from privkd.doctor import examine, print_findings
+    from privkd.doctor import doctor_command
 
-    sys.exit(print_findings(examine()))
+    sys.exit(doctor_command(fix=fix))
+
+
+@app.command()
+def settings(
+    name: Annotated[
+        Text, typer.Argument(help="A setting, or a group such as privacy or student.dp. [all]")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List the settings of a run: what each takes, its default, and what it means."""
+    from privkd.config.commands import settings_command
+
+    settings_command(name, as_json=json_)
 
 
 @app.command()
@@ -294,7 +317,12 @@ def export(
     export_command(ExportRequest(Path(run), format_, device_index, _path(out), json_))
 
 
-audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Attack a run, or the mechanisms.")
+audit = typer.Typer(
+    callback=help_alone,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Attack a run, or the mechanisms.",
+)
 app.add_typer(audit, name="audit")
 
 AuditedRun = Annotated[Text, typer.Argument(help="The run's folder. [the latest under runs/]")]
@@ -381,7 +409,10 @@ def mechanism(
 
 
 papers = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Reproduce the papers' claims: published beside ours."
+    callback=help_alone,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Reproduce the papers' claims: published beside ours.",
 )
 app.add_typer(papers, name="papers")
 

@@ -1,0 +1,3 @@
+from privkd.siblings import load_siblings
+
+load_siblings("attacks")

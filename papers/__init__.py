@@ -3,3 +3,7 @@
 ``studies`` declare, in settings and figures, what each page claims; everything is trained by ``privkd``
 and audited by ``audits``. Nothing here implements a method.
 """
+
+from privkd.siblings import load_siblings
+
+load_siblings("attacks", "audits")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from papers.catalogue import STUDIES, study_named
+from papers.study import scale_named
 from privkd.errors import ConfigError
 from privkd.stdout import print_json
 
@@ -56,12 +57,12 @@ def run_command(request: PaperRequest) -> None:
         raise ConfigError(f"seeds={request.seeds}: expected 1 to {_MOST_SEEDS}")
     if request.quick and request.scale not in (None, _QUICK):
         raise ConfigError(f"--quick and --scale {request.scale}: give one of the two")
+    scale = scale_named(study, _QUICK if request.quick else request.scale)
     from papers.console import print_reproduction
     from papers.player import Player
-    from papers.reproduce import reproduce, reproduction_tree, scale_named
+    from papers.reproduce import reproduce, reproduction_tree
     from privkd.console import progress_on_stderr
 
-    scale = scale_named(study, _QUICK if request.quick else request.scale)
     with progress_on_stderr() as progress:
         player = Player(request.out, request.data_dir, progress)
         found = reproduce(study, scale, request.seeds or scale.seeds, player)

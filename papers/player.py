@@ -18,6 +18,7 @@ from privkd.errors import RunError
 from privkd.federation import open_game
 from privkd.progress import Progress
 from privkd.result import plain, train
+from privkd.secure.installed import check_channel
 from privkd.store import RunFolder
 
 _DIGEST = 12
@@ -112,7 +113,8 @@ def flat(tree: Any, prefix: str = "") -> Mapping[str, float]:
 def _opened(path: Path, config: RunConfig) -> RunFolder:
     if (path / "journal.jsonl").is_file() and (path / "config.toml").is_file():
         return RunFolder.resume(path)
-    # Bad data or models fail here, before a run folder exists.
+    # Bad data or models fail here, and a lack of CrypTen, before a run folder exists.
+    check_channel(config.channel)
     open_game(config)
     return RunFolder.create(path, config)
 

@@ -6,7 +6,6 @@ from audits.intervals import Interval, mean_of
 from papers.player import Player
 from papers.quantity import Figures
 from papers.study import Claim, Scale, Study
-from privkd.errors import ConfigError
 from privkd.result import plain
 
 
@@ -41,21 +40,6 @@ def reproduce(study: Study, scale: Scale, seeds: int, player: Player) -> Reprodu
         for claim in study.claims
     ]
     return Reproduction(study, scale, tuple(answers))
-
-
-def scale_named(study: Study, name: str | None) -> Scale:
-    """A scale of ``study`` by name; the first for ``None``.
-
-    Raises:
-        ConfigError: it has none of that name.
-    """
-    if name is None:
-        return study.scales[0]
-    found = next((scale for scale in study.scales if scale.name == name), None)
-    if found is None:
-        known = ", ".join(scale.name for scale in study.scales)
-        raise ConfigError(f"scale {name!r}: {study.name} has {known}")
-    return found
 
 
 def reproduction_tree(found: Reproduction) -> dict[str, object]:

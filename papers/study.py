@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from papers.probes import FULL, Effort, Probe
 from papers.quantity import Figure, Quantity
+from privkd.errors import ConfigError
 
 Unit: TypeAlias = Literal["%", "points", "share", "similarity", "epsilon"]
 """How a quantity is printed: a share or a change in per cent, a difference in points, or as it is."""
@@ -92,3 +93,18 @@ class Study:
     def page(self) -> str:
         """The page, as Markdown."""
         return (files("papers") / "pages" / f"{self.name}.md").read_text(encoding="utf-8")
+
+
+def scale_named(study: Study, name: str | None) -> Scale:
+    """A scale of ``study`` by name; the first for ``None``.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    if name is None:
+        return study.scales[0]
+    found = next((scale for scale in study.scales if scale.name == name), None)
+    if found is None:
+        known = ", ".join(scale.name for scale in study.scales)
+        raise ConfigError(f"scale {name!r}: {study.name} has {known}")
+    return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from privkd.config import RunConfig, load_config
 from privkd.errors import ConfigError
+from privkd.secure.installed import check_channel
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
 
 
 def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> None:
+    check_channel(config.channel)
     from privkd.console import print_folder
     from privkd.federation import open_game
     from privkd.store import RunFolder, default_folder

@@ -1,13 +1,13 @@
 """What this machine lacks, and the exact command that mends it."""
 
 import importlib
-import importlib.util
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CRYPTEN_COMMAND = "pip install --no-deps crypten==0.4.1"
-
+from privkd.secure.installed import CRYPTEN_COMMAND, has_crypten
 
 _MISSING = {True: ("missing", "red"), False: ("optional", "yellow")}
 
@@ -21,6 +21,29 @@ class Finding:
     cure: str
     needed_for: str
     required: bool = True
+
+
+def doctor_command(*, fix: bool) -> int:
+    """Print what `examine` finds, with ``fix`` after `fix_crypten`; the exit code."""
+    if fix:
+        fix_crypten()
+    return print_findings(examine())
+
+
+def fix_crypten() -> None:
+    """Install CrypTen for the running interpreter where it is missing, and print the command that does it.
+
+    Its own dependencies are not installed, as its metadata asks for a package that no longer exists.
+    """
+    if has_crypten():
+        sys.stdout.write("CrypTen is installed: nothing to fix\n")
+        return
+    command = [sys.executable, "-m", *shlex.split(CRYPTEN_COMMAND)]
+    sys.stdout.write(f"{shlex.join(command)}\n")
+    sys.stdout.flush()
+    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
+        sys.stdout.write("that failed; why stands above\n")
+    importlib.invalidate_caches()
 
 
 def examine() -> list[Finding]:
@@ -77,7 +100,11 @@ def print_findings(findings: list[Finding]) -> int:
             console.print(Text(f"{'':9}{finding.cure}"), soft_wrap=True)
     missing = any(finding.cure and finding.required for finding in findings)
     console.print(
-        "Something is missing: run the commands above." if missing else "All that is needed is here."
+        "Something is missing: run the commands above; `privkd doctor --fix` runs CrypTen's."
+        if missing
+        else "All that is needed is here.",
+        soft_wrap=True,
+        markup=False,
     )
     return 1 if missing else 0
 
@@ -99,7 +126,7 @@ def _importable(module: str, cure: str, purpose: str, *, required: bool = True) 
 
 
 def _crypten() -> Finding:
-    if importlib.util.find_spec("crypten") is None:
+    if not has_crypten():
         return Finding("crypten", "not installed", CRYPTEN_COMMAND, "the secure channel")
 
     def load() -> str:

@@ -1,4 +1,4 @@
-"""Errors as people meet them: one line on stderr and an exit code, no traceback."""
+"""The command line's manners: errors in one line with an exit code and no traceback, help, the version."""
 
 import sys
 from collections.abc import Callable
@@ -26,6 +26,24 @@ class OneLineErrors(TyperGroup):
         if code == _INTERRUPTED:
             _say("stopped; nothing more was spent, and --resume goes on with the run")
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def help_alone(context: typer.Context) -> None:
+    """Print the help of a group that was called without a command."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if ``wanted``."""
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"privkd {version('privkd')}")
+        except PackageNotFoundError:
+            typer.echo("privkd, from sources that are not installed")
+        raise typer.Exit
 
 
 def _say(message: str) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from privkd.errors import InputError, one_line
+from privkd.siblings import SIBLINGS
 
-_OURS = {"privkd", "attacks", "audits", "papers", "cli"}
+_OURS = {"privkd", *SIBLINGS}
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -27,7 +28,9 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as cause:  # A user's module may fail in any way.
-        raise error(f"{what} {path!r}: cannot be imported ({one_line(cause)})") from cause
+        first = module.partition(".")[0]
+        cure = f"; {first!r} is a name of privkd's own: rename your module" if first in _OURS else ""
+        raise error(f"{what} {path!r}: cannot be imported ({one_line(cause)}){cure}") from cause
     if not callable(found):
         raise error(f"{what} {path!r}: is a {type(found).__name__}, not a function")
     return found

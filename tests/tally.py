@@ -1,6 +1,7 @@
 """What the tests of reliability tried and how it ended, for the summary at the end of a test run."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 counts: Counter[tuple[str, str]] = Counter()
 """By what was tried and how it ended."""
@@ -9,6 +10,17 @@ counts: Counter[tuple[str, str]] = Counter()
 def note(tried: str, ended: str) -> None:
     """One fault injected, or one hostile input."""
     counts[tried, ended] += 1
+
+
+def packed() -> list[tuple[str, str, int]]:
+    """All counts, for another process to `add`."""
+    return [(tried, ended, number) for (tried, ended), number in counts.items()]
+
+
+def add(more: Iterable[tuple[str, str, int]]) -> None:
+    """What another process counted."""
+    for tried, ended, number in more:
+        counts[tried, ended] += number
 
 
 def lines() -> list[str]:

@@ -18,8 +18,8 @@ from papers.personal import personal_figures
 from papers.player import Player, config_of, flat, folder_name
 from papers.probes import Effort, Latency, Membership, Personal
 from papers.quantity import Change, Difference, Figure, Share
-from papers.reproduce import Answer, reproduce, reproduction_tree, scale_named
-from papers.study import Case, Claim, Scale, Study
+from papers.reproduce import Answer, reproduce, reproduction_tree
+from papers.study import Case, Claim, Scale, Study, scale_named
 from privkd.errors import ConfigError, RunError
 from privkd.progress import Silent
 from privkd.store import RunFolder

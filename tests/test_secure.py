@@ -461,7 +461,7 @@ def test_parties_end_with_the_process_that_started_them(ending: str) -> None:
 
 def test_a_missing_crypten_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Exception, match="needs CrypTen, which is missing; run `privkd doctor`"):
+    with pytest.raises(Exception, match="needs CrypTen, which is missing: run `privkd doctor --fix`"):
         SecureChannel(1.0, None, ROOT)
 
 

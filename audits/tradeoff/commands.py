@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from audits.latest import RUNS, latest
 from audits.tradeoff.request import Cell, CurveRequest
 from privkd.errors import AuditAlarm, ConfigError, PrivkdError, RunError
+from privkd.secure.installed import check_channel
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
@@ -58,15 +59,15 @@ def curve_command(options: CurveOptions) -> None:
         AuditAlarm: a cell's lower bound lies above its upper one; all was printed first.
         PrivkdError: bad input, or some cells failed; those that are done were written first.
     """
+    for name, value in (("jobs", options.jobs), ("memory", options.memory)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} {value:g}: expected a number above 0")
+    request, path = _request(options)
     from audits.tradeoff.console import print_curve, progress_of
     from audits.tradeoff.outputs import curve_tree, write_outputs
     from audits.tradeoff.play import play_curve, unfinished
     from audits.tradeoff.runner import Limits, free_memory, usable_cores
 
-    for name, value in (("jobs", options.jobs), ("memory", options.memory)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} {value:g}: expected a number above 0")
-    request, path = _request(options)
     memory = free_memory() if options.memory is None else options.memory * _GIB
     limits = Limits(options.jobs or usable_cores(), memory)
     with progress_of(path, len(unfinished(path, request))) as watcher:
@@ -94,20 +95,22 @@ def _raise_for(curve: "Curve") -> None:
 
 def _request(options: CurveOptions) -> tuple[CurveRequest, Path]:
     """The grid that is asked for, and its folder; under ``--resume`` on top of the one that was."""
-    from audits.tradeoff.curve import is_curve, read_request
-
     path = options.out
-    if not options.resume:
-        if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"go on with it: --resume --out {path}" if is_curve(path) else "name another --out"
-            raise RunError(f"{path} is not empty: {hint}")
-        request = _changed(CurveRequest(), options)
+    if options.resume:
+        from audits.tradeoff.curve import read_request
+
+        path = path or latest(RUNS, "curve")
+        request = _changed(read_request(path)[0], options)
         _check(request.cells)
-        return request, path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
-    path = path or latest(RUNS, "curve")
-    request = _changed(read_request(path)[0], options)
+        return request, path
+    request = _changed(CurveRequest(), options)
     _check(request.cells)
-    return request, path
+    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        from audits.tradeoff.curve import is_curve
+
+        hint = f"go on with it: --resume --out {path}" if is_curve(path) else "name another --out"
+        raise RunError(f"{path} is not empty: {hint}")
+    return request, path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
 
 
 def _changed(request: CurveRequest, options: CurveOptions) -> CurveRequest:
@@ -126,9 +129,9 @@ def _changed(request: CurveRequest, options: CurveOptions) -> CurveRequest:
 
 
 def _check(cells: tuple[Cell, ...]) -> None:
-    """Refuse settings that are bad in any cell before the first is started."""
+    """Refuse settings that are bad in any cell, or lack CrypTen, before the first is started."""
     for cell in cells:
-        cell.config()
+        check_channel(cell.config().channel)
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -140,7 +140,11 @@ class ModelConfig(Settings):
 class FitConfig(Settings):
     """Ordinary training, by Adam on mini-batches: for public data, and for runs without DP.
 
-    ``steps`` mini-batches of ``batch_size`` records at ``learning_rate``, with decoupled ``weight_decay``.
+    Attributes:
+        steps: number of mini-batches.
+        batch_size: records in each.
+        learning_rate: of Adam.
+        weight_decay: decoupled from the gradient.
     """
 
     steps: Positive = 300
@@ -177,7 +181,12 @@ class DpSgdConfig(Settings):
 
 
 class TeacherConfig(Settings):
-    """The cloud's model and its training on the public labelled data."""
+    """The cloud's model and its training on the public labelled data.
+
+    Attributes:
+        model: its architecture.
+        fit: its training on the public labelled data, before the first round.
+    """
 
     model: ModelConfig = ModelConfig(width=128, activation="relu")
     fit: FitConfig = FitConfig()
@@ -370,7 +379,21 @@ class ReverseConfig(Settings):
 
 
 class RunConfig(Settings):
-    """Everything that decides a run. Equal settings and seed give equal results, up to ``privacy.noise``."""
+    """Everything that decides a run. Equal settings and seed give equal results, up to ``privacy.noise``.
+
+    Attributes:
+        rounds: how often devices are trained and the teacher learns from their answers.
+        seed: decides everything but noise that comes from the ``system``.
+        device: what trains: ``auto`` is CUDA where there is one.
+        controls: whether to measure what the gain is compared with. A deployment measures no control that
+            trains on private records.
+        data: which records exist, and who holds them.
+        teacher: the cloud's model.
+        student: the devices' models.
+        privacy: the budgets, and where noise comes from.
+        channel: how answers travel.
+        reverse: how the teacher learns from them.
+    """
 
     rounds: Annotated[int, Field(ge=1, le=_MOST_ROUNDS)] = 3
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

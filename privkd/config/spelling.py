@@ -50,14 +50,17 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
 
 def config_tree(config: Settings) -> dict[str, Any]:
     """The settings as plain values that TOML can spell; ``None`` is left out."""
-    return cast(dict[str, Any], _plain(config.model_dump()))
+    return cast(dict[str, Any], plain_value(config.model_dump()))
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """A setting's value, or a group dumped, as TOML can spell it; in a group ``None`` is left out."""
+    if isinstance(value, Settings):
+        return config_tree(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: plain_value(item) for key, item in value.items() if item is not None}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -1,6 +1,5 @@
 """The secure channel: devices share their answers among aggregators, and the cloud learns the mean alone."""
 
-import importlib.util
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from privkd.noise import NoiseRoot
 from privkd.secure.aggregator import agreed_digest, party_noise
 from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, seal, upload_identifier
 from privkd.secure.fixedpoint import FixedPoint, content_digest
+from privkd.secure.installed import check_crypten
 from privkd.secure.parties import Session, party_key
 from privkd.secure.shares import fitting_encoding, reconstruct, split
 from privkd.secure.wire import Frame, Kind, RoundNotice, SharePost
@@ -196,8 +196,8 @@ def checked_parties(
         fitting_encoding(clip_norm, devices=1, parties=aggregators, rho=rho)
     except ChannelError as error:
         raise ConfigError(str(error)) from error
-    if local and importlib.util.find_spec("crypten") is None:
-        raise ConfigError("the secure channel needs CrypTen, which is missing; run `privkd doctor`")
+    if local:
+        check_crypten()
 
 
 def _sealed(

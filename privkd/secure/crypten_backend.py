@@ -20,6 +20,7 @@ import types
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -309,13 +310,17 @@ def _from_shares(share: NDArray[np.int64]) -> "crypten.mpc.MPCTensor":
 
 def set_group(rank: int, parties: int, *, host: str, port: int, interface: str) -> None:
     """Tell CrypTen, by way of the environment, which group to join."""
+    rendezvous = f"tcp://{host}:{port}"
     os.environ |= {
         "DISTRIBUTED_BACKEND": "gloo",
-        "RENDEZVOUS": f"tcp://{host}:{port}",
+        "RENDEZVOUS": rendezvous,
         "WORLD_SIZE": str(parties),
         "RANK": str(rank),
-        # Every party is a client of the store, which by itself would listen on all interfaces.
+        # Every party is a client of the store, which by itself would listen on all interfaces. From 2.14 on
+        # torch takes that for granted only where the store's address is named here as it reads it.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": urlsplit(rendezvous).hostname or host,
+        "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": interface or _loopback_interface(),
     }
 
