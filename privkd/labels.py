@@ -41,15 +41,11 @@ def same_number(label: str) -> int | None:
 
 
 def numbers_of(classes: Iterable[str]) -> Mapping[str | int, int]:
-    """What leads to each class's number: its name, and the whole number that it alone of them spells."""
-    names: dict[str | int, int] = {}
-    values: dict[str | int, list[int]] = {}
-    for number, name in enumerate(classes):
-        names[name] = number
-        value = same_number(name)
-        if value is not None:
-            values.setdefault(value, []).append(number)
-    return {**names, **{value: found[0] for value, found in values.items() if len(found) == 1}}
+    """What leads to each class's number: its name, and the whole number that it spells if it spells one."""
+    names = tuple(classes)
+    found: dict[str | int, int] = {name: number for number, name in enumerate(names)}
+    values = {value: number for number, name in enumerate(names) if (value := same_number(name)) is not None}
+    return found | dict(values)
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:

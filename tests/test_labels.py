@@ -41,7 +41,6 @@ def test_codes_spell_no_number(code: str) -> None:
 
 def test_a_class_is_found_by_name_before_number() -> None:
     assert numbers_of(("12", "012", "7.0")) == {"12": 0, "012": 1, "7.0": 2, 12: 0, 7: 2}
-    assert numbers_of(("3", "3.0")) == {"3": 0, "3.0": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from privkd.labels import canonical_number
+from privkd.labels import canonical_number, same_number
 from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
@@ -143,7 +143,11 @@ class DataConfig(Settings):
     @field_validator("classes")
     @classmethod
     def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and ("" in value or len(set(value)) < len(value)):
+        numbers = map(same_number, value or ())
+        spelt = [
+            label if number is None else number for label, number in zip(value or (), numbers, strict=True)
+        ]
+        if "" in spelt or len(set(spelt)) < len(spelt):
             raise ValueError("a class is empty or named twice; name each class once")
         return value
 

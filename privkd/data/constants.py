@@ -196,7 +196,7 @@ def _check_spellings(labels: list[str], name: str) -> None:
         if value is not None and spelt.setdefault(value, label) != label:
             raise DataError(
                 f"{name}: labels {spelt[value]!r} and {label!r} spell one number in two ways; spell them "
-                "alike, or name all classes in data.classes"
+                "alike, or name that class and all others once in data.classes"
             )
 
 
