@@ -129,6 +129,8 @@ class TestLabelColumn:
         assert read(tmp_path / "a.npz").classes == 2
         assert read(tmp_path / "a.npz", label="fine").classes == 3
         assert taken(tmp_path / "a.npz")["left out"] == "'fine'"
+        np.savez(tmp_path / "c.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+        assert read(tmp_path / "c.npz", label="y_train").test_labels is not None
         asks(tmp_path / "a.npz", "no such array", "x, y, fine", label="coarse")
         np.savez(tmp_path / "b.npz", x=x, y=y, target=fine)
         asks(tmp_path / "b.npz", "'y', 'target'", "--label")
@@ -265,6 +267,13 @@ class TestTableFolders:
         parquet(tmp_path / "train-00001-of-00002.parquet", img=rows, label=[0, 1])
         asks(tmp_path, "train-00001-of-00002.parquet, row 1, column 'img'")
 
+    def test_features_of_the_test_split_stand_as_in_training(self, tmp_path: Path) -> None:
+        parquet(tmp_path / "train.parquet", a=[0.5, 1.0], b=[3, 4], y=[0, 1])
+        parquet(tmp_path / "test.parquet", y=[0, 1], a=[0.5, 1.0], b=[3, 4])
+        assert read(tmp_path).test_labels is not None
+        parquet(tmp_path / "test.parquet", b=[3, 4], a=[0.5, 1.0], y=[0, 1])
+        asks(tmp_path, "test.parquet", "another order")
+
     def test_that_lack_something(self, tmp_path: Path) -> None:
         self.shard(tmp_path / "a", "train-00000-of-00003", [0, 1])
         self.shard(tmp_path / "a", "train-00002-of-00003", [0, 1])
@@ -363,6 +372,10 @@ class TestImages:
         stored = encode(np.ascontiguousarray(turned(upright)), form, exif=exif)
         pixels, _ = decoded(encode(upright), stored)
         assert np.array_equal(pixels[0], pixels[1])
+
+    def test_damaged_exif_turns_nothing(self) -> None:
+        upright = RNG.integers(0, 256, (6, 4), dtype=np.uint8)
+        assert np.array_equal(decoded(encode(upright, exif=b"Exif\0\0junk"))[0][0, 0], upright)
 
     def test_sizes_are_compared_upright(self) -> None:
         exif = Image.Exif()

@@ -52,7 +52,7 @@ class Constants:
         elif self.channels == 3 and raw.shape[1] == 1:
             raw = np.repeat(raw, 3, axis=1)
         if self.largest is not None:
-            raw = np.clip(raw, 0, self.largest)
+            raw = np.clip(raw, 0, int(self.largest))
         features = torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
         return features if self.divisor == 1 else features.div_(self.divisor)
 

@@ -177,17 +177,27 @@ def _decode(image: Encoded, name: str, expected: tuple[int, ...] | None, count: 
                 raise DataError(
                     f"{name}: pixel mode {opened.mode} is not 8 bits per channel; convert the image"
                 )
-            upright = ImageOps.exif_transpose(opened)
+            grey = opened.mode in _GREY
+            upright = _upright(opened)
             size = (upright.height, upright.width)
             if expected is not None and size != expected:
                 raise DataError(
                     f"{name}: {_size(size)} pixels, but the first image has {_size(expected)}; resize it"
                 )
-            return np.asarray(_on_white(upright).convert("L" if opened.mode in _GREY else "RGB"))
+            return np.asarray(_on_white(upright).convert("L" if grey else "RGB"))
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes.
         raise DataError(f"{name}: not a readable image ({one_line(error)}); replace or remove it") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As a viewer shows it: turned by its EXIF orientation, if that can be read."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises almost anything on damaged EXIF, of an image that is whole.
+        return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:

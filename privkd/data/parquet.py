@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,14 @@ from privkd.errors import DataError, one_line
 _IMAGE_BYTES = "bytes"
 _IMAGE_NAMES = ("image", "img")
 _INDEX = re.compile(r"__index_level_[0-9]+__")
+
+
+class _Table(NamedTuple):
+    """Records of a table, what was taken for what, and the feature columns' names; images have none."""
+
+    records: RawSet
+    said: dict[str, str]
+    features: tuple[str, ...]
 
 
 def load_parquet(
@@ -49,8 +57,15 @@ def load_parquet(
         DataError: pyarrow is not installed, a file is damaged, lacks columns or holds what is no number, or
             nothing tells which column is the label or the image.
     """
-    records, said = _read(paths, config)
-    split = _read(test, config)[0] if test else None
+    records, said, features = _read(paths, config)
+    split = None
+    if test:
+        split, _, theirs = _read(test, config)
+        if theirs != features:
+            raise DataError(
+                f"{test[0]}: its features are not those of {paths[0].name}, or stand in another order; write "
+                "them alike"
+            )
     return make_source(name, records, split, classes=config.classes, taken={**said, **(taken or {})})
 
 
@@ -63,8 +78,8 @@ def _pyarrow() -> tuple[ModuleType, ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-def _read(paths: Sequence[Path], config: DataConfig) -> tuple[RawSet, dict[str, str]]:
-    """Inputs and labels of a table's files, and what was taken for what."""
+def _read(paths: Sequence[Path], config: DataConfig) -> _Table:
+    """Inputs and labels of a table's files."""
     pyarrow, parquet = _pyarrow()
     tables: list[Any] = []
     for path in paths:
@@ -109,18 +124,17 @@ class _Origin:
         return f"{self.paths[0]}" + (f" and {more} more" if more else "")
 
 
-def _parse(
-    pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig
-) -> tuple[RawSet, dict[str, str]]:
+def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig) -> _Table:
     if not table.num_rows:
         raise DataError(f"{origin}: no records; give at least two")
     columns = choose_columns(table.column_names, config, str(origin), index=_row_numbers(table))
     image = _image_column(pyarrow, table, columns, str(origin))
     labels = _labels(pyarrow, table, columns.label, origin)
     if image is None:
-        return RawSet(_features(pyarrow, table, columns, origin), labels), columns.said
+        features = tuple(table.column_names[number] for number in columns.features)
+        return _Table(RawSet(_features(pyarrow, table, columns, origin), labels), columns.said, features)
     pixels, colour = _images(pyarrow, table, image, origin)
-    return RawSet(pixels, labels, colour), _of_images(table, columns, image)
+    return _Table(RawSet(pixels, labels, colour), _of_images(table, columns, image), ())
 
 
 def _of_images(table: Any, columns: Columns, image: int) -> dict[str, str]:

@@ -85,7 +85,7 @@ def _array_names(
         raise ConfigError(
             f"data.label={config.label!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
         )
-    if config.label is None and all(key in keys for key in _TRAIN_KEYS):
+    if config.label in (None, _TRAIN_KEYS[1]) and all(key in keys for key in _TRAIN_KEYS):
         return _TRAIN_KEYS, _TEST_KEYS if all(key in keys for key in _TEST_KEYS) else ()
     inputs = [key for key in _INPUT_NAMES if key in keys]
     if config.label is not None:
