@@ -153,7 +153,8 @@ class TestBrokenTwins:
 
     @pytest.mark.parametrize(
         ("name", "change"),
-        [("npz, flags", "features out of range"), ("folder, flags", "features out of range"),
+        [("npz, flags", "features out of range"), ("npz, wide images", "features out of range"),
+         ("folder, flags", "features out of range"),
          ("folder, grey", "colour"), ("parquet, images", "colour")],
     )  # fmt: skip
     def test_constants_of_all_records(
