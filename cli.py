@@ -80,6 +80,12 @@ def train(
     data_dir: Annotated[
         Text, typer.Option(help="Folder of mnist or cifar10, base of relative paths.")
     ] = None,
+    label: Annotated[
+        Text, typer.Option(help="The label's column in a table, or array in an npz archive. [by its name]")
+    ] = None,
+    drop: Annotated[
+        Text, typer.Option(help="Columns that are neither feature nor label, comma-separated. [none]")
+    ] = None,
     devices: Annotated[Text, typer.Option(help="Number of devices. [5]")] = None,
     rounds: Annotated[Text, typer.Option(help="Number of rounds. [3]")] = None,
     channel: Annotated[Text, typer.Option(help="plain, noised or secure. [secure]")] = None,
@@ -124,6 +130,8 @@ def train(
         "privacy.device_epsilon": device_epsilon,
         "data.source": data,
         "data.data_dir": data_dir,
+        "data.label": label,
+        "data.drop": drop,
         "data.devices": devices,
         "data.partition": partition,
         "rounds": rounds,
@@ -170,6 +178,8 @@ def curve(
     targets: Annotated[int | None, typer.Option(help="Audited replays of each run. [8]")] = None,
     data: Annotated[Text, typer.Option(help="As for train. [digits]")] = None,
     data_dir: Annotated[Text, typer.Option(help="As for train.")] = None,
+    label: Annotated[Text, typer.Option(help="As for train.")] = None,
+    drop: Annotated[Text, typer.Option(help="As for train.")] = None,
     devices: Annotated[Text, typer.Option(help="Number of devices. [5]")] = None,
     set_: Annotated[
         list[str] | None,
@@ -195,7 +205,13 @@ def curve(
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
     from audits.tradeoff.commands import CurveOptions, curve_command
 
-    settings = {"data.source": data, "data.data_dir": data_dir, "data.devices": devices}
+    settings = {
+        "data.source": data,
+        "data.data_dir": data_dir,
+        "data.label": label,
+        "data.drop": drop,
+        "data.devices": devices,
+    }
     curve_command(
         CurveOptions(
             epsilons=epsilons,

@@ -50,7 +50,8 @@ def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
 
 def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> None:
     check_channel(config.channel)
-    from privkd.console import print_folder
+    from privkd.console import print_folder, print_taken
+    from privkd.data.constants import PUBLIC_SOURCES
     from privkd.federation import open_game
     from privkd.store import RunFolder, default_folder
 
@@ -58,6 +59,8 @@ def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> N
     game = open_game(config)
     with RunFolder.create(request.out or default_folder(), config) as folder:
         print_folder(folder.path)
+        if config.data.source not in PUBLIC_SOURCES:
+            print_taken(game.plan.taken)
         _run(folder, game, audit, as_json=request.json)
 
 

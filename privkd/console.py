@@ -1,7 +1,7 @@
 """What a person sees in a terminal: progress on stderr; tables and plans on stdout."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +80,17 @@ def print_folder(path: Path) -> None:
     Console(stderr=True).print(f"run folder: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
+def print_taken(taken: Mapping[str, str]) -> None:
+    """What was taken for what in the data, said on stderr before anything is spent on it."""
+    console = Console(stderr=True)
+    for line in _taken(taken):
+        console.print(line, soft_wrap=True)
+
+
+def _taken(taken: Mapping[str, str]) -> list[Text]:
+    return [Text(f"data, {name}: {words}", style="dim") for name, words in taken.items()]
+
+
 def print_result(result: Result) -> None:
     """The final table: every result beside its controls, then the ledger by unit."""
     console = Console()
@@ -117,6 +128,8 @@ def print_forecast(forecast: Forecast) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
+    for line in _taken(plan.taken):
+        console.print(line, soft_wrap=True)
     if math.isinf(plan.record.high):
         console.print(_NO_RECORD_DP)
     if plan.inferred:

@@ -1,7 +1,8 @@
 """What a run will do and what it will cost, known before any private record is touched."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from privkd.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
 from privkd.claims import check_delta, warnings_on
@@ -22,14 +23,15 @@ _UNCHARGED = 1e-3
 
 @dataclass(frozen=True)
 class PublicFacts:
-    """The public constants of a scenario that a plan needs: sizes, never contents. ``inferred`` is as of
-    `Scenario`."""
+    """The public constants of a scenario that a plan needs: sizes, never contents. ``inferred`` and
+    ``taken`` are as of `Scenario`."""
 
     devices: int
     records_per_device: int
     proxy: int
     classes: int
     inferred: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
 
 
 def facts_of(scenario: Scenario) -> PublicFacts:
@@ -40,6 +42,7 @@ def facts_of(scenario: Scenario) -> PublicFacts:
         proxy=len(scenario.proxy),
         classes=scenario.classes,
         inferred=scenario.inferred,
+        taken=scenario.taken,
     )
 
 
@@ -66,6 +69,7 @@ class Plan:
         upload_bytes: a device's upload a round, before sealing.
         votes: the rule of each release's vote, ``None`` where means are released.
         inferred: public constants that a simulation read from all records, private ones too, in words.
+        taken: what in the data was taken for what, such as the label, in words by its name.
         warnings: what must be said wherever this plan's epsilons and delta are shown, a sentence each.
     """
 
@@ -87,6 +91,7 @@ class Plan:
     upload_bytes: int
     votes: VoteRule | None = None
     inferred: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -139,6 +144,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
         upload_bytes=queries * facts.classes * _BYTES_PER_ENTRY,
         votes=_votes(config, rho, facts.devices, queries),
         inferred=facts.inferred,
+        taken=facts.taken,
         warnings=(
             *warnings_on(Unit.RECORD, record.high, privacy.delta, facts.records_per_device),
             *warnings_on(Unit.DEVICE, device.high, privacy.delta, facts.devices),

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Result:
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
     The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited, and
-    ``checks`` what was asked of its mechanisms beside them. ``warnings`` are the plan's.
+    ``checks`` what was asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's.
     """
 
     run: str
@@ -89,6 +90,7 @@ class Result:
     rounds: tuple[RoundFigures, ...]
     noise: str
     warnings: tuple[str, ...]
+    taken: Mapping[str, str]
     seconds: float
 
     def lower_bound(self, unit: Unit) -> LowerBound | None:
@@ -212,6 +214,7 @@ def _result(
         rounds=figures,
         noise=config.privacy.noise,
         warnings=finished.plan.warnings,
+        taken=finished.plan.taken,
         seconds=time.monotonic() - start,
     )
 

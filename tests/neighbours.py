@@ -83,6 +83,13 @@ def _csv(folder: Path, records: Sequence[Record]) -> str:
     return str(folder / "own.csv")
 
 
+def _csv_with_header(folder: Path, records: Sequence[Record]) -> str:
+    path = Path(_csv(folder, records))
+    names = [f"feature{number}" for number in range(records[0].values.size)]
+    path.write_text(",".join([*names, "label"]) + "\n" + path.read_text())
+    return str(path)
+
+
 def _parquet(folder: Path, records: Sequence[Record]) -> str:
     inputs, labels = _arrays(records)
     columns = {f"feature{number}": column for number, column in enumerate(inputs.T)}
@@ -147,8 +154,10 @@ FORMS = {
     "npz, bytes": Form(_numbered_npz, _bytes, high=255),
     "npz, floats": Form(_npz, _floats, high=1e6, labels=TEXT, foreign="zebra"),
     "npz, images": Form(_numbered_npz, _grey, high=255),
+    "npz, wide images": Form(_numbered_npz, lambda rng: _grey(rng).astype(np.int64), high=3000),
     "function": Form(_function, _bytes, high=255, labels=TEXT, foreign="aaa"),
     "csv": Form(_csv, _floats, high=-1e6),
+    "csv, named": Form(_csv_with_header, _floats, high=-1e6),
     "csv, text": Form(_csv, _bytes, high=255, labels=TEXT, foreign="aaa"),
     "parquet": Form(_parquet, _bytes, high=255, labels=TEXT, foreign="0"),
     "parquet, images": Form(_parquet_of_images, _grey, high=255, images=True),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, from_numpy
@@ -42,7 +43,7 @@ def in_public(source: Source, config: DataConfig | None = None) -> Read:
     )
 
 
-def read(path: Path | str, data_dir: Path | None = None) -> Read:
+def read(path: Path | str, data_dir: Path | None = None, **settings: Any) -> Read:
     """The data set that ``path`` names."""
-    config = DataConfig(source=str(path), data_dir=data_dir)
+    config = DataConfig(source=str(path), data_dir=data_dir, **settings)
     return in_public(load(config), config)

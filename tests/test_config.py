@@ -63,7 +63,7 @@ LEAVES = leaves(RunConfig)
 OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
     "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, True, [1], ["cnn"],
-    32,
+    32, "yes",
     ["a", "b"],
 )  # fmt: skip
 """For every setting, a value that it takes and that is not its default."""
@@ -355,10 +355,16 @@ class TestModelsByName:
 
 class TestClasses:
     @pytest.mark.parametrize(
-        "spelt", ["3,4,ten", " 3 ,04, ten", "[3, 4.0, 'ten']", '["3.0", "4", "ten"]', "['3', '+4', 'ten ']"]
+        ("spelt", "classes"),
+        [
+            ("3,4,ten", ("3", "4", "ten")),
+            ("[3, 4.0, 'ten ']", ("3", "4", "ten")),
+            (" 3 ,04, 4,ten", ("3", "04", "4", "ten")),
+            ('["3.0", "+4", "4", 1e1]', ("3.0", "+4", "4", "10")),
+        ],
     )
-    def test_are_text_and_whole_numbers_have_one_form(self, spelt: str) -> None:
-        assert load_config(None, [f"data.classes={spelt}"]).data.classes == ("3", "4", "ten")
+    def test_are_text_and_numbers_have_one_form(self, spelt: str, classes: tuple[str, ...]) -> None:
+        assert load_config(None, [f"data.classes={spelt}"]).data.classes == classes
 
 
 def _values() -> dict[str, st.SearchStrategy[Any]]:
@@ -375,6 +381,9 @@ def _values() -> dict[str, st.SearchStrategy[Any]]:
         "data.data_dir": st.sampled_from(["data", "/a/b c", "ü"]),
         "data.classes": st.lists(st.integers().map(str), min_size=2, unique=True),
         "data.scale": positive,
+        "data.label": st.text("ab 1,", min_size=1),
+        "data.drop": st.lists(st.text("ab 1,", min_size=1)),
+        "data.header": st.sampled_from(["auto", "yes", "no"]),
         "data.gap_classes": st.lists(st.integers(0, 99)),
         "data.records_per_device": count,
         "data.dirichlet_alpha": positive,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privkd.labels import canonical_label, in_order, is_fraction
+from privkd.labels import canonical_number, in_order, is_fraction, is_missing, numbers_of, same_number
 
 
 @pytest.mark.parametrize(
@@ -15,20 +15,44 @@ from privkd.labels import canonical_label, in_order, is_fraction
         ("0.5", "0.5"), ("nan", "nan"), ("1e300", "1e300"), ("1_0", "1_0"), (" cat ", "cat"), ("", ""),
     ],
 )  # fmt: skip
-def test_form(text: str, form: str) -> None:
-    assert canonical_label(text) == form
+def test_form_of_a_number(text: str, form: str) -> None:
+    assert canonical_number(text) == form
 
 
 @given(st.text())
 def test_a_form_is_its_own(text: str) -> None:
-    assert canonical_label(canonical_label(text)) == canonical_label(text)
+    assert canonical_number(canonical_number(text)) == canonical_number(text)
 
 
 @given(st.integers())
 def test_whole_numbers_survive(number: int) -> None:
-    assert canonical_label(f"{number}") == f"{number}"
+    assert canonical_number(f"{number}") == f"{number}"
     if abs(number) < 2**53:
-        assert canonical_label(f"{number}.0") == f"{number}"
+        assert canonical_number(f"{number}.0") == f"{number}"
+        assert same_number(f"{number}.0") == same_number(f"{number}") == number
+
+
+@pytest.mark.parametrize(
+    "code", ["03", "+3", "3e0", "-0", "1_0", " 3", "\u0663", "0x3", "3.1", "nan", "cat", ""]
+)
+def test_codes_spell_no_number(code: str) -> None:
+    assert same_number(code) is None
+
+
+def test_a_class_is_found_by_name_before_number() -> None:
+    assert numbers_of(("12", "012", "7.0")) == {"12": 0, "012": 1, "7.0": 2, 12: 0, 7: 2}
+
+
+@pytest.mark.parametrize(
+    "mark", ["", "NA", "n/a", "#N/A", "<NA>", "nan", "NaN", "NaT", "NULL", "None", " ? "]
+)
+def test_marks_of_what_is_missing(mark: str) -> None:
+    assert is_missing(mark)
+
+
+@pytest.mark.parametrize("label", ["0", "-", "+", "no", "unknown", "nana", "n", "??"])
+def test_what_is_no_such_mark(label: str) -> None:
+    assert not is_missing(label)
 
 
 def test_order() -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -240,4 +241,8 @@ class TestPublicConstants:
     def test_a_plan_sees_no_records(self) -> None:
         """Its arguments are settings, public sizes and words: no tensor can reach it."""
         assert set(inspect.signature(make_plan).parameters) == {"config", "facts"}
-        assert {f.type for f in PublicFacts.__dataclass_fields__.values()} <= {int, tuple[str, ...]}
+        assert {f.type for f in PublicFacts.__dataclass_fields__.values()} <= {
+            int,
+            tuple[str, ...],
+            Mapping[str, str],
+        }, "sizes and words"

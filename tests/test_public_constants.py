@@ -153,7 +153,8 @@ class TestBrokenTwins:
 
     @pytest.mark.parametrize(
         ("name", "change"),
-        [("npz, flags", "features out of range"), ("folder, flags", "features out of range"),
+        [("npz, flags", "features out of range"), ("npz, wide images", "features out of range"),
+         ("folder, flags", "features out of range"),
          ("folder, grey", "colour"), ("parquet, images", "colour")],
     )  # fmt: skip
     def test_constants_of_all_records(
@@ -449,13 +450,24 @@ class TestConstants:
         with pytest.raises(ConfigError, match=r"data\.scale=255: the features of source 'own'"):
             find_constants(source, np.array([0]), DataConfig(source="own", scale=255))
 
-    @pytest.mark.parametrize(
-        "labels", [["3", "4", "3.0"], [3, 4, 3], [3.0, 4.0, 3.0], ["03", "4e0", " 3 "]], ids=str
-    )
-    def test_labels_are_text_of_one_form(self, labels: list[Any]) -> None:
+    @pytest.mark.parametrize("labels", [["3", "4", " 3 "], [3, 4, 3], [3.0, 4.0, 3.0]], ids=str)
+    def test_labels_are_text_and_numbers_of_one_form(self, labels: list[Any]) -> None:
         source = make_source("own", RawSet(np.ones((3, 1)), np.array(labels)))
         assert label_space(source, DataConfig(source="own")) == ("3", "4")
         assert numbered(source.records.labels, ("4", "3")).tolist() == [1, 0, 1]
+
+    def test_text_with_a_point_is_the_class_of_that_number(self) -> None:
+        source = make_source("own", RawSet(np.ones((3, 1)), np.array(["3.0", "4", "3"])))
+        assert numbered(source.records.labels, ("4", "3")).tolist() == [1, 0, 1]
+        with pytest.raises(DataError, match=r"labels '3' and '3\.0' spell one number in two ways"):
+            label_space(source, DataConfig(source="own"))
+
+    def test_codes_are_not_numbers(self) -> None:
+        source = make_source("own", RawSet(np.ones((4, 1)), np.array(["12", "012", "1.2e1", "+12"])))
+        classes = label_space(source, DataConfig(source="own"))
+        assert sorted(classes) == ["+12", "012", "1.2e1", "12"]
+        assert sorted(numbered(source.records.labels, classes).tolist()) == [0, 1, 2, 3]
+        assert numbered(source.records.labels, ("12", "7")).tolist() == [0, 2, 2, 2], "none is taken for 12"
 
     def test_the_order_of_the_settings_is_that_of_the_numbers(self, tmp_path: Path) -> None:
         form = FORMS["csv, text"]

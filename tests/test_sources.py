@@ -250,7 +250,7 @@ class TestCsv:
             "1,2.5,cat\n3,4,dog\n-1,1e2,cat\n",
             "a,b,label\n1,2.5,cat\n3,4,dog\n-1,1e2,cat\n",
             "Class,a,b\ncat,1,2.5\ndog,3,4\ncat,-1,1e2\n",
-            '\ufeffa,b,kind\r\n1, 2.5,"cat"\r\n\r\n3,4, dog\r\n-1,100,cat',
+            '\ufeffa,b,Label\r\n1, 2.5,"cat"\r\n\r\n3,4, dog\r\n-1,100,cat',
             "a,y,b\n1,cat,2.5\n3,dog,4\n-1,cat,100\n",
         ],
     )
@@ -329,7 +329,7 @@ class TestParquet:
         path = write_parquet(tmp_path / "a.parquet", a=[1.5, 2.0], kind=["z", "b"], Label=[5, 4])
         refuses(path, "'kind'", "not numeric")
         path = write_parquet(tmp_path / "a.parquet", a=[1.5, 2.0], b=[True, False], kind=["z", "b"])
-        source = read(path)
+        source = read(path, label="kind")
         assert source.inputs.tolist() == [[1.5, 1], [2, 0]]
         assert source.labels.tolist() == [1, 0]
 

@@ -393,6 +393,7 @@ def provenance(facts: RunFacts) -> Section:
         tuple((file.name, file.digest) for file in facts.files),
     )
     versions = Table("Versions that computed the run", columns("library", "version"), facts.versions)
+    taken = Table("What in the data was taken for what", columns("what", "taken"), facts.taken)
     words = ("The command that starts an equal run:",)
-    tables = (files, versions) if facts.versions else (files,)
+    tables = tuple(table for table in (taken, files, versions) if table.rows)
     return Section("provenance", "Where it comes from", words, tables=tables, commands=(facts.command,))

@@ -50,6 +50,7 @@ def run_tree(facts: RunFacts) -> dict[str, Any]:
         },
         "accuracy": None if facts.accuracies is None else _accuracies(facts.accuracies),
         "exports": [asdict(row) for row in facts.exports],
+        "taken": dict(facts.taken),
         "versions": dict(facts.versions),
         "files": {file.name: file.digest for file in facts.files},
         "command": facts.command,

@@ -226,6 +226,7 @@ class RunFacts:
         finished: whether all rounds were played and the result written.
         closing: lower bounds and checks from the audit that the run ended with.
         warnings: what its result says that its epsilons and delta are not worth.
+        taken: what in the data was taken for what, in words by its name; empty where its result says nothing.
         membership: ``None`` where no such audit was made; so is ``reconstruction``.
         exports: the students that were exported.
         versions: of what computed the run, by name.
@@ -244,6 +245,7 @@ class RunFacts:
     finished: bool
     closing: Audited
     warnings: tuple[str, ...]
+    taken: tuple[tuple[str, str], ...]
     membership: MembershipFacts | None
     reconstruction: ReconstructionFacts | None
     exports: tuple[ExportFacts, ...]

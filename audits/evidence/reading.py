@@ -73,6 +73,7 @@ def read_run(path: Path) -> RunFacts:
         finished=finished,
         closing=_closing(path, result),
         warnings=_warnings(path, result),
+        taken=_taken(path, result),
         membership=_membership(path / MEMBERSHIP, statements),
         reconstruction=read_reconstruction(path, _optional(path / RECONSTRUCTION, dict)),
         exports=read_exports(path),
@@ -168,6 +169,11 @@ def _closing(path: Path, tree: Mapping[str, Any]) -> Audited:
 def _warnings(path: Path, tree: Mapping[str, Any]) -> tuple[str, ...]:
     with well_formed(path / "result.json"):
         return tuple(str(words) for words in tree.get("warnings", ()))
+
+
+def _taken(path: Path, tree: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    with well_formed(path / "result.json"):
+        return tuple((str(name), str(words)) for name, words in dict(tree.get("taken", {})).items())
 
 
 def _accuracies(path: Path, tree: Mapping[str, Any]) -> Accuracies | None:

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from privkd.labels import canonical_label
+from privkd.labels import canonical_number, same_number
 from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
@@ -64,11 +64,18 @@ class DataConfig(Settings):
         proxy_records: size of the unlabelled public proxy set. ``None``: by source.
         test_records: size of the global test set, drawn where the data bring none. ``None``: by source.
         classes: the label space by name, in the order of the class numbers; as text, with commas between.
-            Labels are compared as text, whole numbers in their one form: ``3``, ``"3"`` and ``3.0`` are one.
+            Labels are compared as text; a whole number is the same with and without a point and zeros:
+            ``3``, ``"3"`` and ``3.0`` are one class, ``"03"`` is another.
             Private records with another label are dropped. ``None``: the source's own, or in a simulation of
             the user's own file those that occur in it.
         scale: what whole-number features are divided by. ``None``: bytes by 255, unless those of the public
-            records are 0/1 flags; others are left as they are.
+            records are 0/1 flags; images in other whole numbers by 255 or 65535, as those of the public
+            records reach; others are left as they are.
+        label: the column of a table, or the array of an npz archive, that holds the labels; a column without
+            a name by its number from 1. ``None``: the one that is called like a label; without a header
+            the last.
+        drop: columns of a table that are neither features nor label; as text, with commas between.
+        header: whether the first line of a CSV file names the columns; ``auto`` asks where that is doubtful.
         device_test_records: size of each device's own test set, of its own distribution.
         partition: how private records fall to devices.
         dirichlet_alpha: concentration of ``dirichlet``; small is uneven.
@@ -90,6 +97,9 @@ class DataConfig(Settings):
     test_records: Positive | None = None
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     scale: PositiveFloat | None = None
+    label: Annotated[str, Field(min_length=1)] | None = None
+    drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    header: Literal["auto", "yes", "no"] = "auto"
     device_test_records: Annotated[int, Field(ge=0)] = 20
     partition: Literal["iid", "dirichlet", "classes"] = "iid"
     dirichlet_alpha: PositiveFloat = 1.0
@@ -105,13 +115,39 @@ class DataConfig(Settings):
             value = value.split(",")
         if not isinstance(value, list | tuple):
             return value
-        numbers_too = (str(label) if type(label) in (int, float) else label for label in value)
-        return tuple(canonical_label(label) if isinstance(label, str) else label for label in numbers_too)
+        return tuple(
+            canonical_number(str(label))
+            if type(label) in (int, float)
+            else label.strip()
+            if isinstance(label, str)
+            else label
+            for label in value
+        )
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _number_too(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _columns_by_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",")]
+        if type(value) is int:
+            value = [value]
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(str(name) if type(name) is int else name for name in value)
 
     @field_validator("classes")
     @classmethod
     def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and ("" in value or len(set(value)) < len(value)):
+        numbers = map(same_number, value or ())
+        spelt = [
+            label if number is None else number for label, number in zip(value or (), numbers, strict=True)
+        ]
+        if "" in spelt or len(set(spelt)) < len(spelt):
             raise ValueError("a class is empty or named twice; name each class once")
         return value
 

@@ -81,6 +81,7 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
         gap_classes=split.gap_classes,
         divisor=constants.divisor,
         inferred=in_words(unset(config, given_test=given_test)),
+        taken={**source.taken, "scale": constants.said},
     )
 
 

@@ -5,7 +5,7 @@ private ones, of which one could then change what everybody sees. Only a simulat
 what is not set from all of its records, and says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,13 @@ from privkd.config import DataConfig
 from privkd.data.partition import Indices
 from privkd.data.source import Array, RawSet, Source
 from privkd.errors import ConfigError, DataError
-from privkd.labels import in_order, is_fraction, is_number
+from privkd.labels import in_order, is_fraction, is_number, numbers_of, same_number
 
 PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
 """Data sets that all the world has: a simulation plays a part of one as private."""
 
-_BYTES = 255.0
+_BYTES, _WORDS = 255.0, 65535.0
+_FEW_CLASSES, _RECORDS_A_CLASS = 20, 10
 _SIZES = ("records_per_device", "public_records", "validation_records", "proxy_records")
 # ITU-R 601 in 16-bit fixed point, as Pillow turns colour into grey; a grey pixel stays what it is.
 _LUMA, _HALF, _SHIFT = (19595, 38470, 7471), 1 << 15, 16
@@ -33,13 +34,16 @@ class Constants:
 
     Attributes:
         divisor: what whole numbers are divided by; 1 where features stay as they came.
-        flags: bytes are 0/1 flags, and larger ones are taken for 1.
+        largest: where features lie in ``0 .. largest``, and what lies beyond is taken for the nearer end, as
+            1 of 0/1 flags; ``None``: they are not known to.
         channels: 1 or 3 of decoded images, ``None`` for anything else.
+        said: how the divisor was found, in words.
     """
 
     divisor: float
-    flags: bool
+    largest: float | None
     channels: int | None
+    said: str
 
     def features(self, raw: Array) -> Tensor:
         """Inputs float32 ``[record, *shape]`` from a ``RawSet``'s: each from its own record alone."""
@@ -47,8 +51,8 @@ class Constants:
             raw = grey(raw)
         elif self.channels == 3 and raw.shape[1] == 1:
             raw = np.repeat(raw, 3, axis=1)
-        if self.flags:
-            raw = np.minimum(raw, 1)
+        if self.largest is not None:
+            raw = np.clip(raw, 0, int(self.largest))
         features = torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
         return features if self.divisor == 1 else features.div_(self.divisor)
 
@@ -57,19 +61,48 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
     """The constants of ``source``, from settings and from its ``public`` records and test split.
 
     Raises:
-        ConfigError: ``data.scale`` is set for features that are no whole numbers.
+        ConfigError: ``data.scale`` is set for features that are no whole numbers, or must be set for images
+            in whole numbers that are neither flags nor of 8 or 16 bits.
     """
     if config.scale is not None and not source.whole:
         raise ConfigError(
             f"data.scale={config.scale:g}: the features of source {config.source!r} are no whole numbers by "
             "type, and are taken as they are; scale them in the data"
         )
+    channels = _channels(source, public)
     divisor = source.divisor if config.scale is None else config.scale
+    if divisor is not None:
+        return Constants(divisor, None, channels, f"divided by {divisor:g}")
+    low, high = _range(source, public)
     bytes_ = source.records.inputs.dtype == np.uint8
-    flags = bytes_ and divisor is None and all(part.max(initial=0) <= 1 for part in _parts(source, public))
-    if divisor is None:
-        divisor = _BYTES if bytes_ and not flags else 1.0
-    return Constants(divisor, flags, _channels(source, public))
+    images = source.whole and source.records.inputs.ndim > 2
+    if (bytes_ or images) and low >= 0 and high <= 1:
+        return Constants(1.0, 1.0, channels, "as they are, 0/1 flags")
+    if bytes_:
+        return Constants(_BYTES, None, channels, f"bytes, divided by {_BYTES:g}")
+    if images:
+        return _of_whole_images(source, low, high, channels)
+    return Constants(1.0, None, channels, f"as they are, {low:.4g} to {high:.4g} in the public records")
+
+
+def _of_whole_images(source: Source, low: float, high: float, channels: int | None) -> Constants:
+    """Of images in whole numbers that are no bytes by type: by the range of the public ones."""
+    largest = next((most for most in (_BYTES, _WORDS) if low >= 0 and high <= most), None)
+    if largest is None:
+        raise ConfigError(
+            f"{source.name}: images in whole numbers from {low:g} to {high:g} are neither of 8 nor of 16 "
+            "bits; say what to divide them by, with --set data.scale=N"
+        )
+    said = f"whole numbers up to {largest:g} by those of the public records, divided by it"
+    return Constants(largest, largest, channels, said)
+
+
+def _range(source: Source, public: Indices) -> tuple[float, float]:
+    """The least and the largest value of the public records."""
+    parts = [part for part in _parts(source, public) if part.size]
+    if not parts:
+        return 0.0, 0.0
+    return float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
 
 
 def _parts(source: Source, public: Indices) -> Iterator[Array]:
@@ -146,15 +179,41 @@ def label_space(source: Source, config: DataConfig) -> tuple[str, ...]:
             )
     if len(found) < 2:
         raise DataError(f"{source.name}: all labels are {found[0]!r}; a data set needs at least two classes")
+    _check_spellings(found, source.name)
+    if source.label_by_place and len(found) > max(_FEW_CLASSES, len(labels) // _RECORDS_A_CLASS):
+        raise DataError(
+            f"{source.name}: its last column, taken for the label as there is no header, would make "
+            f"{len(found)} classes of {len(labels)} records; say which is the label with --label N"
+        )
     return in_order(found)
 
 
+def _check_spellings(labels: list[str], name: str) -> None:
+    """Refuse classes read from records of which two are one whole number, with and without a point."""
+    spelt: dict[int, str] = {}
+    for label in labels:
+        value = same_number(label)
+        if value is not None and spelt.setdefault(value, label) != label:
+            raise DataError(
+                f"{name}: labels {spelt[value]!r} and {label!r} spell one number in two ways; spell them "
+                "alike, or name that class and all others once in data.classes"
+            )
+
+
 def numbered(labels: Array, classes: tuple[str, ...]) -> Indices:
-    """Class numbers int64 ``[record]`` of canonical ``labels``; ``len(classes)`` for a label that is none."""
-    number = {label: i for i, label in enumerate(classes)}
+    """Class numbers int64 ``[record]`` of ``labels``; ``len(classes)`` for a label that is none.
+
+    A label that is no class as it is written is the one that spells the same whole number, if one does.
+    """
+    number = numbers_of(classes)
     values, positions = np.unique(labels, return_inverse=True)
-    found = [number.get(str(value), len(classes)) for value in values]
+    found = [_number_of(str(value), number, len(classes)) for value in values]
     return np.array(found, dtype=np.int64)[positions]
+
+
+def _number_of(label: str, number: Mapping[str | int, int], other: int) -> int:
+    value = same_number(label)
+    return number.get(label, other if value is None else number.get(value, other))
 
 
 def numbered_test(source: Source, test: RawSet, classes: tuple[str, ...], config: DataConfig) -> Indices:

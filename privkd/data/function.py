@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from privkd.config import DataConfig
 from privkd.data.source import Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 from privkd.userscode import users_callable
@@ -18,7 +19,7 @@ def is_function_name(source: str) -> bool:
     return _DOTTED.fullmatch(source) is not None
 
 
-def load_function(source: str) -> Source:
+def load_function(source: str, config: DataConfig) -> Source:
     """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists.
 
     The working directory is importable. The function must return the same records each time, or a run cannot
@@ -37,7 +38,8 @@ def load_function(source: str) -> Source:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise DataError(f"source {source!r}: returned {type(returned).__name__}; return (inputs, labels)")
     inputs, labels = (_array(value, source) for value in returned)
-    return make_source(source, RawSet(inputs, labels))
+    taken = {"label": "the second that the function returned"}
+    return make_source(source, RawSet(inputs, labels), classes=config.classes, taken=taken)
 
 
 def _array(value: Any, source: str) -> Array:

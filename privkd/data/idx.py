@@ -43,7 +43,7 @@ def load_idx_folder(folder: Path, name: str) -> Source:
     train = _load_pair(folder, "train")
     if train is None:
         raise DataError(f"{folder}: no train-images and train-labels IDX files; give a folder that has both")
-    return make_source(name, train, _load_pair(folder, "t10k"))
+    return make_source(name, train, _load_pair(folder, "t10k"), taken={"label": "the IDX file of labels"})
 
 
 def _load_pair(folder: Path, split: str) -> RawSet | None:

@@ -3,30 +3,70 @@
 The only importer of pyarrow.
 """
 
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from privkd.config import DataConfig
+from privkd.data.columns import Columns, choose_columns
 from privkd.data.images import decode_images
 from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
-from privkd.data.tabular import LABEL_NAMES, label_column, named_label
 from privkd.errors import DataError, one_line
 
 _IMAGE_BYTES = "bytes"
+_IMAGE_NAMES = ("image", "img")
+_INDEX = re.compile(r"__index_level_[0-9]+__")
 
 
-def load_parquet(path: Path, name: str, test: Path | None = None) -> Source:
-    """Read a Parquet file, and another that holds its test split.
+class _Table(NamedTuple):
+    """Records of a table, what was taken for what, and the feature columns' names; images have none."""
+
+    records: RawSet
+    said: dict[str, str]
+    features: tuple[str, ...]
+
+
+def load_parquet(
+    paths: Sequence[Path],
+    name: str,
+    config: DataConfig,
+    test: Sequence[Path] = (),
+    taken: Mapping[str, str] | None = None,
+) -> Source:
+    """Read the Parquet files of a data set, one after the other, and those that hold its test split.
 
     Images are a column ``struct<bytes, ...>`` or of plain binary values; other columns but the label are then
-    ignored. Otherwise every column but the label is a feature and must be numeric.
+    left out. Otherwise every column but the label is a feature and must be numeric; the index of a pandas
+    table is none.
+
+    Args:
+        paths: one file, or the shards of one table.
+        name: what messages call the data set.
+        config: the settings on columns.
+        test: likewise; empty where there is no test split.
+        taken: what was taken for what before the files were read, in words.
 
     Raises:
-        DataError: pyarrow is not installed, or a file is damaged, lacks columns or holds what is no number.
+        ConfigError: a setting names no column.
+        DataError: pyarrow is not installed, a file is damaged, lacks columns or holds what is no number, or
+            nothing tells which column is the label or the image.
     """
-    return make_source(name, _read(path), None if test is None else _read(test))
+    records, said, features = _read(paths, config)
+    split = None
+    if test:
+        split, _, theirs = _read(test, config)
+        if theirs != features:
+            raise DataError(
+                f"{test[0]}: its features are not those of {paths[0].name}, or stand in another order; write "
+                "them alike"
+            )
+    return make_source(name, records, split, classes=config.classes, taken={**said, **(taken or {})})
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
@@ -38,76 +78,148 @@ def _pyarrow() -> tuple[ModuleType, ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-def _read(path: Path) -> RawSet:
-    """Inputs and labels of one file."""
+def _read(paths: Sequence[Path], config: DataConfig) -> _Table:
+    """Inputs and labels of a table's files."""
     pyarrow, parquet = _pyarrow()
+    tables: list[Any] = []
+    for path in paths:
+        try:
+            with parquet.ParquetFile(path) as file:
+                rows, columns = file.metadata.num_rows, file.metadata.num_columns
+                before = sum(table.num_rows for table in tables)
+                if (before + rows) * columns > MAX_VALUES:
+                    raise DataError(f"{path}: declares {rows} rows of {columns} columns; give fewer records")
+                tables.append(file.read())
+        except _unreadable(pyarrow) as error:
+            raise DataError(
+                f"{path}: not a readable Parquet file ({one_line(error)}); write it again"
+            ) from error
+        if not tables[-1].schema.equals(tables[0].schema):
+            raise DataError(
+                f"{path}: its columns or their types are not those of {paths[0].name}; write them alike"
+            )
+    origin = _Origin(paths, [table.num_rows for table in tables])
     try:
-        with parquet.ParquetFile(path) as file:
-            rows, columns = file.metadata.num_rows, file.metadata.num_columns
-            if rows * columns > MAX_VALUES:
-                raise DataError(f"{path}: declares {rows} rows of {columns} columns; give fewer records")
-            return _parse(pyarrow, file.read(), path)
-    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({one_line(error)}); write it again") from error
+        whole = tables[0] if len(tables) == 1 else pyarrow.concat_tables(tables)
+        return _parse(pyarrow, whole, origin, config)
+    except _unreadable(pyarrow) as error:
+        raise DataError(
+            f"{paths[0]}: not a readable Parquet file ({one_line(error)}); write it again"
+        ) from error
 
 
-def _parse(pyarrow: ModuleType, table: Any, path: Path) -> RawSet:
+def _unreadable(pyarrow: ModuleType) -> tuple[type[Exception], ...]:
+    return (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The files of a table and how many ``rows`` each has, as messages call them."""
+
+    paths: Sequence[Path]
+    rows: Sequence[int]
+
+    def __str__(self) -> str:
+        more = len(self.paths) - 1
+        return f"{self.paths[0]}" + (f" and {more} more" if more else "")
+
+
+def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig) -> _Table:
     if not table.num_rows:
-        raise DataError(f"{path}: no records; give at least two")
-    image = _image_column(pyarrow, table)
+        raise DataError(f"{origin}: no records; give at least two")
+    columns = choose_columns(table.column_names, config, str(origin), index=_row_numbers(table))
+    image = _image_column(pyarrow, table, columns, str(origin))
+    labels = _labels(pyarrow, table, columns.label, origin)
     if image is None:
-        label = label_column(table.column_names, str(path))
-        return RawSet(_features(pyarrow, table, label, path), _labels(pyarrow, table, label, path))
-    named = named_label(table.column_names, str(path))
-    if named is None:
-        wanted, found = ", ".join(LABEL_NAMES), ", ".join(map(repr, table.column_names))
-        raise DataError(f"{path}: no label column among {found}; name one of its columns {wanted}")
-    pixels, colour = _images(pyarrow, table.column(image), path)
-    return RawSet(pixels, _labels(pyarrow, table, named, path), colour)
+        features = tuple(table.column_names[number] for number in columns.features)
+        return _Table(RawSet(_features(pyarrow, table, columns, origin), labels), columns.said, features)
+    pixels, colour = _images(pyarrow, table, image, origin)
+    return _Table(RawSet(pixels, labels, colour), _of_images(table, columns, image), ())
 
 
-def _image_column(pyarrow: ModuleType, table: Any) -> int | None:
-    """Index of the first column of binary values, or of structs with binary ``bytes``."""
-    types = pyarrow.types
-    for index, field in enumerate(table.schema):
-        kind = field.type
-        if types.is_struct(kind):
-            inner = kind.get_field_index(_IMAGE_BYTES)
-            kind = kind.field(inner).type if inner >= 0 else kind
-        if types.is_binary(kind) or types.is_large_binary(kind):
-            return index
+def _of_images(table: Any, columns: Columns, image: int) -> dict[str, str]:
+    names = table.column_names
+    left_out = [repr(name) for number, name in enumerate(names) if number not in (columns.label, image)]
+    return {
+        "label": columns.said["label"],
+        "image": f"column {names[image]!r}",
+        **({"left out": ", ".join(left_out)} if left_out else {}),
+    }
+
+
+def _row_numbers(table: Any) -> set[str]:
+    """The columns that hold the index of a pandas table, as its metadata say, or as pandas calls them."""
+    found = {name for name in table.column_names if _INDEX.fullmatch(name)}
+    try:
+        told = json.loads((table.schema.metadata or {}).get(b"pandas", b"{}"))
+    except (ValueError, RecursionError):
+        return found
+    index = told.get("index_columns") if isinstance(told, dict) else None
+    return (
+        found | {name for name in index or () if isinstance(name, str)} if isinstance(index, list) else found
+    )
+
+
+def _image_column(pyarrow: ModuleType, table: Any, columns: Columns, origin: str) -> int | None:
+    """Index of the column of binary values, or of structs with binary ``bytes``: of several, the one that is
+    called ``image`` or ``img``, else the only struct.
+
+    Raises:
+        DataError: several could be.
+    """
+    found = [number for number in columns.features if _binary(pyarrow, table.schema.field(number).type)]
+    named = [number for number in found if table.column_names[number].lower() in _IMAGE_NAMES]
+    structs = [number for number in found if pyarrow.types.is_struct(table.schema.field(number).type)]
+    for candidates in (named, structs, found):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            names = ", ".join(repr(table.column_names[number]) for number in candidates)
+            raise DataError(f"{origin}: {names} could be the images; leave all but one out with --drop")
     return None
 
 
-def _images(pyarrow: ModuleType, column: Any, path: Path) -> tuple[Array, Array]:
+def _binary(pyarrow: ModuleType, kind: Any) -> bool:
+    types = pyarrow.types
+    if types.is_struct(kind):
+        inner = kind.get_field_index(_IMAGE_BYTES)
+        kind = kind.field(inner).type if inner >= 0 else kind
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _images(pyarrow: ModuleType, table: Any, image: int, origin: _Origin) -> tuple[Array, Array]:
+    column, name = table.column(image), table.column_names[image]
     if pyarrow.types.is_struct(column.type):
         inner = column.type.get_field_index(_IMAGE_BYTES)
         # `flatten`, unlike `field`, makes the bytes of a missing struct missing too.
         column = pyarrow.chunked_array([chunk.flatten()[inner] for chunk in column.chunks])
     if column.null_count:
-        raise DataError(f"{path}: {column.null_count} images are missing; fill in or remove their rows")
-    return decode_images(column.to_pylist(), (f"{path}, row {row}" for row in range(len(column))))
+        raise DataError(f"{origin}: {column.null_count} images are missing; fill in or remove their rows")
+    places = (
+        f"{path}, row {row}, column {name!r}"
+        for path, rows in zip(origin.paths, origin.rows, strict=True)
+        for row in range(rows)
+    )
+    return decode_images(column.to_pylist(), places)
 
 
-def _features(pyarrow: ModuleType, table: Any, label: int, path: Path) -> Array:
-    """Every column but the label, as ``[record, feature]``."""
+def _features(pyarrow: ModuleType, table: Any, columns: Columns, origin: _Origin) -> Array:
+    """The feature columns, as ``[record, feature]``."""
     types = pyarrow.types
-    columns = []
-    for index, field in enumerate(table.schema):
-        if index == label:
-            continue
+    found = []
+    for index in columns.features:
+        field = table.schema.field(index)
         kind = field.type
         if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
             raise DataError(
-                f"{path}: column {field.name!r} of type {kind} is not numeric; encode it as numbers"
+                f"{origin}: column {field.name!r} of type {kind} is not numeric; encode it as numbers, or "
+                "leave it out with --drop"
             )
-        columns.append(_values(table.column(index), field.name, path))
-    if not columns:
-        raise DataError(f"{path}: no feature columns beside the label; give at least one")
-    return np.stack(columns, axis=1)
+        found.append(_values(table.column(index), field.name, origin))
+    return np.stack(found, axis=1)
 
 
-def _labels(pyarrow: ModuleType, table: Any, index: int, path: Path) -> Array:
+def _labels(pyarrow: ModuleType, table: Any, index: int, origin: _Origin) -> Array:
     column, name = table.column(index), table.column_names[index]
     types = pyarrow.types
     if types.is_dictionary(column.type):
@@ -117,14 +229,14 @@ def _labels(pyarrow: ModuleType, table: Any, index: int, path: Path) -> Array:
         return np.array(column.to_pylist(), dtype=np.str_)
     if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
         raise DataError(
-            f"{path}: label column {name!r} of type {column.type} names no classes; give integers or text"
+            f"{origin}: label column {name!r} of type {column.type} names no classes; give integers or text"
         )
-    return _values(column, name, path)
+    return _values(column, name, origin)
 
 
-def _values(column: Any, name: str, path: Path) -> Array:
+def _values(column: Any, name: str, origin: _Origin) -> Array:
     if column.null_count:
         raise DataError(
-            f"{path}: column {name!r} has {column.null_count} missing values; impute or remove them"
+            f"{origin}: column {name!r} has {column.null_count} missing values; impute or remove them"
         )
     return np.asarray(column.to_numpy())

@@ -1,6 +1,7 @@
 """Who holds what: the frozen outcome of a split."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -48,6 +49,7 @@ class Scenario:
         gap_classes: the classes that the public data lack, if any.
         divisor: what the whole numbers of the raw data were divided by; 1 where features are as they came.
         inferred: public constants that a simulation read from all records, private ones too, in words.
+        taken: what in the data was taken for what, such as the label, in words by its name.
     """
 
     public: LabelledSet
@@ -60,6 +62,7 @@ class Scenario:
     gap_classes: tuple[int, ...]
     divisor: float = 1.0
     inferred: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Self:
         """The same scenario on another torch device."""

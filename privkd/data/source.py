@@ -1,18 +1,19 @@
 """A data set in memory, checked: the one shape that every reader hands on.
 
 Nothing is scaled or numbered here: the constants for that are known when it is known which records are public
-(`data.constants`). Byte arrays of more than two axes are images and end up channels first,
-``[record, channel, height, width]``.
+(`data.constants`). Byte arrays of three axes are images, as are arrays of any type of four, and images end up
+channels first, ``[record, channel, height, width]``.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privkd.errors import DataError
-from privkd.labels import canonical_label
+from privkd.labels import canonical_number, is_missing
 
 Array: TypeAlias = NDArray[Any]
 
@@ -28,7 +29,8 @@ class RawSet:
 
     Attributes:
         inputs: numbers ``[record, *shape]``; in a ``Source`` uint8, or float32 and finite.
-        labels: classes ``[record]``; in a ``Source`` text, in the form of `labels.canonical_label`.
+        labels: classes ``[record]``; in a ``Source`` text, of numbers in the form of
+            `labels.canonical_number`.
         colour: which images are coloured ``[record]``, of three channels; ``None`` where ``inputs`` are no
             decoded images.
     """
@@ -50,6 +52,8 @@ class Source:
         classes: the label space, where the source has the same one whatever records it holds.
         divisor: what its whole numbers are divided by, where that too is known of the source.
         whole: whether the features are whole numbers by type.
+        label_by_place: nothing but its place speaks for the label's column.
+        taken: what was taken for what, in words, by its name: the same whatever the private records hold.
     """
 
     name: str
@@ -59,10 +63,18 @@ class Source:
     classes: tuple[str, ...] | None = None
     divisor: float | None = None
     whole: bool = False
+    label_by_place: bool = False
+    taken: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_source(
-    name: str, records: RawSet, test: RawSet | None = None, *, names: tuple[str, ...] | None = None
+    name: str,
+    records: RawSet,
+    test: RawSet | None = None,
+    *,
+    names: tuple[str, ...] | None = None,
+    classes: Collection[str] | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> Source:
     """Check the arrays of one data set.
 
@@ -71,25 +83,41 @@ def make_source(
         records: numbers ``[record, *shape]`` with integers or strings ``[record]``.
         test: a test split that came with the data.
         names: see `Source`.
+        classes: names that are classes even where they look like a mark of a missing label.
+        taken: see `Source`; layout and test split are added where they are not said.
 
     Raises:
         DataError: no records, unequal lengths, a feature that is not a finite number, a missing label, labels
             of a type that names no class, or a test split that does not match.
     """
-    checked = _checked(name, records)
+    known = frozenset(classes or ())
+    checked = _checked(name, records, known)
     whole = records.inputs.dtype.kind in "biu"
-    source = Source(name, checked, names=names, whole=whole)
+    split_said = "none came with the data" if test is None else "came with the data"
+    said = {"test split": split_said, **(taken or {}), "layout": _layout(records, checked)}
+    source = Source(name, checked, names=names, whole=whole, taken=said)
     if test is None:
         return source
     own = f"{name} (test split)"
-    split = _checked(own, test)
+    split = _checked(own, test, known)
     _check_alike(own, split, checked)
     return replace(source, test=split, whole=whole and test.inputs.dtype.kind in "biu")
 
 
-def _checked(name: str, records: RawSet) -> RawSet:
+def _checked(name: str, records: RawSet, classes: Collection[str]) -> RawSet:
     _check_lengths(name, records.inputs, records.labels)
-    return RawSet(_features(records.inputs, name), label_texts(records.labels, name), records.colour)
+    labels = label_texts(records.labels, name, classes)
+    return RawSet(_channels_first(_features(records.inputs, name)), labels, records.colour)
+
+
+def _layout(raw: RawSet, checked: RawSet) -> str:
+    """How the axes of a record were understood."""
+    if raw.colour is not None:
+        return "images, turned upright, on white where they are transparent"
+    shape, kept = tuple(raw.inputs.shape[1:]), tuple(checked.inputs.shape[1:])
+    if shape == kept:
+        return f"{list(kept)}, as it came"
+    return f"{list(kept)}, channels first, of {list(shape)} in the data"
 
 
 def _check_alike(name: str, test: RawSet, records: RawSet) -> None:
@@ -123,29 +151,54 @@ def _check_lengths(name: str, inputs: Array, labels: Array) -> None:
         raise DataError(f"{name}: {inputs.size} values exceed the limit of {MAX_VALUES}; give fewer records")
 
 
-def label_texts(labels: Array, name: str) -> Array:
-    """Labels as text, each in its canonical form.
+def label_texts(labels: Array, name: str, classes: Collection[str] = ()) -> Array:
+    """Labels as text: text as it is written, without the space around it, numbers in their canonical form.
+
+    Args:
+        labels: integers or strings ``[record]``.
+        name: what messages call the data set.
+        classes: names that are classes even where they look like a mark of a missing label.
 
     Raises:
         DataError: a label is missing, or they are of a type that names no class.
     """
-    if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
-        labels = labels.astype(np.str_)
+    if labels.dtype.kind == "O":
+        labels = _of_objects(labels)
     if labels.dtype.kind not in "UTbiuf":
         raise DataError(f"{name}: labels of type {labels.dtype} are not classes; give integers or strings")
-    if labels.dtype.kind in "UT":
+    text = labels.dtype.kind in "UT"
+    if text:
         labels = np.char.strip(labels.astype(np.str_))
-        if (labels == "").any():
-            row = int(np.argmax(labels == ""))
-            raise DataError(f"{name}: record {row} has no label; give it one or remove the record")
     elif labels.dtype.kind == "b":
         labels = labels.astype(np.int64)
     values, positions = np.unique(labels, return_inverse=True)
-    return np.array([canonical_label(str(value)) for value in values], dtype=np.str_)[positions]
+    spelt = [str(value) if text else canonical_number(str(value)) for value in values]
+    for number, label in enumerate(spelt):
+        if is_missing(label) and label not in classes:
+            raise DataError(_missing(label, int(np.argmax(positions == number)), name))
+    return np.array(spelt, dtype=np.str_)[positions]
+
+
+def _of_objects(labels: Array) -> Array:
+    """Text among which some is missing, as text; anything else as it came."""
+    absent = [label is None or (isinstance(label, float) and label != label) for label in labels.flat]
+    if not all(none or isinstance(label, str) for none, label in zip(absent, labels.flat, strict=True)):
+        return labels
+    texts = ["" if none else label for none, label in zip(absent, labels.flat, strict=True)]
+    return np.array(texts, dtype=np.str_).reshape(labels.shape)
+
+
+def _missing(label: str, row: int, name: str) -> str:
+    if not label:
+        return f"{name}: record {row} has no label; give it one or remove the record"
+    return (
+        f"{name}: label {label} of record {row} says that it is missing; give it one or remove the record, "
+        "or name all classes in data.classes if it is one of them"
+    )
 
 
 def _features(inputs: Array, name: str) -> Array:
-    """Bytes as they are, channels first; any other numbers as float32.
+    """Bytes as they are; any other numbers as float32.
 
     Raises:
         DataError: a feature is not a finite real number.
@@ -155,7 +208,7 @@ def _features(inputs: Array, name: str) -> Array:
             f"{name}: inputs of type {inputs.dtype} are not numbers; encode them as numbers first"
         )
     if inputs.dtype == np.uint8:
-        return _channels_first(inputs)
+        return inputs[:, None] if inputs.ndim == 3 else inputs
     with np.errstate(over="ignore"):
         floats = np.array(inputs, dtype=np.float32, order="C")
     fine = np.isfinite(floats)
@@ -166,9 +219,7 @@ def _features(inputs: Array, name: str) -> Array:
     return floats
 
 
-def _channels_first(images: Array) -> Array:
-    if images.ndim == 3:
-        return images[:, None]
-    if images.ndim == 4 and images.shape[3] in _CHANNELS and images.shape[1] not in _CHANNELS:
-        return images.transpose(0, 3, 1, 2)
-    return images
+def _channels_first(inputs: Array) -> Array:
+    if inputs.ndim == 4 and inputs.shape[3] in _CHANNELS and inputs.shape[1] not in _CHANNELS:
+        return inputs.transpose(0, 3, 1, 2)
+    return inputs

@@ -1,5 +1,6 @@
 """Where records come from: one name, path or function to one ``Source``."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,21 +8,31 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from privkd.config import DataConfig, RunConfig
+from privkd.data.columns import refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.function import is_function_name, load_function
 from privkd.data.idx import find_idx, load_idx_folder
 from privkd.data.images import load_image_folder
 from privkd.data.parquet import load_parquet
 from privkd.data.source import RawSet, Source, make_source
+from privkd.data.table_folder import (
+    load_table_folder,
+    refuse_other_tables,
+    split_tables,
+    table_folders,
+)
 from privkd.data.tabular import load_csv, load_npz
 from privkd.errors import DataError
 
 _DIGITS_MAX = 16
-_FILE_READERS = {".npz": load_npz, ".csv": load_csv, ".parquet": load_parquet}
-_TRAIN, _TEST = "train.parquet", "test.parquet"
+_FILE_READERS: dict[str, Callable[[Path, str, DataConfig], Source]] = {
+    ".npz": load_npz,
+    ".csv": load_csv,
+    ".parquet": lambda path, name, config: load_parquet([path], name, config),
+}
 _BYTES_MAX = 255
 _TEN = tuple("0123456789")
-_TABLES, _IDX = ("", "data/"), "*-ubyte*"
+_IDX = "*-ubyte*"
 _NAMED = ("digits", "mnist", "cifar10")
 _PLACES = {"mnist": (".", "MNIST/raw", "raw"), "cifar10": (".", "cifar10")}
 """Where the files of a data set may lie below ``data_dir``."""
@@ -33,15 +44,17 @@ def load(config: DataConfig) -> Source:
     Raises:
         DataError: it is unknown, missing or malformed; the message names the file, the value and the cure.
     """
+    if config.source in PUBLIC_SOURCES or is_function_name(config.source):
+        refuse_columns(config)
     if config.source == "digits":
         return _digits()
     if config.source == "mnist":
         return _mnist(config.data_dir)
     if config.source == "cifar10":
-        return _cifar10(config.data_dir)
+        return _cifar10(config)
     if is_function_name(config.source):
-        return load_function(config.source)
-    return _from_path(config.source, config.data_dir)
+        return load_function(config.source, config)
+    return _from_path(config)
 
 
 def located(config: RunConfig) -> RunConfig:
@@ -82,7 +95,7 @@ def data_files(config: DataConfig) -> dict[str, Path]:
 
 
 def _training_files(folder: Path) -> list[Path]:
-    tables = [path for place in _TABLES for path in folder.glob(f"{place}train*.parquet")]
+    tables = [path for place in table_folders(folder) for path in split_tables(place, "train")]
     images = find_idx(folder, "train", "images")
     return tables if images is None else [images]
 
@@ -90,7 +103,8 @@ def _training_files(folder: Path) -> list[Path]:
 def _files_in(folder: Path) -> dict[str, Path]:
     patterns = ["**/*"]
     if training := _training_files(folder):
-        patterns = [f"{place}*.parquet" for place in _TABLES] if training[0].suffix == ".parquet" else [_IDX]
+        tables = [f"{path.relative_to(folder).as_posix()}/*.parquet" for path in table_folders(folder)]
+        patterns = [_IDX] if training[0].suffix != ".parquet" else tables
     found = {path.relative_to(folder): path for pattern in patterns for path in folder.glob(pattern)}
     shown = [name for name in sorted(found) if not any(part.startswith(".") for part in name.parts)]
     return {name.as_posix(): found[name] for name in shown if found[name].is_file()}
@@ -98,7 +112,8 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 def _digits() -> Source:
     bunch = load_digits()
-    return _public(make_source("digits", RawSet(bunch.images.astype(np.uint8), bunch.target)), _DIGITS_MAX)
+    records = RawSet(bunch.images.astype(np.uint8), bunch.target)
+    return _public(make_source("digits", records, taken={"label": "as published"}), _DIGITS_MAX)
 
 
 def _mnist(data_dir: Path | None) -> Source:
@@ -109,12 +124,12 @@ def _mnist(data_dir: Path | None) -> Source:
     raise DataError(_nowhere("mnist", "train-images IDX file", folders))
 
 
-def _cifar10(data_dir: Path | None) -> Source:
-    folders = _places("cifar10", data_dir)
+def _cifar10(config: DataConfig) -> Source:
+    folders = _places("cifar10", config.data_dir)
     for folder in folders:
-        if (folder / _TRAIN).is_file():
-            return _public(_parquet_folder(folder, "cifar10"), _BYTES_MAX)
-    raise DataError(_nowhere("cifar10", _TRAIN, folders))
+        if table_folders(folder):
+            return _public(load_table_folder(folder, "cifar10", config), _BYTES_MAX)
+    raise DataError(_nowhere("cifar10", "train.parquet", folders))
 
 
 def _public(source: Source, divisor: float) -> Source:
@@ -130,21 +145,22 @@ def _nowhere(source: str, file: str, folders: list[Path]) -> str:
     return f"source {source!r}: no {file} in {', '.join(map(str, folders))}; name its folder with --data-dir"
 
 
-def _from_path(source: str, data_dir: Path | None) -> Source:
-    path = _existing(source, data_dir)
+def _from_path(config: DataConfig) -> Source:
+    path = _existing(config.source, config.data_dir)
     if path is None:
         raise DataError(
-            f"source {source!r}: no such file or folder; "
+            f"source {config.source!r}: no such file or folder; "
             "expected digits, mnist, cifar10, a path or package.module:function"
         )
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, config)
     reader = _FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
             f"{path}: unknown format {path.suffix!r}; expected one of {', '.join(_FILE_READERS)}, or a folder"
         )
-    return reader(path, str(path))
+    refuse_columns(config, label=True, header=path.suffix.lower() == ".csv")
+    return reader(path, str(path), config)
 
 
 def _existing(source: str, data_dir: Path | None) -> Path | None:
@@ -157,14 +173,13 @@ def _existing(source: str, data_dir: Path | None) -> Path | None:
         return None
 
 
-def _from_folder(folder: Path) -> Source:
+def _from_folder(folder: Path, config: DataConfig) -> Source:
     if find_idx(folder, "train", "images") or find_idx(folder, "train", "labels"):
+        refuse_columns(config)
         return load_idx_folder(folder, str(folder))
-    if (folder / _TRAIN).is_file():
-        return _parquet_folder(folder, str(folder))
+    if table_folders(folder):
+        refuse_columns(config, label=True)
+        return load_table_folder(folder, str(folder), config)
+    refuse_other_tables(folder)
+    refuse_columns(config)
     return load_image_folder(folder, str(folder))
-
-
-def _parquet_folder(folder: Path, name: str) -> Source:
-    test = folder / _TEST
-    return load_parquet(folder / _TRAIN, name, test if test.is_file() else None)

@@ -10,17 +10,18 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from privkd.config import DataConfig
+from privkd.data.columns import Columns, choose_columns, label_among
+from privkd.data.header import has_header
 from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
-from privkd.errors import DataError, one_line
+from privkd.errors import ConfigError, DataError, one_line
 from privkd.labels import is_number
-
-LABEL_NAMES = ("label", "labels", "y", "class", "target", "targets")
-"""Column or array names that mark the labels, in any case, most telling first."""
 
 _INPUT_NAMES = ("x", "inputs", "input", "features", "data")
 _TRAIN_KEYS, _TEST_KEYS = ("x_train", "y_train"), ("x_test", "y_test")
@@ -38,39 +39,67 @@ _ARCHIVE_ERRORS = (
 )
 
 
-def load_npz(path: Path, name: str) -> Source:
+def load_npz(path: Path, name: str, config: DataConfig) -> Source:
     """An archive with inputs (``x``, ``inputs``, ...) and labels (``y``, ``labels``, ``target``, ...).
 
     ``x_train, y_train, x_test, y_test`` bring a test split of their own. Case does not matter.
+    ``config.label`` names the array of the labels, ``config.drop`` arrays that are neither.
 
     Raises:
-        DataError: damaged, pickled, larger than the file can hold, or without the arrays.
+        ConfigError: a setting names no array.
+        DataError: damaged, pickled, larger than the file can hold, without the arrays, or two could be the
+            labels.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {Path(info.filename).stem.lower(): info for info in archive.infolist()}
-            pair, test = _array_names(list(members), path)
+            pair, test = _array_names(_without(list(members), config, path), config, path)
             arrays = {key: _read_npy(archive, members[key], path) for key in (*pair, *test)}
     except _ARCHIVE_ERRORS as error:
         raise DataError(
             f"{path}: not a readable npz archive ({one_line(error)}); save it with numpy.savez"
         ) from error
     split = RawSet(arrays[test[0]], arrays[test[1]]) if test else None
-    return make_source(name, RawSet(arrays[pair[0]], arrays[pair[1]]), split)
+    taken = {"label": f"array {pair[1]!r}", "features": f"array {pair[0]!r}"}
+    left_out = [key for key in members if key not in (*pair, *test)]
+    if left_out:
+        taken["left out"] = ", ".join(map(repr, left_out))
+    records = RawSet(arrays[pair[0]], arrays[pair[1]])
+    return make_source(name, records, split, classes=config.classes, taken=taken)
 
 
-def _array_names(keys: Sequence[str], path: Path) -> tuple[tuple[str, str], tuple[str, ...]]:
+def _without(keys: Sequence[str], config: DataConfig, path: Path) -> list[str]:
+    for name in config.drop:
+        if name.lower() not in keys:
+            raise ConfigError(
+                f"data.drop={name!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
+            )
+    return [key for key in keys if key not in [name.lower() for name in config.drop]]
+
+
+def _array_names(
+    keys: Sequence[str], config: DataConfig, path: Path
+) -> tuple[tuple[str, str], tuple[str, ...]]:
     """Names of inputs and labels, and those of the test split if there is one."""
-    if all(key in keys for key in _TRAIN_KEYS):
+    if config.label is not None and config.label.lower() not in keys:
+        raise ConfigError(
+            f"data.label={config.label!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
+        )
+    if config.label in (None, _TRAIN_KEYS[1]) and all(key in keys for key in _TRAIN_KEYS):
         return _TRAIN_KEYS, _TEST_KEYS if all(key in keys for key in _TEST_KEYS) else ()
     inputs = [key for key in _INPUT_NAMES if key in keys]
-    labels = [key for key in LABEL_NAMES if key in keys]
-    if not inputs or not labels:
+    if config.label is not None:
+        label: str | None = config.label.lower()
+    else:
+        place = label_among(keys, str(path), "arrays")
+        label = None if place is None else keys[place]
+    inputs = [key for key in inputs if key != label]
+    if not inputs or label is None:
         found = ", ".join(keys) or "none"
         raise DataError(
             f"{path}: arrays x and y are wanted, found {found}; save with numpy.savez(path, x=..., y=...)"
         )
-    return (inputs[0], labels[0]), ()
+    return (inputs[0], label), ()
 
 
 def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Array:
@@ -99,34 +128,38 @@ def _check_npy_header(member: IO[bytes], info: zipfile.ZipInfo, path: Path) -> N
         raise DataError(f"{path}: array {info.filename} declares shape {shape} but holds {payload} bytes")
 
 
-def load_csv(path: Path, name: str) -> Source:
+def load_csv(path: Path, name: str, config: DataConfig) -> Source:
     """Comma-separated numeric features and one label column, with or without a header.
 
-    A header is a first line that has text where a feature should be, or that names the label column.
-    The label is the column called ``label``, ``y``, ``class`` or ``target``, else the last; it may be text.
+    For what is a header see `header.has_header`. The label is the column ``config.label``, else the one
+    called ``label``, ``y``, ``class`` or ``target``, else, without a header, the last; it may be text.
 
     Raises:
-        DataError: not text, lines of unequal length, a feature that is not a number, or a label missing.
+        ConfigError: a setting names no column.
+        DataError: not text, lines of unequal length, a feature that is not a number, a label missing, or
+            nothing tells whether there is a header or which column is the label.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return make_source(name, _parse_csv(file, path))
+            records, columns = _parse_csv(file, path, config)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({one_line(error)}); save it as UTF-8 text") from error
+    source = make_source(name, records, classes=config.classes, taken=columns.said)
+    return replace(source, label_by_place=columns.by_place)
 
 
-def _parse_csv(file: IO[str], path: Path) -> RawSet:
+def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, Columns]:
     lines = _cells(file)
     number, first = next(lines, (0, []))
     if not first:
         raise DataError(f"{path}: empty; give a line per record")
     if len(first) < 2:
         raise DataError(f"{path}: one column only; separate features and label by commas")
-    header = _is_header(first)
+    header = has_header(first, config, str(path))
     names = first if header else [f"column {column}" for column in range(1, len(first) + 1)]
-    if "" in names:
-        raise DataError(f"{path}: column {names.index('') + 1} of the header has no name; name or remove it")
-    label = label_column(names, str(path)) if header else len(first) - 1
+    columns = choose_columns(names, config, str(path), named=header)
+    said = "the first line names the columns" if header else "none, the first line is a record"
+    columns = replace(columns, said={"header": said, **columns.said})
     rows, labels = [], []
     records = lines if header else itertools.chain([(number, first)], lines)
     for number, cells in records:
@@ -134,17 +167,17 @@ def _parse_csv(file: IO[str], path: Path) -> RawSet:
             raise DataError(
                 f"{path}: line {number} has {len(cells)} cells, the first has {len(first)}; mend it"
             )
-        labels.append(cells[label])
+        labels.append(cells[columns.label])
         rows.append(
             _numbers(
-                cells[:label] + cells[label + 1 :],
+                [cells[column] for column in columns.features],
                 f"{path}: line {number}",
-                names[:label] + names[label + 1 :],
+                [names[column] for column in columns.features],
             )
         )
     if not rows:
         raise DataError(f"{path}: a header but no records; give a line per record")
-    return RawSet(np.stack(rows), np.array(labels, dtype=np.str_))
+    return RawSet(np.stack(rows), np.array(labels, dtype=np.str_)), columns
 
 
 def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
@@ -155,42 +188,12 @@ def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, [cell.strip() for cell in cells]
 
 
-def _is_header(cells: Sequence[str]) -> bool:
-    words = [cell for cell in cells[:-1] if cell and not is_number(cell)]
-    return bool(words) or any(cell.lower() in LABEL_NAMES for cell in cells)
-
-
-def label_column(names: Sequence[str], origin: str) -> int:
-    """Index of the column that is called like a label, else of the last one.
-
-    Raises:
-        DataError: two columns bear the same such name, or there is but one column.
-    """
-    if len(names) < 2:
-        raise DataError(f"{origin}: one column only; give features and a label")
-    named = named_label(names, origin)
-    return len(names) - 1 if named is None else named
-
-
-def named_label(names: Sequence[str], origin: str) -> int | None:
-    """Index of the column that is called like a label, if there is one.
-
-    Raises:
-        DataError: two columns bear the same such name.
-    """
-    lowered = [name.lower() for name in names]
-    for wanted in LABEL_NAMES:
-        if lowered.count(wanted) > 1:
-            raise DataError(f"{origin}: {lowered.count(wanted)} columns are called {wanted!r}; keep one")
-        if wanted in lowered:
-            return lowered.index(wanted)
-    return None
-
-
 def _numbers(cells: Sequence[str], line: str, names: Sequence[str]) -> Array:
     try:
         return np.array(cells, dtype=np.float64)
     except ValueError as error:
         bad = next(column for column, cell in enumerate(cells) if not is_number(cell))
-        cure = "encode it as a number; a label column is the last or called label"
+        cure = (
+            "encode it as a number, leave its column out with --drop, or take it for the label with --label"
+        )
         raise DataError(f"{line}, {names[bad]!r}: {cells[bad]!r} is not a number; {cure}") from error

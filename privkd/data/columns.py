@@ -1,0 +1,178 @@
+"""Which column of a table is the label, and which are features. Columns are known by their names alone.
+
+A choice that more than one column could claim, or that no name speaks for, is asked back, never guessed.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from privkd.config import DataConfig
+from privkd.errors import ConfigError, DataError
+
+LABEL_NAMES = ("label", "labels", "y", "class", "target", "targets")
+"""Column or array names that mark the labels, in any case."""
+
+_MOST_NAMED = 8
+# What pandas calls an index that had no name when it wrote a table, or when it read one.
+_UNNAMED = re.compile(r"|unnamed: [0-9]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Indices of a table's columns.
+
+    Attributes:
+        label: that of the label.
+        features: those of all others, but for what was left out.
+        by_place: no name spoke for the label: it is the last column of a table without a header.
+        said: how they were chosen, in words.
+    """
+
+    label: int
+    features: tuple[int, ...]
+    by_place: bool
+    said: dict[str, str]
+
+
+def choose_columns(
+    names: Sequence[str],
+    config: DataConfig,
+    origin: str,
+    *,
+    named: bool = True,
+    index: Collection[str] = (),
+) -> Columns:
+    """The label's column and the features' ones.
+
+    Args:
+        names: of all columns; ``column 1``, ``column 2``, ... where the table names none.
+        config: ``label`` and ``drop``.
+        origin: what messages call the table.
+        named: whether the names are the table's own.
+        index: names of columns that number the rows, and are no features.
+
+    Raises:
+        ConfigError: ``data.label`` or ``data.drop`` names no column, or both the same.
+        DataError: nothing tells which column is the label, two could be, one has no name, or there are no
+            features.
+    """
+    dropped = {_named(names, name, "drop", origin) for name in config.drop}
+    kept = [number for number in range(len(names)) if number not in dropped]
+    _check_named([names[number] for number in kept], kept, origin)
+    label, why = _label(names, kept, config, origin, named=named)
+    numbering = [number for number in kept if names[number] in index and number != label]
+    features = tuple(number for number in kept if number != label and number not in numbering)
+    if not features:
+        raise DataError(f"{origin}: one column only beside what is left out; give features and a label")
+    said = {"label": f"{_quoted(names, [label])}, {why}", "features": _counted(len(features), "column")}
+    left_out = [*sorted(dropped), *numbering]
+    if left_out:
+        said["left out"] = _quoted(names, left_out)
+    return Columns(label, features, label == kept[-1] and not named and config.label is None, said)
+
+
+def _label(
+    names: Sequence[str], kept: Sequence[int], config: DataConfig, origin: str, *, named: bool
+) -> tuple[int, str]:
+    """The label's column, and why it is."""
+    if config.label is not None:
+        label = _named(names, config.label, "label", origin)
+        if label not in kept:
+            raise ConfigError(
+                f"data.label={config.label!r}: data.drop leaves it out; take it from one of them"
+            )
+        return label, "as set"
+    if not named:
+        return kept[-1], "the last, as there is no header"
+    found = label_among([names[number] for number in kept], origin)
+    if found is None:
+        raise DataError(
+            f"{origin}: no label column: none of {_quoted(names, kept)} is called like one "
+            f"({', '.join(LABEL_NAMES)}); say which it is with --label NAME"
+        )
+    return kept[found], "by its name"
+
+
+def label_among(names: Sequence[str], origin: str, what: str = "columns") -> int | None:
+    """Index of the one of ``names`` that is called like a label, if there is one.
+
+    Raises:
+        DataError: several are.
+    """
+    found = [number for number, name in enumerate(names) if name.lower() in LABEL_NAMES]
+    if len(found) > 1:
+        called = {names[number].lower() for number in found}
+        if len(called) == 1:
+            raise DataError(f"{origin}: {len(found)} {what} are called {called.pop()!r}; keep one")
+        raise DataError(
+            f"{origin}: {len(found)} {what} are called like a label, {_quoted(names, found)}; say which is "
+            "with --label NAME"
+        )
+    return found[0] if found else None
+
+
+def _named(names: Sequence[str], wanted: str, setting: str, origin: str) -> int:
+    """Index of the column called ``wanted``, by its name or as ``column N`` or ``N``."""
+    found = [number for number, name in enumerate(names) if name == wanted]
+    if not found:
+        place = re.fullmatch(r"(?:column )?([1-9][0-9]{0,8})", wanted)
+        by_place = place is not None and int(place[1]) <= len(names)
+        # A number is a place where columns have no names of their own; in words it always is.
+        if (
+            place is not None
+            and by_place
+            and (wanted != place[1] or names[int(place[1]) - 1] == f"column {wanted}")
+        ):
+            return int(place[1]) - 1
+        raise ConfigError(
+            f"data.{setting}={wanted!r}: {origin} has no such column; it has "
+            f"{_quoted(names, range(len(names)))}"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"data.{setting}={wanted!r}: {origin} has {len(found)} columns of that name; give 'column N'"
+        )
+    return found[0]
+
+
+def _check_named(names: Sequence[str], places: Sequence[int], origin: str) -> None:
+    for name, place in zip(names, places, strict=True):
+        if _UNNAMED.fullmatch(name):
+            called = f" but {name!r}" if name else ""
+            raise DataError(
+                f"{origin}: column {place + 1} of the header has no name{called}, so it may number the rows; "
+                f"name it, or leave it out with --drop 'column {place + 1}'"
+            )
+
+
+def _quoted(names: Sequence[str], numbers: Sequence[int]) -> str:
+    shown = ", ".join(repr(names[number]) for number in numbers[:_MOST_NAMED])
+    return shown if len(numbers) <= _MOST_NAMED else f"{shown} and {len(numbers) - _MOST_NAMED} more"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def refuse_columns(config: DataConfig, *, label: bool = False, header: bool = False) -> None:
+    """Refuse settings on columns for a source that has none.
+
+    Args:
+        config: the settings.
+        label: whether the source knows ``data.label`` all the same.
+        header: whether it knows ``data.header``, and with it the others.
+
+    Raises:
+        ConfigError: one is set.
+    """
+    wrong = {
+        "label": config.label is not None and not label,
+        "drop": bool(config.drop) and not label,
+        "header": config.header != "auto" and not header,
+    }
+    for name, given in wrong.items():
+        if given:
+            raise ConfigError(
+                f"data.{name}: source {config.source!r} has no columns it could be about; leave it out"
+            )
