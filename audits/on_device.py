@@ -43,7 +43,7 @@ _POOL, _LABELS, _MOST_TOGETHER, _LEAST_LENGTH = 32, 3, 32, 0.95
 _COMPANY = 24
 _TOLERANCE, _SLACK = 1e-3, 0.02
 """Rounding of float32 weights, and of integers in the channel: on lengths in clip norms, and on variances."""
-_MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 16_000, 40_000_000, 1_000
+_MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 20_000, 40_000_000, 1_000
 _MOST_NUMBERS, _LEAST_POOL = 1 << 26, 8
 """Numbers of what the crafted records move, in double precision."""
 _MOST_ONE_BY_ONE, _MOST_POOL_ONE_BY_ONE = 2_000, 96

@@ -465,7 +465,7 @@ def test_convolutions_that_are_not_clipped_are_rejected(monkeypatch: pytest.Monk
     ids=["default", "system", "subsampled", "Opacus", "CNN"],
 )
 def test_the_sound_path_passes(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"cohort": 1000, "opacus": 1000})
+    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"cohort": 3000, "opacus": 1500})
     found = audit_records(settings, LEVEL, seed=0)
     assert not rejected(found), found
     assert 2.9 < found.finding.epsilon_upper < 3

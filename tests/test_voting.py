@@ -162,8 +162,8 @@ def test_a_rule_costs_what_it_may_and_hardly_less(
     assert rule.threshold_sigma2 is not None
     assert rule.sigma2 is not None
     assert rule.rho <= Fraction(rho)
-    # Variances are rounded up by 1/1024, which shows where there is next to no noise.
-    assert float(rule.rho) >= rho / (1 + 1 / 1024 / float(min(rule.sigma2, rule.threshold_sigma2)))
+    # Variances are rounded up by less than 1/1024, which shows where there is next to no noise.
+    assert float(rule.rho) >= rho * (1 - 1 / 1024 / float(min(rule.sigma2, rule.threshold_sigma2)))
     assert rule.rho == vote_rho(queries, rule.threshold_sigma2, rule.sigma2)
     assert devices * threshold - 1e-6 <= rule.threshold < devices * threshold + 1
 
