@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audits.latest import RUNS, latest
-from audits.reconstruction.request import ReconstructionRequest
-from audits.request import MembershipRequest
+from audits.reconstructions.request import ReconstructionRequest
+from audits.requests import MembershipRequest
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.bounds import Audited
     from privkd.federation import Game
+    from privkd.privacy.bounds import Audited
     from privkd.progress import Progress
-    from privkd.state import State
+    from privkd.runs.checkpoint import State
 
 __all__ = [
     "MembershipRequest",
@@ -25,8 +25,8 @@ __all__ = [
 
 
 def closing_audit(game: "Game", state: "State", progress: "Progress") -> "Audited":
-    """See `audits.closing`, which is loaded when it is called."""
-    from audits.closing import closing_audit as audit
+    """See `audits.mechanisms.audit`, which is loaded when it is called."""
+    from audits.mechanisms.audit import closing_audit as audit
 
     return audit(game, state, progress)
 
@@ -38,11 +38,11 @@ def membership_command(run: Path | None, request: MembershipRequest, *, as_json:
         AuditAlarm: a lower bound lies above the ledger's upper bound; it was printed first.
         PrivkdError: see its tree; the message is for people.
     """
-    from audits.membership import audit_membership
+    from audits.membership_inference import audit_membership
     from audits.report import print_report, report_tree, write_curves
     from audits.verdict import raise_alarm
     from privkd.console import progress_on_stderr
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
     with RunFolder.resume(run or latest(RUNS, "run")) as folder:
         with progress_on_stderr() as progress:
@@ -64,11 +64,11 @@ def reconstruction_command(run: Path | None, request: ReconstructionRequest, *, 
         AuditAlarm: a success rate lies above what the ledger allows; it was printed first.
         PrivkdError: see its tree; the message is for people.
     """
-    from audits.reconstruction.audit import audit_reconstruction
-    from audits.reconstruction.finding import raise_reconstruction_alarm
-    from audits.reconstruction.report import print_reconstruction, reconstruction_tree
+    from audits.reconstructions.audit import audit_reconstruction
+    from audits.reconstructions.finding import raise_reconstruction_alarm
+    from audits.reconstructions.report import print_reconstruction, reconstruction_tree
     from privkd.console import progress_on_stderr
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
     with RunFolder.resume(run or latest(RUNS, "run")) as folder:
         with progress_on_stderr() as progress:
@@ -84,11 +84,11 @@ def reconstruction_command(run: Path | None, request: ReconstructionRequest, *, 
 
 def mechanism_command(*, seed: int, as_json: bool) -> None:
     """Audit the channel and the DP-SGD step as they are installed, and print. Raises as above."""
-    from audits.mechanism import audit_mechanisms
+    from audits.mechanisms.audit import audit_mechanisms
     from audits.report import mechanism_tree, print_mechanisms
     from audits.verdict import raise_alarm
-    from privkd.bounds import raise_failed
     from privkd.console import progress_on_stderr
+    from privkd.privacy.bounds import raise_failed
 
     with progress_on_stderr() as progress:
         report = audit_mechanisms(seed, progress)

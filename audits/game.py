@@ -2,15 +2,18 @@
 
 A finished run trained on all of its devices' records, so nobody was left out of it. The audited target is
 therefore a **replay**: one device's student is trained again, under the run's own settings and noise scales,
-from the teachers that the run published, on records that a seeded coin picked beforehand. The published
-teachers are constants of the game, so the replay's only private input is what the coin decided, and its
-privacy is what the ledger says of the run's mechanism: DP-SGD in every round, for the relation "add or
-remove one record of one device".
+from the teachers that the run published, on records that a seeded coin picked beforehand: natural ones,
+mislabelled ones, or crafted worst cases. The published teachers are constants of the game, so the replay's
+only private input is what the coin decided, and its privacy is what the ledger says of the run's mechanism:
+DP-SGD in every round, for the relation "add or remove one record of one device". What replays leave behind is
+kept in the run's folder, so that no shadow is trained twice.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,15 +21,99 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audits.canaries import Pool
-from privkd.cohort import cohort_answers
-from privkd.data.scenario import Device, LabelledSet
+from audits.estimators.validation import Floats
+from audits.requests import CanaryKind
+from privkd.cloud import bounded_answers
+from privkd.data.scenario import Device, LabelledSet, Scenario
+from privkd.engines.simulation import Fleet
+from privkd.errors import ConfigError, DataError, RunError
 from privkd.federation import Game
-from privkd.fitting import logits_of
-from privkd.fleet import Fleet
-from privkd.randomness import Randomness, SeededRandomness, derive_seed, seeded_generator
-from privkd.reverse import bounded_answers
-from privkd.transcript import Transcript
+from privkd.privacy.randomness import Randomness, SeededRandomness, derive_seed, seeded_generator
+from privkd.runs.folder import RunFolder, versions
+from privkd.runs.transcript import Transcript
+from privkd.training.fit import logits_of
+from privkd.training.vectorised import cohort_answers
+
+_LEAST_CANDIDATES = 8
+_FAR = 3.0
+"""Scale of an outlier: well outside the range of the records."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The records of one device's game.
+
+    Attributes:
+        candidates: each is in or out of a training set by its own fair coin.
+        always: in every training set.
+        population: in none, and never guessed: what non-members look like.
+    """
+
+    candidates: LabelledSet
+    always: LabelledSet
+    population: LabelledSet
+
+
+def draw_pool(scenario: Scenario, device: int, kind: str, seed: int) -> Pool:
+    """The game's records for the device of this number.
+
+    ``natural``: the device's own records and as many held-out ones. As a coin decides about each alike, a
+    difference between the two kinds tells an attack nothing. ``mislabelled`` and ``crafted``: half of the
+    device's records are always in, and as many canaries as it has records are candidates, so that a training
+    set has about the size of the device's own.
+
+    Raises:
+        ConfigError: no such device or kind.
+        DataError: too few records to play with.
+    """
+    if not 0 <= device < len(scenario.devices):
+        raise ConfigError(f"device={device}: expected 0 to {len(scenario.devices) - 1}")
+    if kind not in get_args(CanaryKind):
+        raise ConfigError(f"canaries={kind!r}: expected one of {sorted(get_args(CanaryKind))}")
+    generator = seeded_generator(seed, "audit", "pool", device)
+    own = scenario.devices[device].train
+    held_out = _shuffled(_joined(scenario.test, scenario.devices[device].test), generator)
+    count = min(len(own), len(held_out) // 2)
+    if count < _LEAST_CANDIDATES:
+        raise DataError(
+            f"device {device} has {len(own)} records and the source {len(held_out)} held-out ones: the "
+            f"game needs at least {_LEAST_CANDIDATES} of the first and twice as many of the second"
+        )
+    drawn, population = _part(held_out, slice(0, count)), _part(held_out, slice(count, None))
+    if kind == "natural":
+        return Pool(_joined(own, drawn), _part(own, slice(0, 0)), population)
+    always = _part(_shuffled(own, generator), slice(0, len(own) // 2))
+    wrong = _other_labels(drawn.labels, scenario.classes, generator)
+    inputs = drawn.inputs if kind == "mislabelled" else _crafted(drawn.inputs, generator)
+    return Pool(LabelledSet(inputs, wrong), always, population)
+
+
+def _crafted(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform noise, blank inputs of distinct levels, and negatives far out of range, a third each."""
+    crafted = torch.rand(inputs.shape, generator=generator).to(inputs)
+    crafted[1::3] = torch.linspace(-1, 2, len(crafted[1::3])).view(-1, *[1] * (inputs.ndim - 1)).to(inputs)
+    crafted[2::3] = _FAR * (1 - 2 * inputs[2::3])
+    return crafted
+
+
+def _other_labels(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    """A wrong label for each record, uniformly."""
+    step = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
+    return (labels + step) % classes
+
+
+def _joined(first: LabelledSet, second: LabelledSet) -> LabelledSet:
+    return LabelledSet(torch.cat([first.inputs, second.inputs]), torch.cat([first.labels, second.labels]))
+
+
+def _part(records: LabelledSet, chosen: slice | Tensor) -> LabelledSet:
+    return LabelledSet(records.inputs[chosen], records.labels[chosen])
+
+
+def _shuffled(records: LabelledSet, generator: torch.Generator) -> LabelledSet:
+    order = torch.randperm(len(records), generator=generator).to(records.labels.device)
+    return _part(records, order)
+
 
 DEPLOYED = (
     "and is not audited: a replay trains on the devices' own records and writes their answers, which the "
@@ -205,3 +292,118 @@ class DeviceSide:
             Device(f"replay-{place:04d}", shard, shard) for place, shard in zip(places, shards, strict=True)
         )
         return Fleet(devices, self.game.config.student)
+
+
+_FORMAT = 3
+"""Raised whenever the same key would name other arrays."""
+
+
+@dataclass(frozen=True)
+class GameKey:
+    """Everything that determines a replay, beside the run itself."""
+
+    canaries: str
+    device: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What models of one role did.
+
+    Attributes:
+        inside: bool ``[model, candidate]``, how the coins fell.
+        answers: bounded, before the channel, float32 ``[model, round, query, class]``.
+        candidates: the student's logits on the candidates ``[model, candidate, class]``.
+        population: likewise on the population.
+    """
+
+    inside: NDArray[np.bool_]
+    answers: Tensor
+    candidates: Floats
+    population: Floats
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Arrays by what determines them, under ``audit/`` in the run's folder."""
+
+    folder: RunFolder
+    key: GameKey
+
+    def tensors(
+        self, what: Mapping[str, str | int], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The tensors of ``what``, read back where they were computed before."""
+        text = json.dumps(
+            {**what, "game": vars(self.key), "format": _FORMAT, "run": self._run(), "with": versions()},
+            sort_keys=True,
+        )
+        name = f"audit/{what['what']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        digest = self.folder.path / f"{name}.sha256"
+        try:
+            return self.folder.load(f"{name}.safetensors", digest.read_text().strip())
+        except (OSError, RunError):
+            computed = compute()
+            self.folder.write_text(f"{name}.sha256", self.folder.save(f"{name}.safetensors", computed) + "\n")
+            return computed
+
+    def _run(self) -> str:
+        """The journal names the digests of the settings and of every file of the run."""
+        rounds = [record for record in self.folder.journal if record.get("step") in ("started", "round")]
+        return json.dumps(rounds, sort_keys=True)
+
+
+def traces(side: DeviceSide, pool: Pool, cache: Cache, role: Role, models: int, report: Report) -> Traces:
+    """Replay ``models`` devices on halves of the pool, or read them back."""
+    seed = cache.key.seed
+    draw = flip_coins if role == "target" else draw_halves
+    inside = draw(seed, models, len(pool.candidates))
+
+    def compute() -> dict[str, Tensor]:
+        shards = [shard_of(pool, coins) for coins in inside]
+        replayed = side.replay(shards, [cache.key.device] * models, seed, role, report)
+        answer = side.answer
+        return {
+            "answers": replayed.answers,
+            "candidates": answer(replayed.students, pool.candidates.inputs),
+            "population": answer(replayed.students, pool.population.inputs),
+        }
+
+    records = _digest(pool.candidates, pool.always, pool.population)
+    found = cache.tensors({"what": role, "models": models, "records": records}, compute)
+    return Traces(inside, found["answers"], _floats(found["candidates"]), _floats(found["population"]))
+
+
+def others_answers(side: DeviceSide, cache: Cache, report: Report) -> Tensor:
+    """What the run's other devices send in a replay on their own records ``[other, round, query, class]``.
+
+    Of those that fell silent in a round there is nothing in it: see `DeviceSide.beside`.
+    """
+    devices = side.game.scenario.devices
+    chosen = [number for number in range(len(devices)) if number != cache.key.device]
+
+    def compute() -> dict[str, Tensor]:
+        shards = [devices[number].train for number in chosen]
+        return {"answers": side.replay(shards, chosen, cache.key.seed, "other", report).answers}
+
+    if not chosen:
+        exchanges = side.transcript.exchanges
+        query, classes = len(exchanges[0].queries), side.game.scenario.classes
+        return torch.zeros((0, len(exchanges), query, classes))
+    records = _digest(*(devices[number].train for number in chosen))
+    answers = cache.tensors({"what": "others", "records": records}, compute)["answers"]
+    return side.beside(chosen, answers)
+
+
+def _digest(*sets: LabelledSet) -> str:
+    """Of the records that are replayed: those under the run's settings may have changed since the run."""
+    digest = hashlib.sha256()
+    for tensor in (tensor for records in sets for tensor in (records.inputs, records.labels)):
+        digest.update(str((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _floats(values: Tensor) -> Floats:
+    return np.asarray(values.to(torch.float64).numpy(), dtype=np.float64)

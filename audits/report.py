@@ -12,14 +12,14 @@ from rich.text import Text
 
 from audits.curves import Roc, draw, roc
 from audits.estimators import TprAtFpr
-from audits.labels import LabelFinding
-from audits.mechanism import Examined, MechanismReport
-from audits.membership import MembershipReport, Scored
-from audits.request import LABELS
+from audits.mechanisms.audit import Examined, MechanismReport
+from audits.membership_inference import MembershipReport, Scored
+from audits.requests import LABELS
 from audits.verdict import Finding, Refused
-from privkd.events import Unit
+from audits.views import LabelFinding
+from privkd.privacy.events import Unit
 from privkd.result import plain
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 
 _CELL = 11
 _STYLES = {"ALARM": "bold red", "within bound": "green", "no bound claimed": "yellow"}

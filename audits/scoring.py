@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attacks.channel import ReleaseStatistics, matched_filter_log_ratio
-from attacks.scores import (
+from attacks.membership.registry import (
     SCORES,
     Evidence,
     Population,
@@ -18,17 +17,36 @@ from attacks.scores import (
     quantile_regression,
     rescaled_logit,
 )
-from attacks.whitened import whitened_filter
-from audits.canaries import Pool
-from audits.release import Floats, Released
+from attacks.release import ReleaseStatistics, matched_filter_log_ratio, whitened_filter
+from audits.estimators.validation import Floats
+from audits.game import Pool
 from privkd.data.scenario import LabelledSet
-from privkd.fitting import logits_of
+from privkd.training.fit import logits_of
 
 _CHUNK_ENTRIES = 1 << 24
 """Candidates times released entries at a time: bounds the memory of the shadow statistics."""
 
 ScoreAll = Callable[[], Floats]
 """Scores ``[target, candidate]``; higher means more likely in."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """One view of the channel.
+
+    Attributes:
+        view: its name.
+        answers: what the adversary sees, float64 ``[model, round, query, class]``.
+        noise_std: public standard deviation of the noise on each entry.
+        clean: the same before the noise, as shadow statistics want it.
+        resolution: how near to a device's real answers the encoding comes, noise apart.
+    """
+
+    view: str
+    answers: Floats
+    noise_std: float
+    clean: Floats
+    resolution: float
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ def score_attacks(
     population_labels: NDArray[np.int64],
     names: Sequence[str] = tuple(SCORES),
 ) -> dict[str, ScoreAll]:
-    """Every score of ``attacks.scores`` on these signals, by its name."""
+    """Every score of ``attacks.membership.registry`` on these signals, by its name."""
     shadows = Shadows(rescaled_logit(signals.shadows, labels), signals.inside)
     targets = rescaled_logit(signals.targets, labels)
     seen = rescaled_logit(signals.target_population, population_labels)

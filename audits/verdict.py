@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from audits.estimators import Auc, TprAtFpr
-from privkd.bounds import crossed
 from privkd.errors import AuditAlarm
-from privkd.events import Unit
+from privkd.privacy.bounds import crossed
+from privkd.privacy.events import Unit
 
 Verdict: TypeAlias = Literal["within bound", "no bound claimed", "ALARM"]
 

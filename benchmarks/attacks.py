@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 # A script's own folder comes first on the path, where this file would pass for the package ``attacks``.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from attacks.lira import lira_online  # noqa: E402
-from attacks.rmia import dominated_share, probability, rmia_online  # noqa: E402
-from attacks.shadows import Population, Shadows  # noqa: E402
+from attacks.membership.lira import lira_online  # noqa: E402
+from attacks.membership.rmia import dominated_share, probability, rmia_online  # noqa: E402
+from attacks.membership.shadows import Population, Shadows  # noqa: E402
 
 Floats = NDArray[np.float64]
 

@@ -14,14 +14,14 @@ from pathlib import Path
 # A script's own folder comes first on the path, where ``attacks.py`` would pass for the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from audits.membership import MembershipReport, audit_membership  # noqa: E402
+from audits.membership_inference import MembershipReport, audit_membership  # noqa: E402
 from audits.report import report_tree  # noqa: E402
-from audits.request import MembershipRequest  # noqa: E402
+from audits.requests import MembershipRequest  # noqa: E402
 from audits.verdict import Finding, Refused  # noqa: E402
 from privkd.config import RunConfig, load_config  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
 from privkd.result import train  # noqa: E402
-from privkd.store import RunFolder  # noqa: E402
+from privkd.runs.folder import RunFolder  # noqa: E402
 
 _CHANNELS = {"plain": None, "noised": 8.0, "secure": None}
 """Each channel's device-level budget; the secure one adds no noise: only the sum protects."""

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from privkd.cohort import fit_cohort, train_cohort
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
-from privkd.distill import forward_loss
-from privkd.models import build, parameter_count
-from privkd.randomness import SeededRandomness, seeded_generator
-from privkd.student import GradSampleMode, Mechanism, fastest_mode, train_private, train_unprotected
+from privkd.models.zoo import build, parameter_count
+from privkd.privacy.randomness import SeededRandomness, seeded_generator
+from privkd.training.dpsgd import GradSampleMode, Mechanism, fastest_mode, train_private, train_unprotected
+from privkd.training.losses import forward_loss
+from privkd.training.vectorised import fit_cohort, train_cohort
 
 RECORDS, BATCH, STEPS, CLASSES = 256, 64, 10, 10
 RECIPE = DpSgdConfig(steps=STEPS, sampling_rate=BATCH / RECORDS, learning_rate=0.5)

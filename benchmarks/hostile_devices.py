@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from privkd.aggregation import Rule  # noqa: E402
-from privkd.channel import ChannelBase, PlainChannel, Release  # noqa: E402
+from privkd.channels.channel import ChannelBase, PlainChannel, Release  # noqa: E402
+from privkd.cloud import Rule  # noqa: E402
 from privkd.config import load_config  # noqa: E402
-from privkd.events import PrivacyEvent  # noqa: E402
 from privkd.federation import Game, open_game  # noqa: E402
-from privkd.state import State  # noqa: E402
+from privkd.privacy.events import PrivacyEvent  # noqa: E402
+from privkd.runs.checkpoint import State  # noqa: E402
 
 
 def wrong(honest: Tensor) -> Tensor:

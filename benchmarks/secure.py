@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from privkd.noise import Keystream, discrete_gaussian  # noqa: E402
+from privkd.privacy.noise import Keystream, discrete_gaussian  # noqa: E402
 from privkd.secure.cloud import PartyGroup  # noqa: E402
 from privkd.secure.device import Upload, prepare, relay, send  # noqa: E402
 from privkd.secure.envelope import Header, seal, unseal  # noqa: E402

@@ -10,7 +10,7 @@ from privkd.export.export import Artefact, export_model, raw_of
 from privkd.export.formats import format_named
 from privkd.latency import latencies_ms
 from privkd.reopening import reopened_simulation
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 from privkd.students import HELD_BY_DEVICES, finished_state
 
 _TURNS = 501

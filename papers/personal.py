@@ -8,12 +8,12 @@ from torch import nn
 from privkd.data.scenario import Device
 from privkd.delivery import deliver
 from privkd.errors import RunError
-from privkd.fitting import accuracy
+from privkd.privacy.randomness import seeded_layers
 from privkd.progress import Silent
-from privkd.randomness import seeded_layers
 from privkd.reopening import reopened_simulation
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 from privkd.students import HELD_BY_DEVICES, finished_state
+from privkd.training.fit import accuracy
 
 
 def personal_figures(folder: RunFolder) -> Mapping[str, float]:

@@ -12,14 +12,14 @@ import tomli_w
 
 from papers.probes import Effort, Probe
 from papers.study import Case, Scale
-from privkd.bound import check_files
 from privkd.config import RunConfig, config_tree, load_config
 from privkd.errors import RunError
 from privkd.federation import open_game
 from privkd.progress import Progress
 from privkd.result import plain, train
+from privkd.runs.fingerprints import check_files
+from privkd.runs.folder import RunFolder
 from privkd.secure.installed import check_channel
-from privkd.store import RunFolder
 
 _DIGEST = 12
 

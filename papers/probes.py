@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from privkd.progress import Progress
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Membership:
     def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
         """See `Probe.measure`."""
         from audits.estimators import TprAtFpr
-        from audits.membership import audit_membership
-        from audits.request import MembershipRequest
+        from audits.membership_inference import audit_membership
+        from audits.requests import MembershipRequest
 
         request = MembershipRequest(
             view=self.view,
@@ -122,8 +122,8 @@ class Reconstruction:
 
     def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
         """See `Probe.measure`."""
-        from audits.reconstruction.audit import audit_reconstruction
-        from audits.reconstruction.request import ReconstructionRequest
+        from audits.reconstructions.audit import audit_reconstruction
+        from audits.reconstructions.request import ReconstructionRequest
 
         request = ReconstructionRequest(
             view=self.view, attack=self.attack, trials=effort.trials, seed=folder.config.seed

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from audits.intervals import Interval, mean_of
+from audits.estimators.rates import Interval, mean_of
 from papers.player import Player
 from papers.quantity import Figures
 from papers.study import Claim, Scale, Study

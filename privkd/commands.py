@@ -15,7 +15,7 @@ from privkd.stdout import print_json
 
 if TYPE_CHECKING:
     from privkd.federation import ClosingAudit, Game
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> N
     from privkd.console import print_folder, print_taken
     from privkd.data.constants import PUBLIC_SOURCES
     from privkd.federation import open_game
-    from privkd.store import RunFolder, default_folder
+    from privkd.runs.folder import RunFolder, default_folder
 
     # Bad data, models or budgets fail here, before a run folder exists.
     game = open_game(config)
@@ -69,7 +69,7 @@ def _resume(request: TrainRequest, path: Path, audit: "ClosingAudit") -> None:
         raise ConfigError(
             f"--resume {path}: a run goes on with the settings it was started with; give no others"
         )
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
     with RunFolder.resume(path) as folder:
         _run(folder, None, audit, as_json=request.json)

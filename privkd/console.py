@@ -11,8 +11,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from privkd.events import Unit
 from privkd.forecast import Forecast
+from privkd.privacy.events import Unit
 from privkd.progress import Progress
 from privkd.result import Result
 

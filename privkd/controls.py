@@ -1,22 +1,26 @@
-"""What a gain is measured against: the student trained directly, with and without DP.
+"""What a gain is measured against: teachers that learned from no device, students trained directly.
 
-Controls belong to simulations. They use private records beside the run itself, so their figures are not
-covered by its ledger, and a deployment must not compute them.
+The cloud's controls use what the cloud holds. The devices' belong to simulations: they use private records
+beside the run itself, so their figures are not covered by its ledger, and a deployment must not compute them.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from privkd.cloud import PublicData, Targets, absorb
+from privkd.config import ReverseConfig
 from privkd.data.scenario import Device, LabelledSet
-from privkd.fitting import accuracy
-from privkd.fleet import Fleet
+from privkd.engines.simulation import Fleet
+from privkd.privacy.randomness import SeededRandomness, derive_seed
 from privkd.progress import Progress
-from privkd.randomness import SeededRandomness, derive_seed
-from privkd.student import Mechanism, quieted
+from privkd.training.dpsgd import Mechanism, quieted
+from privkd.training.fit import accuracy, logits_of
 
 _MEASURED = 20
 
@@ -113,3 +117,44 @@ def personal_accuracy(students: Sequence[nn.Module], devices: Sequence[Device]) 
         if len(device.test)
     ]
     return statistics.fmean(found) if found else math.nan
+
+
+@dataclass(frozen=True)
+class ZeroDevices:
+    """Two teachers that learn as long as the run's, on the same batches and behind the same gate, but from no
+    device.
+
+    Neither is always the stronger: own answers hold a teacher that would overfit, and hold back one that
+    would not. What devices add is measured against the better of the two.
+
+    Attributes:
+        self_distilled: learns its own answers in place of each release.
+        labels_only: learns the public labels alone, as the run's teacher does where it trusts nothing
+            that was released.
+    """
+
+    self_distilled: nn.Module
+    labels_only: nn.Module
+
+    def after(
+        self,
+        queries: Tensor,
+        data: PublicData,
+        config: ReverseConfig,
+        generator: Callable[[], torch.Generator],
+    ) -> "ZeroDevices":
+        """Both after one more update.
+
+        Args:
+            queries: proxy indices that the run's teacher learns from, int64 ``[query]``.
+            data: all that the cloud holds.
+            config: as for the run's teacher.
+            generator: gives the update's batches, each time from their beginning.
+        """
+
+        def learned(teacher: nn.Module, weight: float) -> nn.Module:
+            own = F.softmax(logits_of(teacher, data.proxy[queries]), dim=-1)
+            targets = Targets(queries, own, own.new_full((len(queries),), weight), own)
+            return absorb(teacher, targets, data, config, generator()).teacher
+
+        return ZeroDevices(learned(self.self_distilled, 1.0), learned(self.labels_only, 0.0))

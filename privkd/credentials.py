@@ -3,11 +3,11 @@
 import os
 
 from privkd.config import RunConfig
-from privkd.events import PartyId
-from privkd.noise import NoiseRoot
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.votes import VoteRule
+from privkd.runs.folder import RunFolder
 from privkd.secure.remote import ServiceOptions
-from privkd.store import RunFolder
-from privkd.voting import VoteRule
 
 
 def noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:

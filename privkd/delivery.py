@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from privkd.federation import Game
+from privkd.privacy.randomness import derive_seed, seeded_layers
 from privkd.progress import Progress
-from privkd.randomness import derive_seed, seeded_layers
-from privkd.state import State
+from privkd.runs.checkpoint import State
 
 
 def deliver(game: Game, state: State, numbers: Sequence[int], progress: Progress) -> list[nn.Module]:

@@ -18,25 +18,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.bound import bind
-from privkd.bounds import Audited, note_audit, noted_audit
-from privkd.channel import Channel, PlainChannel, Release, open_channel
+from privkd.channels.channel import Channel, PlainChannel, Release, open_channel
+from privkd.cloud import (
+    Absorbed,
+    PublicData,
+    absorb,
+    bounded_answers,
+    choose_queries,
+    distil_public,
+    targets_of,
+    train_teacher,
+)
 from privkd.config import ModelConfig, RunConfig
-from privkd.controls import Controls, mean_accuracy, measure_controls, personal_accuracy
+from privkd.controls import Controls, ZeroDevices, mean_accuracy, measure_controls, personal_accuracy
 from privkd.credentials import noise_root, service_options
 from privkd.data import build_scenario
 from privkd.data.scenario import LabelledSet, Scenario
-from privkd.events import PartyId, PrivacyEvent, Unit
-from privkd.fitting import accuracy, logits_of
-from privkd.fleet import Fleet, RandomnessOf
-from privkd.hardware import torch_device
-from privkd.ledger import Charge, Ledger
-from privkd.models import build
-from privkd.noise import NoiseRoot
+from privkd.engines.simulation import Fleet, RandomnessOf
+from privkd.models.zoo import build, torch_device
 from privkd.plan import Plan, budgets, facts_of, make_plan
-from privkd.progress import Progress, Silent
-from privkd.proof import Probe, check_apart
-from privkd.randomness import (
+from privkd.privacy.bounds import Audited, note_audit, noted_audit
+from privkd.privacy.events import PartyId, PrivacyEvent, Unit
+from privkd.privacy.ledger import Charge, Ledger
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import (
     Randomness,
     SeededRandomness,
     SystemRandomness,
@@ -44,9 +49,9 @@ from privkd.randomness import (
     seeded_generator,
     seeded_layers,
 )
-from privkd.repeats import UNKEPT, Notes, check_repeats
-from privkd.reverse import bounded_answers, choose_queries, targets_of
-from privkd.state import (
+from privkd.privacy.votes import VoteRule, data_dependent_rdp, rdp_epsilon
+from privkd.progress import Progress, Silent
+from privkd.runs.checkpoint import (
     RoundFigures,
     State,
     Wire,
@@ -55,11 +60,11 @@ from privkd.state import (
     load_teachers,
     saved,
 )
-from privkd.store import RunFolder
-from privkd.student import Mechanism, check_records_apart, check_trainable, quieted
-from privkd.teacher import Absorbed, PublicData, absorb, distil_public, train_teacher
-from privkd.voting import VoteRule, data_dependent_rdp, rdp_epsilon
-from privkd.zero_devices import ZeroDevices
+from privkd.runs.fingerprints import UNKEPT, Notes, bind, check_repeats
+from privkd.runs.folder import RunFolder
+from privkd.training.dpsgd import Mechanism, check_records_apart, check_trainable, quieted
+from privkd.training.fit import accuracy, logits_of
+from privkd.training.proof import Probe, check_apart
 
 _SLOWLY = ", one record at a time: no faster computation gives this student's own gradients"
 

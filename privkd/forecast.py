@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from privkd.config import RunConfig
 from privkd.federation import open_game
-from privkd.models import parameter_count
+from privkd.models.zoo import parameter_count
 from privkd.plan import Plan
-from privkd.student import seconds_per_step
+from privkd.training.dpsgd import seconds_per_step
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from privkd.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
-from privkd.claims import check_delta, warnings_on
 from privkd.config import RunConfig
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
-from privkd.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
-from privkd.ledger import Budget
+from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
+from privkd.privacy.claims import check_delta, warnings_on
+from privkd.privacy.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
+from privkd.privacy.ledger import Budget
+from privkd.privacy.votes import VoteRule, affordable_queries, vote_rule
 from privkd.secure.normcheck import FALSE_ALARM
-from privkd.voting import VoteRule, affordable_queries, vote_rule
 
 _FEWEST_UNDER_NOISE, _MOST_UNDER_NOISE = 100, 1000
 _CLEAR = 0.17

@@ -1,10 +1,10 @@
 """A run's folder, opened again: on the data and the code that it was started with, or not at all."""
 
-from privkd.bound import check_bound, check_files
 from privkd.config import RunConfig
 from privkd.errors import RunError
 from privkd.federation import Game, open_game
-from privkd.store import RunFolder
+from privkd.runs.fingerprints import check_bound, check_files
+from privkd.runs.folder import RunFolder
 
 
 def reopened(folder: RunFolder) -> Game:

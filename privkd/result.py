@@ -8,21 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from privkd.bounds import Check, LowerBound, raise_failed
 from privkd.config import RunConfig
 from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.delivery import deliver
 from privkd.errors import AuditAlarm
-from privkd.events import Unit
 from privkd.federation import ClosingAudit, Game, Run, open_game, run
 from privkd.latency import latencies_ms
-from privkd.ledger import Statement
-from privkd.models import parameter_count
+from privkd.models.zoo import parameter_count
+from privkd.privacy.bounds import Check, LowerBound, raise_failed
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Statement
 from privkd.progress import Progress
 from privkd.reopening import reopened
-from privkd.state import RoundFigures, State
-from privkd.store import RunFolder
+from privkd.runs.checkpoint import RoundFigures, State
+from privkd.runs.folder import RunFolder
 from privkd.students import with_students
 
 

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from privkd.bound import check_bound
 from privkd.errors import RunError
 from privkd.federation import Game
 from privkd.reopening import check_simulated
-from privkd.state import State, load_state, load_teachers, saved
-from privkd.store import RunFolder
+from privkd.runs.checkpoint import State, load_state, load_teachers, saved
+from privkd.runs.fingerprints import check_bound
+from privkd.runs.folder import RunFolder
 
 HELD_BY_DEVICES = (
     "and holds no students: each is on its device alone, where privkd.export.export.export_model writes it; "

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from audits.estimators import Auc, TprAtFpr
-from audits.reconstruction.finding import ReconstructionFinding, ReconstructionReport, Success
-from audits.reconstruction.report import reconstruction_tree
+from audits.reconstructions.finding import ReconstructionFinding, ReconstructionReport, Success
+from audits.reconstructions.report import reconstruction_tree
 from audits.report import REPLAY_NOTE, finding_tree
 from audits.verdict import Finding, Refused
-from privkd.events import Unit
+from privkd.privacy.events import Unit
 from privkd.result import plain
 
 PNG = b"\x89PNG\r\n\x1a\nmade up"

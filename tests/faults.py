@@ -198,7 +198,7 @@ def _descriptor(descriptor: int, *_: object) -> str:
 
 
 def _arm(strike: Strike, trace: int) -> None:
-    from privkd.channel import NoisedChannel, PlainChannel, Release
+    from privkd.channels.channel import NoisedChannel, PlainChannel, Release
     from privkd.secure.channel import SecureChannel
 
     tracer = _Tracer(strike, trace)
@@ -255,7 +255,13 @@ def _warm_up() -> None:
     """Load all that a command loads, and what torch prepares at its first use."""
     from running import play
 
-    for name in ("audits.closing", "audits.membership", "audits.report", "privkd.console", "privkd.forecast"):
+    for name in (
+        "audits.mechanisms.audit",
+        "audits.membership_inference",
+        "audits.report",
+        "privkd.console",
+        "privkd.forecast",
+    ):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         play(Path(folder) / "warm", "rounds=1")

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from privkd.journal import Journal
-from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.cloud import PartyGroup, Total
 from privkd.secure.commands import KeysRequest, keys_command
 from privkd.secure.device import Upload, prepare

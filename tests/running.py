@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from privkd.channel import PlainChannel, Release
+from privkd.channels.channel import PlainChannel, Release
 from privkd.config import RunConfig, load_config
 from privkd.federation import Game
 from privkd.progress import Silent
 from privkd.result import Result, train
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 
 SMALL = (
     "channel.kind=plain",

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 
-from privkd.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price, upper_bound
 from privkd.errors import BudgetError, InputError
-from privkd.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
+from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price, upper_bound
+from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
 
 DELTA = 1e-5
 SECOND_ERROR = 0.01

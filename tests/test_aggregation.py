@@ -14,10 +14,9 @@ from running import play
 from safetensors.torch import load_file
 from torch import Tensor
 
-from privkd.aggregation import Rule, aggregate
-from privkd.channel import PlainChannel, Release
+from privkd.channels.channel import PlainChannel, Release
+from privkd.cloud import Rule, aggregate, project_on_simplex
 from privkd.errors import ChannelError
-from privkd.reverse import project_on_simplex
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 ROBUST = tuple(rule for rule in RULES if rule != "mean")

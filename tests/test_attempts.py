@@ -13,7 +13,7 @@ import torch
 from rig import LIMITS, Rig, services_inside, soon, sum_over, uploads_of
 
 from privkd.errors import ChannelError
-from privkd.noise import NoiseRoot
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.admission import RefusalError
 from privkd.secure.cloud import PartyGroup
 from privkd.secure.device import prepare

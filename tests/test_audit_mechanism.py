@@ -16,20 +16,12 @@ from click.testing import Result
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-import audits.mechanism
-import privkd.channel
-import privkd.cohort.planning
-import privkd.fleet
-from audits.gradient import (
-    DpSgdStep,
-    Scores,
-    bound_many_trials,
-    bound_one_run,
-    dirac_scores,
-    noised_sums,
-    probe,
-)
-from audits.mechanism import (
+import audits.mechanisms.audit
+import privkd.channels.channel
+import privkd.engines.simulation
+import privkd.training.vectorised.cohort
+from audits.estimators.validation import Floats
+from audits.mechanisms.audit import (
     Examined,
     Level,
     audit_channel,
@@ -38,23 +30,31 @@ from audits.mechanism import (
     audit_records,
     released_by,
 )
-from audits.release import Floats
+from audits.mechanisms.canaries import (
+    DpSgdStep,
+    Scores,
+    bound_many_trials,
+    bound_one_run,
+    dirac_scores,
+    noised_sums,
+    probe,
+)
+from audits.mechanisms.neighbours import DpSgdGame, ObserveSums, ReleaseMany, fitted_log_ratio, observed
 from audits.verdict import Finding, raise_alarm
-from audits.worlds import DpSgdGame, ObserveSums, ReleaseMany, fitted_log_ratio, observed
 from cli import app
-from privkd.accounting import calibrate_noise_multiplier, price
-from privkd.channel import NoisedChannel
-from privkd.cohort import train_cohort
-from privkd.cohort.layers import Conv2d
+from privkd.channels.channel import NoisedChannel
 from privkd.config import DpSgdConfig, load_config
 from privkd.data.scenario import LabelledSet
+from privkd.engines.simulation import Fleet
 from privkd.errors import AuditAlarm, ModelError
-from privkd.events import DpSgd, Unit
 from privkd.federation import Game, open_game
-from privkd.fleet import Fleet
-from privkd.noise import NoiseRoot
-from privkd.randomness import Randomness, SeededRandomness, SystemRandomness
-from privkd.student import Mechanism, check_trainable
+from privkd.privacy.accounting import calibrate_noise_multiplier, price
+from privkd.privacy.events import DpSgd, Unit
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from privkd.training.dpsgd import Mechanism, check_trainable
+from privkd.training.vectorised import train_cohort
+from privkd.training.vectorised.layers import Conv2d
 
 LEVEL = Level(confidence=0.999)
 FULL = DpSgdGame(noise_multiplier=4.0, sampling_rate=1.0, steps=4, base=4, runs=600)
@@ -189,13 +189,13 @@ def audited(release: ReleaseMany, runs: int) -> Finding:
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """`privkd audit mechanism` with little in its tables, and ``installed`` in the module of its name."""
     sound = Examined(audited(noised_release(RHO, 5), runs=200))
-    monkeypatch.setattr(audits.mechanism, "_audit_noised_worlds", lambda level, seed: sound)
+    monkeypatch.setattr(audits.mechanisms.audit, "_audit_noised_worlds", lambda level, seed: sound)
     for name, nothing in (("TRAININGS", ()), ("CHANNELS", {}), ("GAMES", ())):
-        monkeypatch.setattr(audits.mechanism, name, nothing)
+        monkeypatch.setattr(audits.mechanisms.audit, name, nothing)
 
     def run(**installed: object) -> Result:
         for name, value in installed.items():
-            monkeypatch.setattr(audits.mechanism, name, value)
+            monkeypatch.setattr(audits.mechanisms.audit, name, value)
         return CliRunner().invoke(app, ["audit", "mechanism"])
 
     return run
@@ -209,7 +209,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[DpSgdStep], None]:
         def called(*given: Any, progress: object) -> Models:
             return step(*given)
 
-        monkeypatch.setattr(privkd.fleet, "train_cohort", called)
+        monkeypatch.setattr(privkd.engines.simulation, "train_cohort", called)
 
     return put
 
@@ -345,12 +345,12 @@ def test_a_sound_channel_passes() -> None:
 def test_the_open_noised_channel_is_rejected_with_less_noise(
     factor: float, command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = privkd.channel.discrete_gaussian
+    drawn = privkd.channels.channel.discrete_gaussian
 
     def scaled(*given: Any) -> Any:
         return (factor * drawn(*given)).astype(np.int64)
 
-    monkeypatch.setattr(privkd.channel, "discrete_gaussian", scaled)
+    monkeypatch.setattr(privkd.channels.channel, "discrete_gaussian", scaled)
     result = command(CHANNELS={"noised": ("channel.kind=noised",)}, _TRIALS={"noised": 1000})
     assert result.exit_code == AuditAlarm.exit_code, result.output
     assert "ALARM" in result.stdout
@@ -358,7 +358,7 @@ def test_the_open_noised_channel_is_rejected_with_less_noise(
 
 
 def test_the_open_noised_channel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"noised": 4000})
+    monkeypatch.setattr(audits.mechanisms.audit, "_TRIALS", {"noised": 4000})
     found = audit_devices("noised", LEVEL, seed=0)
     assert not rejected(found), found
     assert found.finding.unit is Unit.DEVICE
@@ -425,7 +425,7 @@ def whole_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(Conv2d, "book", book)
-    monkeypatch.setattr(privkd.cohort.planning, "agree", lambda *_: True)
+    monkeypatch.setattr(privkd.training.vectorised.cohort, "agree", lambda *_: True)
 
 
 BROKEN_PATHS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
@@ -446,13 +446,13 @@ BROKEN_PATHS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", BROKEN_PATHS)
 def test_a_fault_on_the_devices_path_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, settings = BROKEN_PATHS[name]
-    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"cohort": 1000, "opacus": 500})
+    monkeypatch.setattr(audits.mechanisms.audit, "_TRIALS", {"cohort": 1000, "opacus": 500})
     monkeypatch.setattr(*fault())
     assert rejected(audit_records(settings, LEVEL, seed=0))
 
 
 def test_convolutions_that_are_not_clipped_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"cohort": 1000})
+    monkeypatch.setattr(audits.mechanisms.audit, "_TRIALS", {"cohort": 1000})
     whole_convolutions(monkeypatch)
     found = audit_records(UNPROVED, LEVEL, seed=0)
     assert rejected(found)
@@ -465,7 +465,7 @@ def test_convolutions_that_are_not_clipped_are_rejected(monkeypatch: pytest.Monk
     ids=["default", "system", "subsampled", "Opacus", "CNN"],
 )
 def test_the_sound_path_passes(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"cohort": 3000, "opacus": 1500})
+    monkeypatch.setattr(audits.mechanisms.audit, "_TRIALS", {"cohort": 3000, "opacus": 1500})
     found = audit_records(settings, LEVEL, seed=0)
     assert not rejected(found), found
     assert 2.9 < found.finding.epsilon_upper < 3
@@ -474,7 +474,7 @@ def test_the_sound_path_passes(settings: tuple[str, ...], monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", audits.mechanism.TRAININGS)
+@pytest.mark.parametrize("settings", audits.mechanisms.audit.TRAININGS)
 def test_what_is_installed_comes_near_the_ledger(settings: tuple[str, ...]) -> None:
     found = audit_records(settings, LEVEL, seed=0)
     assert not rejected(found), found

@@ -13,28 +13,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import audits.membership
-from attacks.scores import rescaled_logit
-from audits.canaries import Pool, draw_pool
+import audits.membership_inference
+from attacks.membership.registry import rescaled_logit
 from audits.curves import draw, roc
-from audits.game import DeviceSide, draw_halves, flip_coins, shard_of
-from audits.labels import draw_uneven, infer_labels
+from audits.game import Cache, DeviceSide, GameKey, Pool, draw_halves, draw_pool, flip_coins, shard_of, traces
 from audits.latest import latest
-from audits.membership import audit_membership, views_of
-from audits.release import Crowd, per_client, ring_mean
-from audits.request import MODEL_ATTACKS, MembershipRequest
+from audits.membership_inference import audit_membership, views_of
+from audits.requests import MODEL_ATTACKS, MembershipRequest
 from audits.scoring import Features
-from audits.traces import Cache, GameKey, traces
 from audits.verdict import Refused
+from audits.views import Crowd, draw_uneven, infer_labels, per_client, ring_mean
 from cli import app
 from privkd.config import load_config
 from privkd.errors import AuditAlarm, ConfigError, DataError, RunError
 from privkd.federation import open_game
-from privkd.noise import NoiseRoot
+from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent
 from privkd.result import train
-from privkd.state import load_transcript
-from privkd.store import RunFolder
+from privkd.runs.checkpoint import load_transcript
+from privkd.runs.folder import RunFolder
 
 SMALL = {
     "data.devices": 3,
@@ -162,7 +159,7 @@ def test_the_cache_knows_the_records_and_the_libraries(
     assert not trained(pool)
     brighter = replace(pool.candidates, inputs=pool.candidates.inputs + 0.1)
     assert trained(replace(pool, candidates=brighter))
-    monkeypatch.setattr("audits.traces.versions", lambda: {"torch": "of tomorrow"})
+    monkeypatch.setattr("audits.game.versions", lambda: {"torch": "of tomorrow"})
     assert trained(pool)
 
 
@@ -223,7 +220,7 @@ def test_the_rings_noise_is_what_it_says() -> None:
 
 
 def test_every_view_of_a_run_is_found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.membership, "_TRIALS", 5000)
+    monkeypatch.setattr(audits.membership_inference, "_TRIALS", 5000)
     request = MembershipRequest(shadows=8, targets=2)
     with RunFolder.resume(finished) as folder:
         report = audit_membership(folder, request, Silent())
@@ -384,14 +381,14 @@ def test_a_run_whose_mechanism_is_broken_ends_in_exit_code_3(
     """The run's ledger claims epsilon 3; the installed step adds a tenth of the noise."""
     if finished.name != "secure":
         pytest.skip("the run without DP claims nothing")
-    sound = audits.membership.train_cohort
+    sound = audits.membership_inference.train_cohort
 
     def broken(models: Any, shards: Any, logits: Any, mechanism: Any, sources: Any) -> Any:
         less = replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 10)
         return sound(models, shards, logits, less, sources)
 
-    monkeypatch.setattr(audits.membership, "train_cohort", broken)
-    monkeypatch.setattr(audits.membership, "_TRIALS", 5000)
+    monkeypatch.setattr(audits.membership_inference, "train_cohort", broken)
+    monkeypatch.setattr(audits.membership_inference, "_TRIALS", 5000)
     result = CliRunner().invoke(app, ["audit", "membership", str(finished), "--view", "gradient", "--json"])
     assert result.exit_code == AuditAlarm.exit_code == 3
     assert {found["verdict"] for found in json.loads(result.stdout)["views"]} == {"ALARM"}

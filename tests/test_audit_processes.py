@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-import audits.mechanism
-from audits.mechanism import CHANNELS, Examined, Level, audit_devices
-from audits.on_channel import audit_releases, check_sum
-from audits.release import ring_mean
+import audits.mechanisms.audit
+from audits.mechanisms.audit import CHANNELS, Examined, Level, audit_devices
+from audits.mechanisms.on_channel import audit_releases, check_sum
+from audits.views import ring_mean
 from cli import app
-from privkd.bounds import Check, raise_failed
-from privkd.channel import ChannelBase, Release
+from privkd.channels.channel import ChannelBase, Release
 from privkd.errors import AuditAlarm
-from privkd.events import PartyId, PrivacyEvent, ZCdp
 from privkd.federation import Game
-from privkd.noise import NoiseRoot
+from privkd.privacy.bounds import Check, raise_failed
+from privkd.privacy.events import PartyId, PrivacyEvent, ZCdp
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.shares import fitting_encoding
 
 LEVEL = Level(confidence=0.999)
@@ -165,13 +165,13 @@ def test_a_release_that_is_only_repeated_passes() -> None:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[Flaw], Examined]:
     """What is found of a secure channel with a flaw, where the audit opens a run's."""
-    monkeypatch.setattr(audits.mechanism, "_TRIALS", {"processes": 1000})
+    monkeypatch.setattr(audits.mechanisms.audit, "_TRIALS", {"processes": 1000})
 
     def examined(flaw: Flaw) -> Examined:
         def opened(game: Game, rho: float | None) -> ChannelBase:
             return RingChannel(game.plan.clip_norm, rho, game.root, flaw)
 
-        monkeypatch.setattr(audits.mechanism, "opened", opened)
+        monkeypatch.setattr(audits.mechanisms.audit, "opened", opened)
         return audit_devices("secure, processes", LEVEL, seed=0)
 
     return examined
@@ -195,10 +195,10 @@ def test_a_failed_check_ends_in_exit_code_3(
 ) -> None:
     within = devices(one_short)
     for name, nothing in (("TRAININGS", ()), ("GAMES", ())):
-        monkeypatch.setattr(audits.mechanism, name, nothing)
-    monkeypatch.setattr(audits.mechanism, "CHANNELS", {"secure, processes": ()})
+        monkeypatch.setattr(audits.mechanisms.audit, name, nothing)
+    monkeypatch.setattr(audits.mechanisms.audit, "CHANNELS", {"secure, processes": ()})
     monkeypatch.setattr(
-        audits.mechanism, "_audit_noised_worlds", lambda level, seed: Examined(within.finding)
+        audits.mechanisms.audit, "_audit_noised_worlds", lambda level, seed: Examined(within.finding)
     )
     result = CliRunner().invoke(app, ["audit", "mechanism", "--json"])
     assert result.exit_code == AuditAlarm.exit_code

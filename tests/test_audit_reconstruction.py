@@ -13,25 +13,23 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import audits.reconstruction.audit
+import audits.reconstructions.audit
 from audits.game import DeviceSide
-from audits.reconstruction.audit import audit_reconstruction, plan_attacks
-from audits.reconstruction.drawings import Drawn, paired_answers
-from audits.reconstruction.finding import ReconstructionFinding, Success, raise_reconstruction_alarm
-from audits.reconstruction.grid import draw_grid
-from audits.reconstruction.replays import Replays
-from audits.reconstruction.report import reconstruction_tree
-from audits.reconstruction.request import ReconstructionRequest
-from audits.reconstruction.secrets import draw_classes, draw_records, without_classes
+from audits.reconstructions.audit import audit_reconstruction, draw_grid, plan_attacks
+from audits.reconstructions.drawings import Drawn, paired_answers
+from audits.reconstructions.finding import ReconstructionFinding, Success, raise_reconstruction_alarm
+from audits.reconstructions.replays import Replays, draw_classes, draw_records, without_classes
+from audits.reconstructions.report import reconstruction_tree
+from audits.reconstructions.request import ReconstructionRequest
 from cli import app
 from privkd.config import load_config
 from privkd.errors import AuditAlarm, ConfigError, DataError
-from privkd.events import Unit
 from privkd.federation import Game, open_game
+from privkd.privacy.events import Unit
 from privkd.progress import Silent
 from privkd.result import train
-from privkd.state import load_transcript
-from privkd.store import RunFolder
+from privkd.runs.checkpoint import load_transcript
+from privkd.runs.folder import RunFolder
 
 SMALL = {
     "data.devices": 3,
@@ -296,13 +294,13 @@ def test_a_run_whose_mechanism_is_broken_ends_in_exit_code_3(
     """The run's ledger claims epsilon 3; the installed step adds a fifth of the noise."""
     if finished.name != "secure":
         pytest.skip("the run without DP claims nothing")
-    sound = audits.reconstruction.audit.train_cohort
+    sound = audits.reconstructions.audit.train_cohort
 
     def broken(models: Any, shards: Any, logits: Any, mechanism: Any, sources: Any) -> Any:
         less = replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 5)
         return sound(models, shards, logits, less, sources)
 
-    monkeypatch.setattr(audits.reconstruction.audit, "train_cohort", broken)
+    monkeypatch.setattr(audits.reconstructions.audit, "train_cohort", broken)
     arguments = ["audit", "reconstruction", str(finished), "--view", "gradient", "--json", *OPTIONS]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == AuditAlarm.exit_code == 3
@@ -350,7 +348,7 @@ def test_only_success_above_the_ceiling_and_its_interval_is_an_alarm() -> None:
 
 
 def test_what_does_not_apply_is_null() -> None:
-    report = audits.reconstruction.audit.ReconstructionReport("run", "plain", (finding(),), (), ())
+    report = audits.reconstructions.audit.ReconstructionReport("run", "plain", (finding(),), (), ())
     (tree,) = reconstruction_tree(report)["views"]
     assert tree["ssim"] is tree["attributes"] is tree["public_already_looks_like_this"] is None
 

@@ -15,27 +15,26 @@ from faults import Answer, Commands
 from PIL import Image
 from running import SMALL, StopAt, play, resume, same, small
 
-import privkd.bound
 import privkd.federation
-from audits.membership import audit_membership
-from audits.reconstruction.audit import audit_reconstruction
-from audits.reconstruction.request import ReconstructionRequest
-from audits.request import MembershipRequest
+import privkd.runs.fingerprints
+from audits.membership_inference import audit_membership
+from audits.reconstructions.audit import audit_reconstruction
+from audits.reconstructions.request import ReconstructionRequest
+from audits.requests import MembershipRequest
 from papers.latency import latency_figures
 from papers.personal import personal_figures
-from privkd.binding import Binding, binding_of
-from privkd.bound import bind, check_bound
 from privkd.config import DataConfig
 from privkd.data.sources import data_files
 from privkd.errors import RunError
 from privkd.export.export import export_student
 from privkd.federation import open_game
-from privkd.fingerprints import Fingerprints
 from privkd.journal import Journal
-from privkd.noise import NoiseRoot
+from privkd.own_code import own_code
+from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent
-from privkd.store import RunFolder
-from privkd.userscode import own_code
+from privkd.runs.binding import Binding, binding_of
+from privkd.runs.fingerprints import Fingerprints, bind, check_bound
+from privkd.runs.folder import RunFolder
 
 TINY = (*SMALL, "rounds=1", "data.device_test_records=2", "data.public_records=30",
         "data.validation_records=20")  # fmt: skip
@@ -492,8 +491,8 @@ class TestVersions:
     ) -> None:
         with pytest.raises(KeyboardInterrupt):
             play(tmp_path / "run", progress=StopAt(IN_ROUND_TWO))
-        found = privkd.bound.versions()
-        monkeypatch.setattr(privkd.bound, "versions", lambda: found | {"opacus": "99.0"})
+        found = privkd.runs.fingerprints.versions()
+        monkeypatch.setattr(privkd.runs.fingerprints, "versions", lambda: found | {"opacus": "99.0"})
         with caplog.at_level(logging.WARNING):
             resume(tmp_path / "run")
         said = [record.getMessage() for record in caplog.records if "privkd: warning" in record.getMessage()]

@@ -13,10 +13,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from privkd.channel import Channel, ChannelKind, NoisedChannel, PlainChannel, open_channel
+from privkd.channels.channel import Channel, ChannelKind, NoisedChannel, PlainChannel, open_channel
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import NoPrivacy, ZCdp
-from privkd.noise import NoiseRoot
+from privkd.privacy.events import NoPrivacy, ZCdp
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.channel import SecureChannel
 from privkd.secure.fixedpoint import content_digest
 

@@ -9,15 +9,16 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from attacks.channel import (
+from attacks.release import (
     ReleaseStatistics,
+    _Span,
     label_distribution,
     label_divergence,
     matched_filter,
     matched_filter_log_ratio,
     matched_filter_mu,
+    whitened_filter,
 )
-from attacks.whitened import _Span, whitened_filter
 from privkd.errors import InputError
 
 Floats = NDArray[np.float64]

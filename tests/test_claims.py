@@ -11,12 +11,12 @@ from audits.dossier.composing import run_page
 from audits.dossier.markdown import as_markdown
 from audits.dossier.tree import run_tree
 from audits.evidence.reading import read_run
-from privkd.claims import LARGEST_DELTA, certainty, check_delta, warnings_on
 from privkd.console import print_forecast, print_result
 from privkd.errors import ConfigError
-from privkd.events import Unit
 from privkd.forecast import forecast
 from privkd.plan import PublicFacts, make_plan
+from privkd.privacy.claims import LARGEST_DELTA, certainty, check_delta, warnings_on
+from privkd.privacy.events import Unit
 
 FACTS = PublicFacts(devices=5, records_per_device=140, proxy=360, classes=10)
 

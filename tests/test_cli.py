@@ -320,7 +320,7 @@ class TestTrain:
         assert answer.err.splitlines()[-1].startswith("privkd: aggregator-1 was killed by SIGKILL")
 
     def test_a_folder_in_use_is_refused(self, command: Command) -> None:
-        from privkd.store import RunFolder
+        from privkd.runs.folder import RunFolder
 
         play(Path("run"), "rounds=1")
         with RunFolder.resume(Path("run")):

@@ -21,25 +21,24 @@ from running import SMALL, small
 from torch import Tensor
 from typer.testing import CliRunner
 
-import audits.closing
-import privkd.fleet
-from audits.closing import CONFIDENCE, closing_audit
+import audits.mechanisms.audit
+import privkd.engines.simulation
 from audits.evidence.reading import read_run
-from audits.gradient import LOUD, log_ratio
-from audits.mechanism import opened
-from audits.on_channel import ReleaseAudit, audit_releases
-from audits.on_device import audit_training
+from audits.mechanisms.audit import CONFIDENCE, closing_audit, opened
+from audits.mechanisms.canaries import LOUD, log_ratio
+from audits.mechanisms.on_channel import ReleaseAudit, audit_releases
+from audits.mechanisms.on_device import audit_training
 from cli import app
-from privkd.bounds import Audited, LowerBound
-from privkd.channel import ChannelBase, NoisedChannel
-from privkd.cohort import train_cohort
+from privkd.channels.channel import ChannelBase, NoisedChannel
 from privkd.config import RunConfig
-from privkd.events import Unit
+from privkd.engines.simulation import Fleet
 from privkd.federation import Game, open_game
-from privkd.fleet import Fleet
-from privkd.noise import NoiseRoot
+from privkd.privacy.bounds import Audited, LowerBound
+from privkd.privacy.events import Unit
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import seeded_generator
 from privkd.progress import Silent
-from privkd.randomness import seeded_generator
+from privkd.training.vectorised import train_cohort
 
 NOISED = ("channel.kind=noised", "privacy.device_epsilon=8")
 SECURE = ("channel.kind=secure", "privacy.device_epsilon=8")
@@ -53,8 +52,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         fewer = 2_000 if isinstance(channel, NoisedChannel) else 600
         return audit_releases(channel, rounds, seed, most=min(fewer, most))
 
-    monkeypatch.setattr(audits.closing, "audit_training", partial(audit_training, most=4_000))
-    monkeypatch.setattr(audits.closing, "audit_releases", releases)
+    monkeypatch.setattr(audits.mechanisms.audit, "audit_training", partial(audit_training, most=4_000))
+    monkeypatch.setattr(audits.mechanisms.audit, "audit_releases", releases)
 
 
 def audited(config: RunConfig, game: Game | None = None) -> Audited:
@@ -95,7 +94,7 @@ class TestSoundRuns:
     ) -> None:
         """Over half of the ledger's epsilon, but where even all of a run's trials cannot tell: at 1."""
         if epsilon == 1:
-            monkeypatch.setattr(audits.closing, "audit_training", audit_training)
+            monkeypatch.setattr(audits.mechanisms.audit, "audit_training", audit_training)
         found = sound_bounds(f"privacy.epsilon={epsilon}", f"seed={seed}")
         assert set(found) == {Unit.RECORD}, "the plain channel protects no device"
         assert (0.3 if epsilon == 1 else epsilon / 2) < found[Unit.RECORD].epsilon < epsilon
@@ -127,8 +126,8 @@ class TestSoundRuns:
         assert 0.1 < found[Unit.RECORD].epsilon < 3
 
     def test_of_the_reference_engine_go_through_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(privkd.fleet, "train_cohort", None)
-        monkeypatch.setattr(audits.closing, "audit_training", partial(audit_training, most=1_000))
+        monkeypatch.setattr(privkd.engines.simulation, "train_cohort", None)
+        monkeypatch.setattr(audits.mechanisms.audit, "audit_training", partial(audit_training, most=1_000))
         found = sound_bounds("student.engine=opacus", "privacy.epsilon=8")
         assert 4 < found[Unit.RECORD].epsilon < 8
         assert "engine opacus" in found[Unit.RECORD].path
@@ -190,7 +189,7 @@ def too_quiet(game: Game) -> Game:
 class TestBrokenTwins:
     @pytest.mark.parametrize("step", [halved, unclipped])
     def test_of_records_are_found(self, step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(privkd.fleet, "train_cohort", step)
+        monkeypatch.setattr(privkd.engines.simulation, "train_cohort", step)
         found = audited(small())
         assert found.bounds[0].epsilon > 3
         assert not all(check.passed for check in found.checks)
@@ -231,7 +230,7 @@ class TestCommand:
 
     def test_bounds_that_cross_are_said_loudly(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Exit code 3, after both were printed; the report of the run says it again."""
-        monkeypatch.setattr(privkd.fleet, "train_cohort", halved)
+        monkeypatch.setattr(privkd.engines.simulation, "train_cohort", halved)
         out = tmp_path / "run"
         alarmed = self.run("--out", out)
         assert alarmed.exit_code == 3

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.cohort import (
+from privkd.config import DpSgdConfig, FitConfig, ModelConfig
+from privkd.data.scenario import LabelledSet
+from privkd.models.zoo import build
+from privkd.privacy.randomness import SeededRandomness, seeded_generator
+from privkd.training.dpsgd import Mechanism, train_private, train_unprotected
+from privkd.training.fit import logits_of
+from privkd.training.vectorised import (
     cohort_answers,
     fit_cohort,
     formulation,
@@ -16,14 +22,8 @@ from privkd.cohort import (
     same_architecture,
     train_cohort,
 )
-from privkd.cohort.chunks import flushed_denormals
-from privkd.cohort.clipping import ghost_norms
-from privkd.config import DpSgdConfig, FitConfig, ModelConfig
-from privkd.data.scenario import LabelledSet
-from privkd.fitting import logits_of
-from privkd.models import build
-from privkd.randomness import SeededRandomness, seeded_generator
-from privkd.student import Mechanism, train_private, train_unprotected
+from privkd.training.vectorised.clipping import ghost_norms
+from privkd.training.vectorised.memory import flushed_denormals
 
 SHAPE, CLASSES = (1, 8, 8), 10
 STEPS = 50

@@ -14,18 +14,18 @@ from typer.testing import CliRunner, Result
 
 from audits.comparison.curves import compare_curves
 from audits.comparison.runs import compare_runs
+from audits.estimators.rates import mean_of
 from audits.evidence.facts import RunFacts
 from audits.evidence.reading import read_run
-from audits.intervals import mean_of
 from audits.tradeoff.curve import CELLS, read_curve
 from audits.tradeoff.request import CurveRequest, request_tree
 from audits.tradeoff.worker import DONE
 from cli import app
-from privkd.events import Unit
 from privkd.journal import Journal
+from privkd.privacy.events import Unit
 from privkd.progress import Silent
 from privkd.result import train
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

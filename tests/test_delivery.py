@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from privkd.data.scenario import LabelledSet
 from privkd.delivery import deliver
-from privkd.distill import divergence
 from privkd.federation import Game, open_game
-from privkd.fitting import accuracy
+from privkd.privacy.randomness import derive_seed, seeded_generator
 from privkd.progress import Silent
-from privkd.randomness import derive_seed, seeded_generator
-from privkd.state import State
-from privkd.store import RunFolder
+from privkd.runs.checkpoint import State
+from privkd.runs.folder import RunFolder
 from privkd.students import finished_state
+from privkd.training.fit import accuracy
+from privkd.training.losses import divergence
 
 DEVICES = (0, 2)
 
@@ -120,7 +120,7 @@ class TestDeliver:
     ) -> None:
         game, state = finished
         together = deliver(game, state, (0, 1, 2), Silent())
-        monkeypatch.setattr("privkd.fleet._COPIED", 1)
+        monkeypatch.setattr("privkd.engines.simulation._COPIED", 1)
         apart = deliver(game, state, (0, 1, 2), Silent())
         torch.testing.assert_close(weights(apart), weights(together), atol=1e-5, rtol=1e-4)
 

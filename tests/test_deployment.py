@@ -13,13 +13,13 @@ from torch import Tensor
 
 import privkd.federation
 from privkd.errors import RunError
-from privkd.events import Unit
 from privkd.federation import open_game
-from privkd.noise import Keystream, NoiseRoot
+from privkd.privacy.events import Unit
+from privkd.privacy.noise import Keystream, NoiseRoot
 from privkd.result import Result, epsilon_of
-from privkd.state import load_transcript
-from privkd.store import RunFolder
-from privkd.transcript import Adversary, view
+from privkd.runs.checkpoint import load_transcript
+from privkd.runs.folder import RunFolder
+from privkd.runs.transcript import Adversary, view
 
 Secure = tuple[Path, Result, Path, list[Tensor]]
 
@@ -160,7 +160,7 @@ class TestDeployment:
 
     def test_a_simulation_keeps_no_key(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "privkd.noise.os.urandom", lambda size: pytest.fail("system noise in a simulation")
+            "privkd.privacy.noise.os.urandom", lambda size: pytest.fail("system noise in a simulation")
         )
         play(tmp_path / "run", "rounds=1")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from privkd.distill import ReverseWeights, divergence, forward_loss, reverse_loss, soft_targets
+from privkd.training.losses import ReverseWeights, divergence, forward_loss, reverse_loss, soft_targets
 
 
 def random(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:

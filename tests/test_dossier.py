@@ -25,10 +25,10 @@ from audits.tradeoff.request import CurveRequest, request_tree
 from audits.tradeoff.worker import DONE
 from cli import app
 from privkd.errors import RunError
-from privkd.events import Unit
+from privkd.privacy.events import Unit
 from privkd.progress import Silent
 from privkd.result import train
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 
 ORDER = ["trust", "ledger", "membership", "reconstruction", "gain", "unprotected", "provenance"]
 

@@ -26,7 +26,7 @@ from privkd.export.export import export_student, raw_of
 from privkd.export.formats import format_named
 from privkd.federation import open_game
 from privkd.progress import Silent
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 from privkd.students import finished_state
 
 NEEDED = {"torch": "torch", "onnx": "onnxruntime", "executorch": "executorch"}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from privkd.config import FitConfig
 from privkd.errors import TrainingError
-from privkd.fitting import check_finite, fit
+from privkd.training.fit import check_finite, fit
 
 TINY = (*SMALL, "data.device_test_records=0", "teacher.fit.steps=5", "student.public_fit.steps=3", "rounds=1")
 ONE_RECORD = ("data.devices=1", "data.records_per_device=1")

@@ -12,16 +12,16 @@ import torch
 from running import Trained, Watching, charges, figures, outcome, play, same, small, weights
 from safetensors.torch import load_file
 
-from privkd.channel import NoisedChannel
+from privkd.channels.channel import NoisedChannel
+from privkd.cloud import distil_public
 from privkd.data import build_scenario
 from privkd.errors import BudgetError, ConfigError, DataError, ModelError, TrainingError
-from privkd.events import DpSgd, NoPrivacy, PostProcessing, Unit, ZCdp
 from privkd.federation import open_game
 from privkd.forecast import forecast
-from privkd.ledger import Ledger
 from privkd.plan import facts_of, make_plan
+from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, Unit, ZCdp
+from privkd.privacy.ledger import Ledger
 from privkd.result import epsilon_of
-from privkd.teacher import distil_public
 
 
 def plan_of(*overrides: str) -> Any:
@@ -404,7 +404,7 @@ class TestRefusals:
             return each if isinstance(models, list) else each[0]
 
         for name in ("train_private", "train_cohort", "train_unprotected", "fit_cohort"):
-            monkeypatch.setattr(f"privkd.fleet.{name}", spoilt)
+            monkeypatch.setattr(f"privkd.engines.simulation.{name}", spoilt)
         watching = Watching(tmp_path / "run", monkeypatch)
         with pytest.raises(TrainingError, match=r"the student of device-000\d diverged in training at"):
             play(tmp_path / "run", f"student.engine={engine}", f"privacy.epsilon={epsilon}")
@@ -422,7 +422,7 @@ class TestRefusals:
             return each if isinstance(models, list) else each[0]
 
         for name in ("train_private", "train_cohort"):
-            monkeypatch.setattr(f"privkd.fleet.{name}", spoilt)
+            monkeypatch.setattr(f"privkd.engines.simulation.{name}", spoilt)
         budget = ("channel.kind=noised", "privacy.device_epsilon=8", "privacy.noise=system")
         play(tmp_path / "run", f"student.engine={engine}", *budget)
         answers = load_file(tmp_path / "run" / "rounds" / "001" / "wire.safetensors")["answers"]

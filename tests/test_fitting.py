@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privkd.config import FitConfig, ModelConfig
-from privkd.fitting import fit, logits_of, quick_layout
-from privkd.models import build
+from privkd.models.zoo import build
+from privkd.training.fit import fit, logits_of, quick_layout
 
 
 class Viewing(nn.Module):

@@ -10,23 +10,29 @@ from running import play
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from audits.membership import audit_membership
-from audits.request import MembershipRequest
-from privkd import frontend
-from privkd.cohort import cohort_answers, fit_cohort, formulation, same_architecture, train_cohort
+from audits.membership_inference import audit_membership
+from audits.requests import MembershipRequest
+from privkd.cloud import PublicData, distil_public
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ModelError
 from privkd.export.export import export_model
 from privkd.export.formats import suffix_of
-from privkd.fitting import logits_of
-from privkd.frontend import FrontEnd, Parted
-from privkd.models import build
+from privkd.models import features
+from privkd.models.features import FrontEnd, Parted
+from privkd.models.zoo import build
+from privkd.privacy.randomness import SeededRandomness, seeded_generator
 from privkd.progress import Silent
-from privkd.randomness import SeededRandomness, seeded_generator
-from privkd.store import RunFolder
-from privkd.student import Mechanism, check_trainable, train_private, train_unprotected
-from privkd.teacher import PublicData, distil_public
+from privkd.runs.folder import RunFolder
+from privkd.training.dpsgd import Mechanism, check_trainable, train_private, train_unprotected
+from privkd.training.fit import logits_of
+from privkd.training.vectorised import (
+    cohort_answers,
+    fit_cohort,
+    formulation,
+    same_architecture,
+    train_cohort,
+)
 
 SHAPE, CLASSES = (1, 8, 8), 4
 SIZES = (30, 0, 11)
@@ -221,12 +227,12 @@ class TestTraining:
             for seed in range(2)
         )
         assert scatter.features(records) is twin.features(records)
-        held = len(frontend._kept)
+        held = len(features._kept)
         del records
-        assert len(frontend._kept) == held - 1
+        assert len(features._kept) == held - 1
 
     def test_too_many_are_not_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(frontend, "_MOST_KEPT", 0)
+        monkeypatch.setattr(features, "_MOST_KEPT", 0)
         parted, records = Parted.of(student(Counted())), shards()[0].inputs
         assert torch.equal(parted.features(records), parted.features(records))
         assert parted.features(records) is not parted.features(records)

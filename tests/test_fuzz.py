@@ -33,17 +33,17 @@ from running import SMALL, StopAt, play
 
 from privkd.config import RunConfig, config_tree, load_config, parse_config
 from privkd.errors import ChannelError, ConfigError, DataError, PrivkdError, RunError
-from privkd.events import Unit
 from privkd.federation import open_game
 from privkd.journal import Journal
-from privkd.ledger import Ledger
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Ledger
+from privkd.runs.checkpoint import load_state, load_transcript, saved
+from privkd.runs.folder import RunFolder
 from privkd.secure.device import Upload, prepare
 from privkd.secure.envelope import header_of, unseal
 from privkd.secure.keys import public_hex
 from privkd.secure.party import load_party
 from privkd.secure.terms import RoundTerms
-from privkd.state import load_state, load_transcript, saved
-from privkd.store import RunFolder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 6, 5), dtype=np.uint8)
 LABELS = np.arange(12, dtype=np.uint8) % 3

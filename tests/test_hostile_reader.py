@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from privkd.data import build_scenario
+from privkd.runs.folder import RunFolder
 from privkd.secure.fixedpoint import FixedPoint
-from privkd.store import RunFolder
 
 SYSTEM = "privacy.noise=system"
 

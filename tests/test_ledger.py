@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import privkd.ledger
-from privkd.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
+import privkd.privacy.ledger
 from privkd.errors import BudgetError, InputError, PrivkdError, RunError
-from privkd.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, Unit, ZCdp
-from privkd.ledger import Budget, Charge, Ledger
+from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
+from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, Unit, ZCdp
+from privkd.privacy.ledger import Budget, Charge, Ledger
 
 RECORD, DEVICE = Unit.RECORD, Unit.DEVICE
 BUDGETS = (Budget(RECORD, 3.0, 1e-5), Budget(DEVICE, math.inf, 1e-6))
@@ -106,7 +106,7 @@ def test_nothing_in_the_ledger_prices_without_one_unit() -> None:
         assert unit.default is inspect.Parameter.empty
         assert unit.annotation is Unit
     assert not [name for name in public if "total" in name or "sum" in name]
-    assert set(privkd.ledger.__all__) == {"Budget", "Charge", "Ledger", "Statement"}
+    assert set(privkd.privacy.ledger.__all__) == {"Budget", "Charge", "Ledger", "Statement"}
 
 
 def test_an_overspending_charge_is_refused_and_not_booked(path: Path) -> None:
@@ -442,8 +442,8 @@ def test_a_disk_that_fails_books_nothing(path: Path, monkeypatch: pytest.MonkeyP
 CHILD = """
 import sys
 from pathlib import Path
-from privkd.events import Unit, ZCdp
-from privkd.ledger import Budget, Ledger
+from privkd.privacy.events import Unit, ZCdp
+from privkd.privacy.ledger import Budget, Ledger
 
 ledger = Ledger(Path(sys.argv[1]), [Budget(Unit.DEVICE, float("inf"), 1e-6)])
 for round in range(100_000):

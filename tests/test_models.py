@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
-from privkd.models import Residual, build, parameter_count, trained_parameters
+from privkd.models.zoo import Residual, build, parameter_count, trained_parameters
 
 IMAGES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 4, 4), (2, 12, 13), (1, 5, 64)]
 TABLES = [(30,), (1,), (2, 3, 3), (4, 9), (7, 3, 50)]

@@ -22,11 +22,11 @@ from mutants.registry import MUTANTS
 from mutants.settings import SETTINGS, SMALL, UNSOUND
 from typer.testing import CliRunner
 
-import audits.closing
-import audits.on_device
-import privkd.cohort.planning
-import privkd.cohort.train
-import privkd.student
+import audits.mechanisms.audit
+import audits.mechanisms.on_device
+import privkd.training.dpsgd
+import privkd.training.vectorised.cohort
+import privkd.training.vectorised.train
 from cli import app
 
 HERE = Path(__file__).resolve().parent
@@ -45,11 +45,13 @@ class Ended:
 @pytest.fixture(autouse=True)
 def found_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was proved with a fault in place is nobody else's, and canaries take a second."""
-    monkeypatch.setattr(audits.closing, "_UPLOADS", dict.fromkeys(audits.closing._UPLOADS, 0))
-    monkeypatch.setattr(audits.on_device, "_POOL", 12)
-    monkeypatch.setattr(audits.on_device, "_MOST_DRAWS", 600_000)
-    monkeypatch.setattr(audits.on_device, "_MOST_ONE_BY_ONE", 300)
-    kept = (privkd.cohort.planning._found, privkd.student._fastest_mode)
+    monkeypatch.setattr(
+        audits.mechanisms.audit, "_UPLOADS", dict.fromkeys(audits.mechanisms.audit._UPLOADS, 0)
+    )
+    monkeypatch.setattr(audits.mechanisms.on_device, "_POOL", 12)
+    monkeypatch.setattr(audits.mechanisms.on_device, "_MOST_DRAWS", 600_000)
+    monkeypatch.setattr(audits.mechanisms.on_device, "_MOST_ONE_BY_ONE", 300)
+    kept = (privkd.training.vectorised.cohort._found, privkd.training.dpsgd._fastest_mode)
     for cache in kept:
         cache.cache_clear()
     yield
@@ -106,13 +108,13 @@ def test_a_fault_is_found(
 def modes_taken(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Collects how devices by themselves compute their gradients from now on."""
     modes: set[str] = set()
-    fastest = privkd.student.fastest_mode
+    fastest = privkd.training.dpsgd.fastest_mode
 
     def noted(*arguments: Any) -> Any:
         modes.add(fastest(*arguments))
         return fastest(*arguments)
 
-    monkeypatch.setattr(privkd.student, "fastest_mode", noted)
+    monkeypatch.setattr(privkd.training.dpsgd, "fastest_mode", noted)
     return modes
 
 

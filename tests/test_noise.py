@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from privkd import noise
-from privkd.noise import MAX_SIGMA2, Keystream, NoiseRoot, discrete_gaussian, standard_normal
+from privkd.privacy import noise
+from privkd.privacy.noise import MAX_SIGMA2, Keystream, NoiseRoot, discrete_gaussian, standard_normal
 
 ALPHA = 1e-4
 ROOT = NoiseRoot.from_seed(20)
@@ -214,7 +214,7 @@ def test_a_root_does_not_show_its_key() -> None:
 
 def test_the_device_side_loads_neither_torch_nor_crypten() -> None:
     script = (
-        "import sys, privkd.noise, privkd.secure.envelope; "
+        "import sys, privkd.privacy.noise, privkd.secure.envelope; "
         "print([m for m in ('torch', 'crypten') if m in sys.modules])"
     )
     done = subprocess.run(

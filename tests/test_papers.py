@@ -10,7 +10,7 @@ import pytest
 from pages import ROOT, commands_of, files_named, parsed
 from running import SMALL
 
-from audits.intervals import Interval, mean_of
+from audits.estimators.rates import Interval, mean_of
 from cli import app
 from papers.catalogue import STUDIES, study_named
 from papers.console import shown
@@ -22,7 +22,7 @@ from papers.reproduce import Answer, reproduce, reproduction_tree
 from papers.study import Case, Claim, Scale, Study, scale_named
 from privkd.errors import ConfigError, RunError
 from privkd.progress import Silent
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 
 TINY = Scale("tiny", "made up", SMALL, seeds=2)
 GAIN = Difference(Figure("open", "teacher.after"), Figure("open", "teacher.control"))

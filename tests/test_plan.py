@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_ndtr
 
-from privkd.accounting import price
 from privkd.config import RunConfig, load_config
 from privkd.errors import BudgetError, ConfigError
-from privkd.events import DpSgd, NoPrivacy, Unit, ZCdp
-from privkd.ledger import Charge, Ledger
 from privkd.plan import PublicFacts, budgets, make_plan
+from privkd.privacy.accounting import price
+from privkd.privacy.events import DpSgd, NoPrivacy, Unit, ZCdp
+from privkd.privacy.ledger import Charge, Ledger
 
 FACTS = PublicFacts(devices=5, records_per_device=140, proxy=360, classes=10)
 

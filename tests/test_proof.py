@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.cohort import formulation, train_cohort
 from privkd.config import DpSgdConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ModelError
-from privkd.fitting import logits_of
-from privkd.models import build
-from privkd.noise import NoiseRoot
-from privkd.proof import Probe, check_apart
-from privkd.randomness import Randomness, SeededRandomness, SystemRandomness, Uniforms
-from privkd.recordwise import Recordwise, record_digests
-from privkd.student import Mechanism, check_trainable, fastest_mode, full_precision, train_private
+from privkd.models.zoo import build
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import Randomness, SeededRandomness, SystemRandomness, Uniforms
+from privkd.training.dpsgd import Mechanism, check_trainable, fastest_mode, full_precision, train_private
+from privkd.training.fit import logits_of
+from privkd.training.proof import Probe, check_apart
+from privkd.training.recordwise import Recordwise, record_digests
+from privkd.training.vectorised import formulation, train_cohort
 
 SHAPE, CLASSES, RECORDS = (1, 8, 8), 4, 24
 ENGINES = ("opacus", "cohort")

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from cli import app
 from privkd.config import DataConfig, RunConfig, load_config
-from privkd.data import Scenario, build, load, scenario_from, split_indices
+from privkd.data import Scenario, load, scenario_from, split_indices
+from privkd.data import scenario as splitting
 from privkd.data.constants import find_constants, grey, in_words, label_space, numbered
+from privkd.data.dataset import RawSet, make_source
 from privkd.data.public_sets import Stream, choose_gap_classes, draw_public_sets, public_sizes
-from privkd.data.source import RawSet, make_source
 from privkd.errors import ConfigError, DataError
 from privkd.federation import Game, open_game
 from privkd.plan import facts_of, make_plan
@@ -39,7 +40,7 @@ def settings(form: Form, source: str, **others: Any) -> DataConfig:
 
 def public_view(config: DataConfig, seed: int, *, deployment: bool = True) -> dict[str, Any]:
     """Whatever follows from data before the first charge: public records, constants, plan."""
-    return shown(build.build_scenario(config, seed, deployment=deployment))
+    return shown(splitting.build_scenario(config, seed, deployment=deployment))
 
 
 def shown(scenario: Scenario) -> dict[str, Any]:
@@ -163,14 +164,14 @@ class TestBrokenTwins:
         everybody = lambda source, public, config: find_constants(  # noqa: E731
             source, np.arange(len(source.records.labels)), config
         )
-        monkeypatch.setattr(build, "find_constants", everybody)
+        monkeypatch.setattr(splitting, "find_constants", everybody)
         assert self.caught(name, tmp_path, change)
 
     @pytest.mark.parametrize("name", ["npz, flags", "csv, text", "folder, grey"])
     def test_classes_of_all_records(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         real = label_space
         occurring = lambda source, config: real(source, config.model_copy(update={"classes": None}))  # noqa: E731
-        monkeypatch.setattr(build, "label_space", occurring)
+        monkeypatch.setattr(splitting, "label_space", occurring)
         assert self.caught(name, tmp_path, "a label that is no class")
 
     def test_roles_by_the_labels_of_all_records(
@@ -186,7 +187,7 @@ class TestBrokenTwins:
     def test_a_shard_size_from_the_number_of_records(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(build, "check_set", lambda config, **_: None)
+        monkeypatch.setattr(splitting, "check_set", lambda config, **_: None)
         near = Neighbours(FORMS["csv"], tmp_path, 0)
         update = {"records_per_device": None}
         sizes = {
@@ -272,7 +273,7 @@ class TestPublicDataSets:
         source, config = load(DataConfig()), DataConfig()
         labels = source.records.labels.astype(np.int64)
         split = split_indices(labels, config, 0, classes=10)
-        monkeypatch.setattr(build, "split_indices", lambda *_, **__: split)
+        monkeypatch.setattr(splitting, "split_indices", lambda *_, **__: split)
         before = scenario_from(source, config, 0)
         for number in split.device_train[2][:3]:
             inputs, texts = source.records.inputs.copy(), source.records.labels.astype("<U5").copy()
@@ -282,7 +283,7 @@ class TestPublicDataSets:
             assert not torch.equal(other.devices[2].train.inputs, before.devices[2].train.inputs)
 
     def test_need_no_settings_in_a_deployment(self) -> None:
-        scenario = build.build_scenario(DataConfig(), 0, deployment=True)
+        scenario = splitting.build_scenario(DataConfig(), 0, deployment=True)
         assert scenario.inferred == ()
         assert scenario.classes == 10
 
@@ -304,7 +305,7 @@ class TestWhatDoesNotFit:
         config = near.config.model_copy(
             update={"source": near.written(near.changed(change, number), "other")}
         )
-        return build.build_scenario(near.config, 0), build.build_scenario(config, 0), 1, 7
+        return splitting.build_scenario(near.config, 0), splitting.build_scenario(config, 0), 1, 7
 
     def test_bytes_among_flags_are_flags(self, tmp_path: Path) -> None:
         _, after, device, place = self.other("npz, flags", tmp_path, "features out of range")
@@ -335,7 +336,7 @@ class TestWhatDoesNotFit:
         for number in near.private[::4]:
             records[number] = replace(records[number], label=form.foreign)
         source = near.written(records, "other")
-        scenario = build.build_scenario(settings(form, source, partition=partition), 0, deployment=True)
+        scenario = splitting.build_scenario(settings(form, source, partition=partition), 0, deployment=True)
         held = [len(device.train) for device in scenario.devices]
         assert 0 < sum(held) < 40
         assert all(int(device.train.labels.max()) < 3 for device in scenario.devices if len(device.train))
@@ -375,12 +376,12 @@ class TestDeployment:
     def test_every_one_of_them(self, tmp_path: Path, lacking: str) -> None:
         form = FORMS["csv"]
         config = settings(form, form.write(tmp_path, form.records(0)))
-        build.build_scenario(config, 0, deployment=True)
+        splitting.build_scenario(config, 0, deployment=True)
         without = config.model_copy(update={lacking: None})
         if lacking == "device_test_records":
             return
         with pytest.raises(ConfigError, match=rf"give --set data\.{lacking}=\S+$"):
-            build.build_scenario(without, 0, deployment=True)
+            splitting.build_scenario(without, 0, deployment=True)
 
     def test_a_test_split_of_the_datas_own_needs_no_size(self) -> None:
         rng = np.random.default_rng(0)
@@ -396,22 +397,22 @@ class TestDeployment:
         form = FORMS["csv"]
         config = settings(form, form.write(tmp_path, form.records(0)), classes=("0", "1"))
         with pytest.raises(DataError, match=r"record \d+ is public, but its label is none of the 2 classes"):
-            build.build_scenario(config, 0, deployment=True)
+            splitting.build_scenario(config, 0, deployment=True)
 
 
 class TestSimulation:
     def test_says_what_it_read_from_all_records(self, tmp_path: Path) -> None:
         form = FORMS["csv, text"]
         source = form.write(tmp_path, form.records(0))
-        scenario = build.build_scenario(DataConfig(source=source, device_test_records=2), 0)
+        scenario = splitting.build_scenario(DataConfig(source=source, device_test_records=2), 0)
         assert scenario.inferred == (
             "classes", "records per device", "public records", "validation records", "proxy records",
             "test records",
         )  # fmt: skip
         assert scenario.classes == 3
-        given = build.build_scenario(settings(form, source), 0)
+        given = splitting.build_scenario(settings(form, source), 0)
         assert given.inferred == ()
-        assert build.build_scenario(settings(form, source, classes=None), 0).inferred == ("classes",)
+        assert splitting.build_scenario(settings(form, source, classes=None), 0).inferred == ("classes",)
 
     def test_the_plan_says_so(self, tmp_path: Path) -> None:
         form = FORMS["csv"]
@@ -473,7 +474,7 @@ class TestConstants:
         form = FORMS["csv, text"]
         source = form.write(tmp_path, form.records(0))
         one, other = (
-            build.build_scenario(settings(form, source, classes=classes, gap="none"), 0)
+            splitting.build_scenario(settings(form, source, classes=classes, gap="none"), 0)
             for classes in (("ash", "birch", "yew"), ("yew", "birch", "ash"))
         )
         assert torch.equal(one.test.labels, 2 - other.test.labels)

@@ -10,12 +10,18 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from privkd.cohort import train_cohort
 from privkd.config import DpSgdConfig
 from privkd.data.scenario import LabelledSet
-from privkd.noise import NoiseRoot
-from privkd.randomness import Randomness, SeededRandomness, SystemRandomness, derive_seed, seeded_generator
-from privkd.student import Mechanism, train_private
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import (
+    Randomness,
+    SeededRandomness,
+    SystemRandomness,
+    derive_seed,
+    seeded_generator,
+)
+from privkd.training.dpsgd import Mechanism, train_private
+from privkd.training.vectorised import train_cohort
 
 
 class TestSeeds:

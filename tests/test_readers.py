@@ -19,8 +19,8 @@ from privkd.config import DataConfig, load_config
 from privkd.config.spelling import config_tree, parse_config
 from privkd.data import load
 from privkd.data.constants import find_constants
+from privkd.data.dataset import RawSet, make_source
 from privkd.data.images import decode_images
-from privkd.data.source import RawSet, make_source
 from privkd.data.sources import data_files
 from privkd.errors import ConfigError, DataError, InputError
 

@@ -7,18 +7,23 @@ import pytest
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
-from attacks.reconstruction.decoder import train_decoders
-from attacks.reconstruction.informed import rebuild_records
 from attacks.reconstruction.inversion import (
+    PairedAnswers,
+    class_prototypes,
     least_varied,
     paired_logits_inversion,
+    train_decoders,
     training_based_inversion,
 )
-from attacks.reconstruction.matching import CandidateReplays, match_candidates, match_gradients, simplex
-from attacks.reconstruction.paired import PairedAnswers
-from attacks.reconstruction.prototype import class_prototypes
+from attacks.reconstruction.matching import (
+    CandidateReplays,
+    match_candidates,
+    match_gradients,
+    rebuild_records,
+    simplex,
+)
 from attacks.reconstruction.similarity import mse, nearest, psnr, ssim, total_variation
-from audits.reconstruction.measures import (
+from audits.reconstructions.measures import (
     attribute_scores,
     least_success,
     public_likeness,
@@ -28,8 +33,8 @@ from audits.reconstruction.measures import (
 )
 from audits.verdict import Refused
 from privkd.errors import InputError
-from privkd.events import DpSgd
-from privkd.reconstruction import reconstruction_ceiling
+from privkd.privacy.events import DpSgd
+from privkd.privacy.robustness import reconstruction_ceiling
 
 Floats = NDArray[np.float64]
 

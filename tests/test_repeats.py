@@ -16,12 +16,12 @@ from running import StopAt, Watching, charges, play, resume, same
 from torch import Tensor
 
 import privkd.federation
-from privkd.channel import ChannelBase, Release
+from privkd.channels.channel import ChannelBase, Release
+from privkd.cloud import bounded_answers
 from privkd.errors import RunError
-from privkd.events import NoPrivacy, PrivacyEvent, ZCdp
-from privkd.noise import NoiseRoot
-from privkd.repeats import UNKEPT, check_repeats
-from privkd.reverse import bounded_answers
+from privkd.privacy.events import NoPrivacy, PrivacyEvent, ZCdp
+from privkd.privacy.noise import NoiseRoot
+from privkd.runs.fingerprints import UNKEPT, check_repeats
 
 TESTS = Path(__file__).parent
 AFTER_THE_RELEASE, IN_ROUND_TWO = 4, 6
@@ -198,7 +198,7 @@ class TestRealKill:
         from pathlib import Path
         import torch
         torch.set_num_threads(int(sys.argv[3]))
-        from privkd.channel import NoisedChannel
+        from privkd.channels.channel import NoisedChannel
         from privkd.errors import RunError
         from running import StopAt, play, resume
         inner = NoisedChannel.release

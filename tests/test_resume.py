@@ -16,11 +16,11 @@ import pytest
 import torch
 from running import StopAt, Trained, Watching, charges, play, resume, same, weights
 
-from privkd.channel import NoisedChannel, PlainChannel, Release
+from privkd.channels.channel import NoisedChannel, PlainChannel, Release
 from privkd.errors import ChannelError, RunError
-from privkd.events import Unit
-from privkd.ledger import Ledger
-from privkd.store import RunFolder
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Ledger
+from privkd.runs.folder import RunFolder
 
 TESTS = Path(__file__).parent
 

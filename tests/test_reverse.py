@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from privkd.config import ReverseConfig
-from privkd.reverse import (
+from privkd.cloud import (
     Knowledge,
     bounded_answers,
     choose_queries,
@@ -21,6 +20,7 @@ from privkd.reverse import (
     targets_of,
     trust,
 )
+from privkd.config import ReverseConfig
 
 CONFIG = ReverseConfig(memory=0.5, sharpen=1.0, margin=2.0, confident=1.0)
 

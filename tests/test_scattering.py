@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
-from privkd.models import build, parameter_count, trained_parameters
-from privkd.scattering import Scattering, _wavelets
+from privkd.models.scattering import Scattering, _wavelets
+from privkd.models.zoo import build, parameter_count, trained_parameters
 
 Array = NDArray[np.float64]
 ANGLES = 8

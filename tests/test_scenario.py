@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from privkd.config import DataConfig
 from privkd.data import Scenario, Split, build_scenario, load, partition, scenario_from, split_indices
+from privkd.data.dataset import RawSet, make_source
 from privkd.data.partition import Indices
 from privkd.data.public_sets import proportional
-from privkd.data.source import RawSet, make_source
-from privkd.data.style import restyle
+from privkd.data.scenario import restyle
 from privkd.errors import ConfigError, DataError, InputError
 
 BALANCED = np.tile(np.arange(10), 100)

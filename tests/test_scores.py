@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import expit, log_softmax
 
-from attacks.bavaria import fitted_prior
-from attacks.scores import (
+from attacks.membership.bavaria import fitted_prior
+from attacks.membership.registry import (
     SCORES,
     Evidence,
     Population,
@@ -30,7 +30,7 @@ from attacks.scores import (
     rmia_offline,
     rmia_online,
 )
-from attacks.shadows import Moments
+from attacks.membership.shadows import Moments
 from privkd.errors import InputError
 
 Floats = NDArray[np.float64]

@@ -22,7 +22,7 @@ from scipy import stats
 from torch import Tensor
 
 from privkd.errors import ChannelError
-from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.aggregator import Aggregator, agreed_digest
 from privkd.secure.backend import LocalGroup, RingBackend
 from privkd.secure.channel import SecureChannel
@@ -444,7 +444,8 @@ def test_close_and_garbage_collection_leave_no_orphans() -> None:
 @pytest.mark.parametrize("ending", ["kill", "exit"])
 def test_parties_end_with_the_process_that_started_them(ending: str) -> None:
     script = (
-        "from privkd.noise import NoiseRoot; from privkd.secure.channel import SecureChannel; import time\n"
+        "import time; from privkd.privacy.noise import NoiseRoot\n"
+        "from privkd.secure.channel import SecureChannel\n"
         "channel = SecureChannel(1.0, None, NoiseRoot.from_seed(0)); channel.start()\n"
         "print(*(party.process.pid for party in channel._session.parties), flush=True)\n"
         f"{'time.sleep(600)' if ending == 'kill' else ''}"

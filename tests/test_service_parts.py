@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import logsumexp
 
-from privkd.channel import open_channel
+from privkd.channels.channel import open_channel
 from privkd.config import load_config
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import ZCdp
-from privkd.noise import NoiseRoot
+from privkd.privacy.events import ZCdp
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.channel import SecureChannel
 from privkd.secure.commands import KeysRequest, keys_command
 from privkd.secure.device import Upload, prepare

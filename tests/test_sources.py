@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 from privkd.config import DataConfig
 from privkd.data import build_scenario
-from privkd.data.source import RawSet, make_source
+from privkd.data.dataset import RawSet, make_source
 from privkd.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)

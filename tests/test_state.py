@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from privkd.config import RunConfig
+from privkd.controls import ZeroDevices
 from privkd.errors import InputError
 from privkd.journal import Head
-from privkd.state import RoundFigures, State, Wire, commit, load_state, load_transcript, saved
-from privkd.store import RunFolder
-from privkd.transcript import Adversary, Transcript, view
-from privkd.zero_devices import ZeroDevices
+from privkd.runs.checkpoint import RoundFigures, State, Wire, commit, load_state, load_transcript, saved
+from privkd.runs.folder import RunFolder
+from privkd.runs.transcript import Adversary, Transcript, view
 
 DEVICES = ("device-0000", "device-0001", "device-0002", "device-0003")
 BEFORE = RoundFigures(0.5, 0.25, 0.125, 0.75, 0.5, 1.5, math.inf, 0.5, devices=0)

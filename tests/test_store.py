@@ -19,9 +19,9 @@ from torch import nn
 from privkd.config import RunConfig, load_config
 from privkd.errors import RunError
 from privkd.journal import Journal
-from privkd.noise import NoiseRoot
-from privkd.state import RoundFigures, load_transcript, saved
-from privkd.store import RunFolder, default_folder, prefixed, restore, versions
+from privkd.privacy.noise import NoiseRoot
+from privkd.runs.checkpoint import RoundFigures, load_transcript, saved
+from privkd.runs.folder import RunFolder, default_folder, prefixed, restore, versions
 
 CONFIG = load_config(None, ["data.devices=3"])
 
@@ -132,7 +132,7 @@ class TestLock:
             import sys
             from pathlib import Path
             from privkd.errors import RunError
-            from privkd.store import RunFolder
+            from privkd.runs.folder import RunFolder
             try:
                 RunFolder.resume(Path(sys.argv[1]))
             except RunError as error:
@@ -249,7 +249,7 @@ class TestDiskFailures:
         import torch
         from privkd.config import RunConfig
         from privkd.errors import RunError
-        from privkd.store import RunFolder
+        from privkd.runs.folder import RunFolder
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         folder = RunFolder.create(Path(sys.argv[1]), RunConfig())
         resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))

@@ -12,15 +12,13 @@ from opacus.layers import DPLSTM
 from scipy import stats
 from torch import Tensor, nn
 
-from privkd.cohort import train_cohort
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
 from privkd.data.scenario import LabelledSet
-from privkd.distill import forward_loss
 from privkd.errors import ModelError
-from privkd.models import build, trained_parameters
-from privkd.noise import NoiseRoot
-from privkd.randomness import SeededRandomness, SystemRandomness
-from privkd.student import (
+from privkd.models.zoo import build, trained_parameters
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import SeededRandomness, SystemRandomness
+from privkd.training.dpsgd import (
     GradSampleMode,
     Mechanism,
     TailAverage,
@@ -31,6 +29,8 @@ from privkd.student import (
     train_private,
     train_unprotected,
 )
+from privkd.training.losses import forward_loss
+from privkd.training.vectorised import train_cohort
 
 SHAPE, CLASSES = (1, 6, 6), 3
 MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ew")

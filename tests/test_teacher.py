@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.config import FitConfig, ReverseConfig
-from privkd.data.scenario import LabelledSet
-from privkd.errors import TrainingError
-from privkd.fitting import accuracy, fit, logits_of
-from privkd.reverse import Targets
-from privkd.teacher import (
+from privkd.cloud import (
     PublicData,
+    Targets,
     absorb,
     between,
     distil_public,
     gate,
     train_teacher,
 )
+from privkd.config import FitConfig, ReverseConfig
+from privkd.data.scenario import LabelledSet
+from privkd.errors import TrainingError
+from privkd.training.fit import accuracy, fit, logits_of
 
 FIT = FitConfig(steps=60, batch_size=32, learning_rate=0.02)
 

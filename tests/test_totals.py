@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rig import LIMITS, Rig, block, services_inside, soon, uploads_of
 
-from privkd.channel import noise_variance
+from privkd.channels.channel import noise_variance
 from privkd.errors import ChannelError
 from privkd.secure.admission import RefusalError
 from privkd.secure.cloud import PartyGroup

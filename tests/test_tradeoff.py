@@ -19,7 +19,7 @@ from evidence import audited, finding, rebuilt
 from running import SMALL, StopAt
 from typer.testing import CliRunner
 
-from audits.intervals import difference, mean_of, share
+from audits.estimators.rates import difference, mean_of, share
 from audits.tradeoff.curve import CELLS, Curve, read_curve
 from audits.tradeoff.figures import FIGURES, draw_figures
 from audits.tradeoff.play import play_curve
@@ -33,7 +33,7 @@ from privkd.errors import ConfigError, RunError
 from privkd.journal import Journal
 from privkd.progress import Silent
 from privkd.result import train
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 
 OVERRIDES = tuple(s for s in SMALL if not s.startswith("channel.kind"))
 PLENTY = Limits(jobs=2, memory=math.inf)

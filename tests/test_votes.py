@@ -17,12 +17,13 @@ from running import play, same, small
 from safetensors.torch import load_file
 from scipy import stats
 
-from audits.membership import views_of
-from privkd.channel import open_channel
+from audits.membership_inference import views_of
+from privkd.channels.channel import open_channel
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import NoPrivacy, ZCdp
 from privkd.federation import open_game
-from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.events import NoPrivacy, ZCdp
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.votes import VoteRule, tally, vote_rule
 from privkd.secure.admission import admit_terms
 from privkd.secure.backend import LocalGroup, RingBackend
 from privkd.secure.cloud import PartyGroup
@@ -37,7 +38,6 @@ from privkd.secure.remote import ServiceOptions
 from privkd.secure.shares import split
 from privkd.secure.terms import RoundTerms, VoteTerms, set_digest
 from privkd.secure.wire import Kind
-from privkd.voting import VoteRule, tally, vote_rule
 
 Integers = NDArray[np.int64]
 ROOT = NoiseRoot.from_seed(3)

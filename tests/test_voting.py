@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from privkd.cloud import Knowledge, targets_of
 from privkd.config import ReverseConfig, load_config
 from privkd.errors import ConfigError
-from privkd.events import ZCdp
 from privkd.plan import PublicFacts, make_plan
-from privkd.reverse import Knowledge, targets_of
-from privkd.voting import (
+from privkd.privacy.events import ZCdp
+from privkd.privacy.votes import (
     MAX_VOTE_SIGMA2,
     ORDERS,
     VoteRule,
@@ -135,7 +135,7 @@ def test_a_clear_consensus_costs_less_and_a_close_vote_does_not() -> None:
 
 
 def test_the_conversion_is_that_of_zcdp() -> None:
-    from privkd.accounting import price
+    from privkd.privacy.accounting import price
 
     for rho in (0.01, 0.3, 2.0):
         mine = rdp_epsilon(rho * ORDERS, 1e-5)
@@ -265,8 +265,8 @@ def test_only_answered_queries_are_learned() -> None:
 
 
 def test_where_nothing_was_answered_nothing_is_learned() -> None:
+    from privkd.cloud import PublicData, absorb
     from privkd.data.scenario import LabelledSet
-    from privkd.teacher import PublicData, absorb
 
     silent = Knowledge(torch.tensor([0, 1]), torch.zeros(2, 3), 0.0)
     targets = targets_of([silent], torch.full((4, 3), 1 / 3), ReverseConfig())

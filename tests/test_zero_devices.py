@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privkd.cloud import PublicData, Targets, absorb, train_teacher
 from privkd.config import FitConfig, ReverseConfig
+from privkd.controls import ZeroDevices
 from privkd.data.scenario import LabelledSet
-from privkd.fitting import accuracy
-from privkd.randomness import seeded_generator
-from privkd.reverse import Targets
-from privkd.teacher import PublicData, absorb, train_teacher
-from privkd.zero_devices import ZeroDevices
+from privkd.privacy.randomness import seeded_generator
+from privkd.training.fit import accuracy
 
 FIT = FitConfig(steps=120, batch_size=32, learning_rate=0.01)
 CONFIG = ReverseConfig(fit=FIT, trust=2.0, anchor=0.1, tolerance=0.0)

@@ -1,19 +1,20 @@
-"""Prior-aware matching: which of ``kappa`` candidates the release speaks of (Hayes et al. 2023).
+"""Which of some candidates the release speaks of: prior-aware matching, and the informed adversary.
 
-The adversary knows everything but which candidate it was. In the channel's and the student's views it learns
-each candidate's release from replays of its own; in the gradient view it knows each candidate's clipped
-gradient.
+Prior-aware matching (Hayes et al. 2023): the adversary knows everything but which of ``kappa`` candidates it
+was. In the channel's and the student's views it learns each candidate's release from replays of its own; in
+the gradient view it knows each candidate's clipped gradient. The informed adversary (Balle, Cherubin and
+Hayes 2022) knows all records but one and the weights, and learns from shadow students to read that one out.
 """
 
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from sklearn.linear_model import RidgeCV
 
+from attacks.reconstruction.inversion import Floats
 from privkd.errors import InputError
-
-Floats = NDArray[np.float64]
 
 _RIDGE = 1e-2
 """Share of the mean variance that is added to every direction: few replays know few directions well."""
@@ -139,3 +140,33 @@ def _spanned(rows: Floats) -> tuple[Floats, Floats]:
     scale = np.sqrt(values[kept])
     basis = (vectors[:, kept] / scale).T @ rows
     return vectors[:, kept] * scale, basis
+
+
+_PENALTIES = np.logspace(-6, 4, 21)
+_STILL = 1e-12
+
+
+def rebuild_records(weights: Floats, shadow_weights: Floats, shadow_records: Floats) -> Floats:
+    """The unknown record of each trial ``[trial, *shape]``.
+
+    Args:
+        weights: of the audited students ``[trial, weight]``.
+        shadow_weights: of the adversary's own ``[shadow, weight]``.
+        shadow_records: the record that each of these had beside the known ones ``[shadow, *shape]``.
+
+    Raises:
+        InputError: the shapes do not fit, or fewer than 3 shadows.
+    """
+    if len(shadow_weights) != len(shadow_records) or len(shadow_weights) < 3:
+        raise InputError(
+            f"{len(shadow_weights)} shadows for {len(shadow_records)} records: give equally many, 3 or more"
+        )
+    if weights.shape[1] != shadow_weights.shape[1]:
+        raise InputError(f"{weights.shape[1]} weights, the shadows have {shadow_weights.shape[1]}")
+    centre, spread = shadow_weights.mean(axis=0), float(shadow_weights.std())
+    scale = max(spread, _STILL)
+    model = RidgeCV(alphas=_PENALTIES).fit(
+        (shadow_weights - centre) / scale, shadow_records.reshape(len(shadow_records), -1)
+    )
+    rebuilt = model.predict((weights - centre) / scale)
+    return np.asarray(rebuilt, dtype=np.float64).reshape(len(weights), *shadow_records.shape[1:])

@@ -9,11 +9,11 @@ from rich.text import Text
 
 from audits.comparison.curves import CurveComparison
 from audits.comparison.runs import Differing, Leaks, Ledgers, RunComparison
+from audits.estimators.rates import CONFIDENCE
 from audits.evidence.wording import epsilon_text, percent, points
-from audits.intervals import CONFIDENCE
 from audits.tradeoff.request import spelt
 from audits.verdict import Finding
-from privkd.ledger import Statement
+from privkd.privacy.ledger import Statement
 
 _MOST_SHOWN = 60
 

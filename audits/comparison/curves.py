@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from audits.comparison.runs import Differing, RunComparison, compare_runs
-from audits.intervals import Interval, mean_of
+from audits.estimators.rates import Interval, mean_of
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.request import request_tree
 from privkd.errors import InputError

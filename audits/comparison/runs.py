@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
+from audits.estimators.rates import Interval, difference
 from audits.evidence.command import settings_of
 from audits.evidence.facts import Accuracies, RunFacts
-from audits.intervals import Interval, difference
 from audits.verdict import Finding
-from privkd.binding import Binding
 from privkd.errors import InputError
-from privkd.events import Unit
-from privkd.ledger import Statement
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Statement
+from privkd.runs.binding import Binding
 
 _NAMES = {
     "teacher": "teacher after the run",

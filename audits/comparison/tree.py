@@ -7,7 +7,7 @@ from audits.comparison.curves import CurveComparison, PointComparison
 from audits.comparison.runs import Leaks, Ledgers, RunComparison
 from audits.report import finding_tree
 from audits.tradeoff.request import spelt
-from privkd.ledger import Statement
+from privkd.privacy.ledger import Statement
 from privkd.result import plain
 
 

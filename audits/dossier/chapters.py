@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from audits.dossier.drawing import trust_of
 from audits.dossier.page import Figure, Section, Table, columns
 from audits.estimators import TprAtFpr
+from audits.estimators.rates import Interval
 from audits.evidence.facts import Accuracies, LabelFacts, RunFacts
 from audits.evidence.wording import counted, epsilon_text, event_text, percent, points
-from audits.intervals import Interval
 from audits.verdict import Finding, Refused
-from privkd.bounds import LowerBound
 from privkd.data.constants import in_words, unset
-from privkd.events import Unit
-from privkd.ledger import Statement
+from privkd.privacy.bounds import LowerBound
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Statement
 
 _UNAUDITED = "Not audited: no attack was made on what the run shows of a device."
 

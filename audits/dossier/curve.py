@@ -5,13 +5,13 @@ import math
 from audits.dossier import chapters
 from audits.dossier.drawing import trust_of
 from audits.dossier.page import Figure, Section, Table, columns
+from audits.estimators.rates import Interval
 from audits.evidence.facts import RunFacts
 from audits.evidence.wording import epsilon_text, percent, points
-from audits.intervals import Interval
 from audits.tradeoff.curve import Curve, Row, cloud_view
 from audits.tradeoff.figures import FIGURES, draw_figures
 from audits.tradeoff.points import Point, points_of, seeds_note
-from privkd.events import Unit
+from privkd.privacy.events import Unit
 
 _NONE = "not measured"
 

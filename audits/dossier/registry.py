@@ -15,8 +15,8 @@ from audits.dossier import chapters
 from audits.dossier.drawing import trust_of
 from audits.evidence.facts import RunFacts
 from audits.evidence.wording import counted, epsilon_text, event_text
-from privkd.events import Unit
-from privkd.ledger import Statement
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Statement
 
 _UNKNOWN = "unknown"
 _MODELS = {"plain": "Central", "noised": "Local", "secure": "Federated"}

@@ -11,9 +11,9 @@ from audits.report import finding_tree
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.request import request_tree
 from audits.tradeoff.table import rows_of
-from privkd.bounds import LowerBound
-from privkd.charges import Charge, encode_charge
-from privkd.ledger import Statement
+from privkd.privacy.bounds import LowerBound
+from privkd.privacy.charges import Charge, encode_charge
+from privkd.privacy.ledger import Statement
 from privkd.result import plain
 
 

@@ -6,8 +6,8 @@ from audits.dossier.page import Verdict
 from audits.evidence.facts import RunFacts
 from audits.evidence.wording import counted, epsilon_text
 from audits.tradeoff.curve import Curve
-from privkd.claims import certainty
-from privkd.events import Unit
+from privkd.privacy.claims import certainty
+from privkd.privacy.events import Unit
 
 _SIMULATED = (
     "This run is a simulation: its noise comes from the seed, and whoever knows the seed can take it off. "

@@ -4,22 +4,26 @@ Every bound holds with the stated confidence whatever the attack: a better attac
 it wrong. Thresholds and numbers of guesses are chosen by rules that account for the choice.
 """
 
-from audits.estimators.confusion import ConfusionEstimator, clopper_pearson, gaussian
 from audits.estimators.gaussian_dp import delta_of_mu, epsilon_of_mu, mu_of_epsilon
-from audits.estimators.guessing import (
+from audits.estimators.one_run import (
     BonferroniGuesses,
     FixedGuesses,
     GuessRule,
+    OneRunEstimator,
     epsilon_lower_bound_one_run,
+    f_dp_one_run,
+    one_run,
 )
-from audits.estimators.one_run import OneRunEstimator, f_dp_one_run, one_run
 from audits.estimators.rates import Auc, TprAtFpr, auc, tpr_at_fpr
 from audits.estimators.threshold import (
     BonferroniThreshold,
+    ConfusionEstimator,
     FixedThreshold,
     SplitThreshold,
     ThresholdRule,
+    clopper_pearson,
     epsilon_lower_bound,
+    gaussian,
 )
 
 __all__ = [

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from privkd.errors import InputError
 
+Floats = NDArray[np.float64]
+
 
 def checked_count(name: str, value: SupportsIndex, *, least: int = 0) -> int:
     """``value`` as an int of at least ``least``.

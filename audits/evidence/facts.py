@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from audits.intervals import Interval, difference
+from audits.estimators.rates import Interval, difference
 from audits.verdict import Finding, Verdict
-from privkd.binding import Binding
-from privkd.bounds import Audited, LowerBound
 from privkd.config import RunConfig
-from privkd.events import PrivacyEvent, Unit
-from privkd.ledger import Statement
+from privkd.privacy.bounds import Audited, LowerBound
+from privkd.privacy.events import PrivacyEvent, Unit
+from privkd.privacy.ledger import Statement
+from privkd.runs.binding import Binding
 
 Standing: TypeAlias = Literal["ALARM", "within bound", "no protection claimed", "not audited", "unfinished"]
 """What the whole run comes to, worst first."""

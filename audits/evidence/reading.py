@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from audits.estimators import Auc, TprAtFpr
+from audits.estimators.rates import Interval, share
 from audits.evidence.command import command_of
 from audits.evidence.exports import export_files, read_exports
 from audits.evidence.facts import (
@@ -22,16 +23,15 @@ from audits.evidence.facts import (
 )
 from audits.evidence.parsing import count, number, read_json, well_formed
 from audits.evidence.rebuilt import RECONSTRUCTION, read_picture, read_reconstruction
-from audits.intervals import Interval, share
 from audits.verdict import Finding, Refused
-from privkd.binding import binding_of
-from privkd.bounds import Audited, Check, LowerBound
-from privkd.charges import decode_charge
 from privkd.config import load_config
 from privkd.errors import RunError
-from privkd.events import PrivacyEvent, Unit
 from privkd.journal import Head, Journal
-from privkd.ledger import Ledger, Statement
+from privkd.privacy.bounds import Audited, Check, LowerBound
+from privkd.privacy.charges import decode_charge
+from privkd.privacy.events import PrivacyEvent, Unit
+from privkd.privacy.ledger import Ledger, Statement
+from privkd.runs.binding import binding_of
 
 MEMBERSHIP = "audit/membership.json"
 _RECORDS = ("config.toml", "journal.jsonl", "ledger.jsonl", "result.json", "versions.json")

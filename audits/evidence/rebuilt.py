@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from audits.estimators.rates import Interval
 from audits.evidence.facts import RebuiltFacts, ReconstructionFacts
 from audits.evidence.parsing import count, number, well_formed
-from audits.intervals import Interval
 from audits.verdict import Verdict
 from privkd.errors import RunError
-from privkd.events import Unit
+from privkd.privacy.events import Unit
 
 RECONSTRUCTION = "audit/reconstruction.json"
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -2,8 +2,8 @@
 
 import math
 
-from audits.intervals import Interval
-from privkd.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
+from audits.estimators.rates import Interval
+from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
 
 
 def epsilon_text(value: float) -> str:

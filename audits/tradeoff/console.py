@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from audits.intervals import Interval
+from audits.estimators.rates import Interval
 from audits.tradeoff.curve import Curve, cloud_view
 from audits.tradeoff.points import Point, points_of, seeds_note
 from audits.tradeoff.request import Cell, spelt

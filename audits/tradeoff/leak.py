@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from audits.intervals import Interval
+from audits.estimators.rates import Interval
 from audits.tradeoff.curve import Curve, cloud_view
 from audits.tradeoff.points import Point, pareto_front, seeds_note
 from audits.tradeoff.request import spelt

@@ -41,8 +41,8 @@ def _check_kept(path: Path, request: CurveRequest) -> None:
     """Cells on other data or code than those that are done could not be set beside them."""
     done = [cell for cell in request.cells if is_done(cell, _folder(path, cell))]
     if done:
-        from privkd.bound import check_files
-        from privkd.store import RunFolder
+        from privkd.runs.fingerprints import check_files
+        from privkd.runs.folder import RunFolder
 
         for cell in done:
             with RunFolder.resume(_folder(path, cell)) as folder:

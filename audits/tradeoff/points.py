@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from audits.estimators.rates import Interval, mean_of
 from audits.evidence.facts import Accuracies
-from audits.intervals import Interval, mean_of
 from audits.tradeoff.curve import Curve, Row
-from privkd.events import Unit
+from privkd.privacy.events import Unit
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from audits.intervals import Interval
+from audits.estimators.rates import Interval
 
 INK, MUTED, HAIR = "#222222", "#5a5a5a", "#d9d9d9"
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; markers tell them apart in grey.

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from audits.estimators.rates import CONFIDENCE, Interval
 from audits.evidence.facts import Accuracies
-from audits.intervals import CONFIDENCE, Interval
 from audits.tradeoff.curve import Curve, Row
-from privkd.events import Unit
+from privkd.privacy.events import Unit
 
 Value: TypeAlias = str | int | float | None
 _ACCURACIES = ("teacher", "before", "control", "students", "public_only", "direct", "direct_private")

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from audits.request import VIEWS
+from audits.requests import VIEWS
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.style import (
     CHANNEL_COLOURS,

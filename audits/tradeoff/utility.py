@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from audits.estimators.rates import Interval
 from audits.evidence.facts import Accuracies
-from audits.intervals import Interval
 from audits.tradeoff.curve import Curve
 from audits.tradeoff.points import Point, ceiling_of, seeds_note
 from audits.tradeoff.style import INK, MUTED, STUDENT, TEACHER, bars, canvas, handle, heading, rendered

@@ -18,7 +18,7 @@ from audits.tradeoff.request import Cell
 from privkd.errors import PrivkdError, RunError, one_line
 
 if TYPE_CHECKING:
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
 DONE = "cell.json"
 """Written last: what determined the cell's finished audits."""
@@ -99,7 +99,7 @@ def _train(cell: Cell, path: Path, progress: PipedProgress) -> None:
 
     from privkd.federation import open_game
     from privkd.result import train
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
     torch.set_num_threads(1)
     config = cell.config()
@@ -119,7 +119,7 @@ def _is_finished(journal: Any) -> bool:
 
 
 def _audit(cell: Cell, path: Path, progress: PipedProgress) -> None:
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
     with RunFolder.resume(path) as folder:
         for audit in cell.request.audits:
@@ -128,9 +128,9 @@ def _audit(cell: Cell, path: Path, progress: PipedProgress) -> None:
 
 
 def _membership(cell: Cell, folder: "RunFolder", progress: PipedProgress) -> None:
-    from audits.membership import audit_membership
+    from audits.membership_inference import audit_membership
     from audits.report import report_tree, write_curves
-    from audits.request import MembershipRequest
+    from audits.requests import MembershipRequest
 
     # Each seed has coins of its own, or an interval over seeds would leave them out.
     request = MembershipRequest(shadows=cell.request.shadows, targets=cell.request.targets, seed=cell.seed)
@@ -140,9 +140,9 @@ def _membership(cell: Cell, folder: "RunFolder", progress: PipedProgress) -> Non
 
 
 def _reconstruction(cell: Cell, folder: "RunFolder", progress: PipedProgress) -> None:
-    from audits.reconstruction.audit import audit_reconstruction
-    from audits.reconstruction.report import reconstruction_tree
-    from audits.reconstruction.request import MATCHING, ReconstructionRequest
+    from audits.reconstructions.audit import audit_reconstruction
+    from audits.reconstructions.report import reconstruction_tree
+    from audits.reconstructions.request import MATCHING, ReconstructionRequest
 
     # The one attack that every view and every kind of record has.
     request = ReconstructionRequest(attack=MATCHING, seed=cell.seed)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from privkd.config import DataConfig
-from privkd.data.partition import Indices
-from privkd.data.source import Array, RawSet, Source
+from privkd.data.dataset import Array, Indices, RawSet, Source
 from privkd.errors import ConfigError, DataError
 from privkd.labels import in_order, is_fraction, is_number, numbers_of, same_number
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
+from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 
 _UNSIGNED_BYTE = 0x08

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from privkd.data.source import MAX_VALUES, RawSet, Source, make_source
+from privkd.data.dataset import MAX_VALUES, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 
 Encoded: TypeAlias = bytes | Path

@@ -15,8 +15,8 @@ import numpy as np
 
 from privkd.config import DataConfig
 from privkd.data.columns import Columns, choose_columns
+from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.data.images import decode_images
-from privkd.data.source import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 
 _IMAGE_BYTES = "bytes"

@@ -1,15 +1,27 @@
-"""How private records fall to devices: pure functions of index arrays and a generator.
+"""Which record plays which role, and how private ones fall to devices: pure functions of indices and a seed.
 
-Every function returns one index array per device; together they are disjoint and hold every index given.
-A shard may be empty where the rule allows it.
+Every record of the source has exactly one role; what nobody needs stays in ``reserve``. Each purpose draws
+from its own random stream, so that changing the number of devices leaves the public sets and the tests alone.
+The devices' shards are disjoint and hold every private index; one may be empty where the rule allows it.
 """
 
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Indices: TypeAlias = NDArray[np.int64]
+from privkd.config import DataConfig
+from privkd.data.dataset import Indices
+from privkd.data.public_sets import (
+    PublicSets,
+    PublicSizes,
+    Stream,
+    choose_gap_classes,
+    draw_public_sets,
+    public_sizes,
+    without,
+)
+from privkd.errors import ConfigError, DataError
 
 # Beyond these, gamma variates under- or overflow while the shares are already one-hot or equal.
 _ALPHA_RANGE = (1e-6, 1e6)
@@ -91,3 +103,139 @@ def _join(pieces: list[list[Indices]], devices: int) -> tuple[Indices, ...]:
     """Gather each device's pieces over the classes."""
     empty = np.empty(0, dtype=np.int64)
     return tuple(np.concatenate([empty, *(shares[device] for shares in pieces)]) for device in range(devices))
+
+
+@dataclass(frozen=True)
+class Split(PublicSets):
+    """Record indices by role: disjoint, and exhaustive with ``reserve``.
+
+    Attributes:
+        device_train: each device's private training shard, possibly empty.
+        device_test: each device's test set, drawn from the same shard.
+        reserve: unused.
+        records_per_device: nominal size of a training shard, a public constant.
+        gap_classes: classes that the public labelled sets lack, sorted.
+    """
+
+    device_train: tuple[Indices, ...]
+    device_test: tuple[Indices, ...]
+    reserve: Indices
+    records_per_device: int
+    gap_classes: tuple[int, ...]
+
+
+def split_indices(
+    labels: Indices,
+    config: DataConfig,
+    seed: int,
+    *,
+    classes: int,
+    given_test: bool = False,
+    names: tuple[str, ...] | None = None,
+) -> Split:
+    """Give every record one role.
+
+    The test is stratified; the proxy is a uniform draw of the rest, gap classes included; the public labelled
+    sets follow ``config.gap``; devices divide a uniform draw of what is left by ``config.partition``. Neither
+    the global test nor the public sets depend on the number of devices, nor in a user's own file on records
+    that devices may hold: see `public_sets`.
+
+    Args:
+        labels: classes of all records ``[record]``, each of ``0 .. classes - 1``, or ``classes`` where its
+            label is none: such a record is dropped from the shard that it falls to.
+        config: sizes, partition and gap; ``config.source`` says whether it is a public data set.
+        seed: not negative.
+        classes: number of classes, a public constant.
+        given_test: the source brings its own test split, so none is drawn.
+        names: by which the roles of a user's own records are drawn; ``None``: by position.
+
+    Raises:
+        ConfigError: a setting does not go with another, or with the number of classes.
+        DataError: the source has too few records for the request, or the label of a public one is no class.
+    """
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: expected 0 or more")
+    sizes = public_sizes(config, len(labels), given_test=given_test)
+    if sizes.total + config.devices > len(labels):
+        raise DataError(_shortage(config, sizes, len(labels), 0, f"too few for {config.devices} devices"))
+    gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
+    sets, withheld = draw_public_sets(labels, config, sizes, gap, classes=classes, seed=seed, names=names)
+    everybody = np.arange(len(labels))
+    holders = _holders(config, classes, Stream.HOLDERS.generator(seed))
+    free = without(everybody, withheld)
+    free = free[np.isin(labels[free], np.flatnonzero(holders.any(axis=0)))]
+    nominal = _nominal(len(free), config, sizes, len(labels), len(withheld) - sizes.total)
+    pairs = _divide(free, labels, config, holders, nominal, seed)
+    trains, tests = (
+        tuple(part[labels[part] < classes] for part in parts) for parts in zip(*pairs, strict=True)
+    )
+    return Split(
+        **vars(sets),
+        device_train=trains,
+        device_test=tests,
+        reserve=without(everybody, np.concatenate([sets.shown, *trains, *tests])),
+        records_per_device=nominal,
+        gap_classes=gap,
+    )
+
+
+def _nominal(free: int, config: DataConfig, sizes: PublicSizes, records: int, surplus: int) -> int:
+    """Nominal shard size: as set, else what ``free`` records of the source's allow.
+
+    Raises:
+        DataError: they are too few.
+    """
+    nominal = config.records_per_device
+    if nominal is None:
+        nominal = min(sizes.records_per_device, free // config.devices - config.device_test_records)
+    need = config.devices * (nominal + config.device_test_records)
+    if nominal < 1 or need > free:
+        wish = f"{config.devices} devices x ({max(nominal, 1)} + {config.device_test_records} test records)"
+        left = f"{free} that devices can hold, too few for {wish}"
+        raise DataError(_shortage(config, sizes, records, surplus, left))
+    return nominal
+
+
+def _divide(
+    free: Indices, labels: Indices, config: DataConfig, holders: NDArray[np.bool_], nominal: int, seed: int
+) -> list[tuple[Indices, Indices]]:
+    """Each device's training and test records, out of ``free``."""
+    need = config.devices * (nominal + config.device_test_records)
+    # Keys per record, not a permutation of `free`: a smaller pool is then a subset of a larger one.
+    keys = Stream.POOL.generator(seed).random(len(labels))[free]
+    pool = free[np.argsort(keys, kind="stable")[:need]]
+    rng = Stream.PARTITION.generator(seed)
+    if config.partition == "dirichlet":
+        shards = dirichlet(pool, labels[pool], config.devices, config.dirichlet_alpha, rng)
+    elif config.partition == "classes":
+        shards = by_class(pool, labels[pool], holders, rng)
+    else:
+        shards = iid(pool, config.devices, rng)
+    return [_train_test(rng.permutation(shard), nominal, config.device_test_records) for shard in shards]
+
+
+def _train_test(shard: Indices, nominal: int, tests: int) -> tuple[Indices, Indices]:
+    """A shuffled shard cut in the nominal proportion; test records beyond the size set are left out."""
+    held_out = len(shard) * tests // (nominal + tests)
+    return shard[held_out:], shard[: min(held_out, tests)]
+
+
+def _holders(config: DataConfig, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which classes each device may hold ``[device, class + 1]``: the last column is of labels that are none,
+    which anybody may have."""
+    if config.partition != "classes":
+        return np.ones((config.devices, classes + 1), dtype=np.bool_)
+    if config.classes_per_device > classes:
+        raise ConfigError(f"classes_per_device={config.classes_per_device}: the source has {classes} classes")
+    holders = assign_classes(config.devices, classes, config.classes_per_device, rng)
+    return np.pad(holders, ((0, 0), (0, 1)), constant_values=True)
+
+
+def _shortage(config: DataConfig, sizes: PublicSizes, records: int, surplus: int, left: str) -> str:
+    passed_over = f", for which {surplus} more were passed over," if surplus else ""
+    return (
+        f"source {config.source!r} has {records} records: test_records={sizes.test}, "
+        f"public_records={sizes.public}, validation_records={sizes.validation} and "
+        f"proxy_records={sizes.proxy}{passed_over} leave {left}; lower one of these, devices, "
+        "records_per_device or device_test_records"
+    )

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from privkd.config import DataConfig
 from privkd.data.constants import PUBLIC_SOURCES
-from privkd.data.partition import Indices
+from privkd.data.dataset import Indices
 from privkd.errors import ConfigError, DataError
-from privkd.randomness import derive_seed
+from privkd.privacy.randomness import derive_seed
 
 
 class Stream(IntEnum):

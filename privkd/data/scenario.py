@@ -1,13 +1,29 @@
-"""Who holds what: the frozen outcome of a split."""
+"""Who holds what: from settings and a seed to the frozen outcome of a split."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from privkd.events import PartyId
+from privkd.config import DataConfig
+from privkd.data.constants import (
+    Constants,
+    check_set,
+    find_constants,
+    in_words,
+    label_space,
+    numbered,
+    numbered_test,
+    unset,
+)
+from privkd.data.dataset import Indices, RawSet, Source
+from privkd.data.partition import split_indices
+from privkd.data.sources import load
+from privkd.errors import ConfigError, DataError
+from privkd.privacy.events import PartyId
 
 
 @dataclass(frozen=True)
@@ -80,3 +96,103 @@ class Scenario:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the record axis."""
         return tuple(self.public.inputs.shape[1:])
+
+
+_BINOMIAL = torch.tensor([1.0, 2.0, 1.0]) / 4
+
+
+def restyle(images: Tensor) -> Tensor:
+    """Contrast inverted, then a 3x3 binomial blur.
+
+    ``images`` is ``[image, channel, height, width]`` in [0, 1], and so is the result.
+
+    Raises:
+        ConfigError: the inputs are not images.
+        DataError: a value lies outside [0, 1], where inversion means nothing.
+    """
+    if images.ndim != 4:
+        shape = tuple(images.shape[1:])
+        raise ConfigError(
+            f"gap='style' alters images [channel, height, width]; inputs of shape {shape} are none"
+        )
+    if images.numel() and (images.min() < 0 or images.max() > 1):
+        raise DataError(f"gap='style' needs values in [0, 1], found {images.min():.4g} to {images.max():.4g}")
+    if not len(images):
+        return images
+    channels = images.shape[1]
+    kernel = torch.outer(_BINOMIAL, _BINOMIAL).expand(channels, 1, 3, 3)
+    padded = F.pad(1 - images, (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, kernel, groups=channels).clamp_(0, 1)
+
+
+def build_scenario(config: DataConfig, seed: int, *, deployment: bool = False) -> Scenario:
+    """Load the source and split it. A pure function of its arguments and of the files they name.
+
+    Nothing public depends on a private record, but for the constants that ``inferred`` names; a
+    ``deployment`` infers none.
+
+    Raises:
+        ConfigError: settings that do not go together, or that a deployment must be given.
+        DataError: the source is missing, malformed, or too small for the request.
+    """
+    return scenario_from(load(config), config, seed, deployment=deployment)
+
+
+def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: bool = False) -> Scenario:
+    """Split a source that is already loaded; ``config.source`` still says whether it is a public data set.
+
+    Raises:
+        ConfigError: settings that do not go together, or that a deployment must be given.
+        DataError: the source is too small for the request, or a public record's label is no class.
+    """
+    given_test = source.test is not None
+    if deployment:
+        check_set(config, given_test=given_test)
+    classes = label_space(source, config)
+    labels = numbered(source.records.labels, classes)
+    split = split_indices(
+        labels, config, seed, classes=len(classes), given_test=given_test, names=source.names
+    )
+    constants = find_constants(source, split.shown, config)
+    style = config.gap == "style"
+
+    def select(indices: Indices, *, altered: bool = False, private: bool = False) -> LabelledSet:
+        inputs = constants.features(source.records.inputs[indices])
+        if altered:
+            # A private value out of range must not stop the run where everybody sees it.
+            inputs = restyle(inputs.clamp_(0, 1) if private else inputs)
+        return LabelledSet(inputs, torch.from_numpy(labels[indices]))
+
+    return Scenario(
+        public=select(split.public),
+        validation=select(split.validation),
+        proxy=select(split.proxy, altered=style).inputs,
+        devices=tuple(
+            Device(
+                name=f"device-{number:04d}",
+                train=select(train, altered=style, private=True),
+                test=select(test, altered=style, private=True),
+            )
+            for number, (train, test) in enumerate(zip(split.device_train, split.device_test, strict=True))
+        ),
+        test=(
+            select(split.test, altered=style)
+            if source.test is None
+            else _given(source, source.test, constants, classes, config)
+        ),
+        classes=len(classes),
+        records_per_device=split.records_per_device,
+        gap_classes=split.gap_classes,
+        divisor=constants.divisor,
+        inferred=in_words(unset(config, given_test=given_test)),
+        taken={**source.taken, "scale": constants.said},
+    )
+
+
+def _given(
+    source: Source, test: RawSet, constants: Constants, classes: tuple[str, ...], config: DataConfig
+) -> LabelledSet:
+    """The test split that came with the data, whole."""
+    labels = numbered_test(source, test, classes, config)
+    inputs = constants.features(test.inputs)
+    return LabelledSet(restyle(inputs) if config.gap == "style" else inputs, torch.from_numpy(labels))

@@ -1,28 +1,140 @@
 """Where records come from: one name, path or function to one ``Source``."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
+from torch import Tensor
 
 from privkd.config import DataConfig, RunConfig
 from privkd.data.columns import refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
-from privkd.data.function import is_function_name, load_function
+from privkd.data.dataset import Array, RawSet, Source, make_source
 from privkd.data.idx import find_idx, load_idx_folder
 from privkd.data.images import load_image_folder
 from privkd.data.parquet import load_parquet
-from privkd.data.source import RawSet, Source, make_source
-from privkd.data.table_folder import (
-    load_table_folder,
-    refuse_other_tables,
-    split_tables,
-    table_folders,
-)
 from privkd.data.tabular import load_csv, load_npz
-from privkd.errors import DataError
+from privkd.errors import DataError, one_line
+from privkd.own_code import users_callable
+
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_function_name(source: str) -> bool:
+    """Whether ``source`` is spelt ``package.module:function``."""
+    return _DOTTED.fullmatch(source) is not None
+
+
+def load_function(source: str, config: DataConfig) -> Source:
+    """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists.
+
+    The working directory is importable. The function must return the same records each time, or a run cannot
+    be repeated.
+
+    Raises:
+        DataError: it cannot be imported, fails, or returns something else.
+    """
+    function = users_callable(source, "source", DataError)
+    try:
+        returned = function()
+    except (Exception, SystemExit) as error:
+        raise DataError(
+            f"source {source!r}: failed when called without arguments ({one_line(error)})"
+        ) from error
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise DataError(f"source {source!r}: returned {type(returned).__name__}; return (inputs, labels)")
+    inputs, labels = (_array(value, source) for value in returned)
+    taken = {"label": "the second that the function returned"}
+    return make_source(source, RawSet(inputs, labels), classes=config.classes, taken=taken)
+
+
+def _array(value: Any, source: str) -> Array:
+    try:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            return (value.float() if value.is_floating_point() else value).numpy()
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"source {source!r}: {one_line(error)}; return plain arrays or tensors") from error
+
+
+_TABLE_PLACES = ("", "data")
+"""Where the files may lie below the folder."""
+_HELD_OUT = ("validation", "valid", "val", "dev")
+_SHARD = re.compile(r".*-([0-9]{1,9})-of-([0-9]{1,9})\.parquet")
+
+
+def table_folders(folder: Path) -> list[Path]:
+    """The places below ``folder`` that hold the table of a ``train`` split."""
+    return [folder / place for place in _TABLE_PLACES if split_tables(folder / place, "train")]
+
+
+def split_tables(folder: Path, split: str) -> list[Path]:
+    """The files of a split: ``train.parquet``, or the shards ``train-*.parquet`` in their order."""
+    found = [*folder.glob(f"{split}.parquet"), *sorted(folder.glob(f"{split}-*.parquet"))]
+    return [path for path in found if path.is_file()]
+
+
+def load_table_folder(folder: Path, name: str, config: DataConfig) -> Source:
+    """The ``train`` split of a folder, and its ``test`` split if there is one.
+
+    Raises:
+        ConfigError: as `load_parquet`.
+        DataError: as `load_parquet`; a shard is missing, or a split is there twice.
+    """
+    places = table_folders(folder)
+    if len(places) > 1:
+        raise DataError(f"{folder}: training tables lie in it and in {places[1].name}; name one of the two")
+    train, test = (_whole(split_tables(places[0], split), split) for split in ("train", "test"))
+    taken = {}
+    if test:
+        taken["test split"] = _named(test)
+    held_out = [path for split in _HELD_OUT for path in split_tables(places[0], split)]
+    if held_out:
+        taken["splits left out"] = _named(held_out)
+    return load_parquet(train, name, config, test, taken)
+
+
+def refuse_other_tables(folder: Path) -> None:
+    """Refuse a folder whose Parquet files are not called as splits are.
+
+    Raises:
+        DataError: it holds such files, or one of its sub-folders does.
+    """
+    found = next(
+        (path for pattern in ("*.parquet", "*/*.parquet") for path in sorted(folder.glob(pattern))), None
+    )
+    if found is not None:
+        raise DataError(
+            f"{folder}: {found.relative_to(folder)} is a table, but no file in it or in data/ is called "
+            "train.parquet or train-*.parquet; rename it, or name one file or the folder that holds them"
+        )
+
+
+def _whole(paths: list[Path], split: str) -> list[Path]:
+    """``paths``, of which none lacks."""
+    shards = [found for path in paths if (found := _SHARD.fullmatch(path.name))]
+    if len(paths) > 1 and len(shards) < len(paths):
+        both = f"{paths[0].name} and {paths[1].name}"
+        raise DataError(f"{paths[0].parent}: {both} could be the {split} split; keep one")
+    numbers = [int(shard[1]) for shard in shards]
+    if shards and (len({shard[2] for shard in shards}) > 1 or numbers != list(range(int(shards[0][2])))):
+        raise DataError(
+            f"{paths[0].parent}: {len(shards)} of {shards[0][2].lstrip('0') or '0'} shards of the {split} "
+            "split are there; fetch them all, of one data set"
+        )
+    return paths
+
+
+def _named(paths: Sequence[Path]) -> str:
+    return ", ".join(repr(path.name) for path in paths[:2]) + (
+        f" and {len(paths) - 2} more" if paths[2:] else ""
+    )
+
 
 _DIGITS_MAX = 16
 _FILE_READERS: dict[str, Callable[[Path, str, DataConfig], Source]] = {

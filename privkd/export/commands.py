@@ -33,7 +33,7 @@ def export_command(request: ExportRequest) -> None:
     check_installed(request.format)
     from privkd.export.console import print_exported
     from privkd.export.export import export_student, exported_tree
-    from privkd.store import RunFolder
+    from privkd.runs.folder import RunFolder
 
     with RunFolder.resume(request.run) as folder:
         exported = export_student(folder, request.format, request.device, request.out)

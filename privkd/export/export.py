@@ -15,11 +15,11 @@ from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Check, Deployable, check_equal
 from privkd.export.formats import Answering, Format, format_named
 from privkd.latency import latencies_ms
-from privkd.models import parameter_count
+from privkd.models.zoo import parameter_count
 from privkd.progress import Silent
 from privkd.reopening import reopened_simulation
 from privkd.result import plain
-from privkd.store import RunFolder
+from privkd.runs.folder import RunFolder
 from privkd.students import HELD_BY_DEVICES, finished_state
 
 _CHECKED = 256

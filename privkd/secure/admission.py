@@ -5,7 +5,7 @@ from collections.abc import Container
 from fractions import Fraction
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.envelope import Header
 from privkd.secure.normcheck import MIN_PROJECTIONS
 from privkd.secure.party import PartyConfig

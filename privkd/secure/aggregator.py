@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
-from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.backend import Backend
 from privkd.secure.envelope import Header, unseal
 from privkd.secure.serving import Step, serve

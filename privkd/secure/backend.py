@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privkd.privacy.votes import tally
 from privkd.secure.normcheck import NormTest
 from privkd.secure.shares import reconstruct, to_ring
-from privkd.voting import tally
 
 
 class Backend(Protocol):

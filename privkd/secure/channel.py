@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.channel import ChannelBase, Release, contributions, noise_variance
+from privkd.channels.channel import ChannelBase, Release, contributions, noise_variance
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
-from privkd.noise import NoiseRoot
+from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.aggregator import agreed_digest, party_noise
 from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, seal, upload_identifier
 from privkd.secure.fixedpoint import FixedPoint, content_digest

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError, persistently
 from privkd.secure.posts import agreed_in, combine
 from privkd.secure.terms import MAX_ATTEMPTS, RoundTerms

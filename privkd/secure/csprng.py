@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from privkd.noise import KEY_BYTES, Keystream
+from privkd.privacy.noise import KEY_BYTES, Keystream
 
 
 class CryptoGenerator:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
-from privkd.noise import KEY_BYTES, NoiseRoot, discrete_gaussian
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import KEY_BYTES, NoiseRoot, discrete_gaussian
 from privkd.secure.endpoint import Endpoint, persistently
 from privkd.secure.envelope import UPLOAD_ID_BYTES, Header, packed, seal
 from privkd.secure.fixedpoint import FixedPoint, content_digest, finite_or_zero

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.shares import RING_BITS, Form, Share
 
 UPLOAD_ID_BYTES = 16

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privkd.errors import ConfigError
-from privkd.noise import KEY_BYTES
+from privkd.privacy.noise import KEY_BYTES
 
 CLOUD = "cloud"
 """Common name of the certificate that may open and close rounds."""

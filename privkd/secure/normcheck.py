@@ -51,7 +51,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from privkd.noise import Keystream
+from privkd.privacy.noise import Keystream
 
 FALSE_ALARM = 2.0**-40
 """Bound on the chance that one honest device is named in one attempt at a round."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import privkd
 from privkd.errors import ChannelError
-from privkd.noise import NoiseRoot
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.wire import Frame, Kind, Link, LinkClosedError, Setup
 
 _MODULE = "privkd.secure.aggregator"

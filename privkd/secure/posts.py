@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
-from privkd.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.shares import reconstruct
 from privkd.secure.terms import RoundTerms
 

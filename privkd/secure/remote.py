@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.channel import ChannelBase, Release, contributions, noise_variance
+from privkd.channels.channel import ChannelBase, Release, contributions, noise_variance
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
-from privkd.noise import NoiseRoot
+from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.votes import VoteRule
 from privkd.secure.channel import checked_parties
 from privkd.secure.cloud import PartyGroup, Total
 from privkd.secure.device import prepare, relay
@@ -29,7 +30,6 @@ from privkd.secure.posts import service_noise
 from privkd.secure.shares import fitting_encoding
 from privkd.secure.splits import distributed_variance
 from privkd.secure.terms import RoundTerms, VoteTerms
-from privkd.voting import VoteRule
 
 _LIFETIME = 86_400
 
@@ -49,7 +49,7 @@ class ServiceOptions:
         minimum: fewest devices over which a sum is released; ``None`` for all of the roster.
         noise: who adds the noise; see ``privkd.secure.splits``.
         projections: of the norm check (``privkd.secure.normcheck``), which needs a third party; 0 for none.
-        votes: hold a vote by this rule (``privkd.voting``) in place of a mean; it needs a third party too.
+        votes: by which rule to hold a vote (``privkd.privacy.votes``), with a third party; else a mean.
         lifetime: seconds that a round waits for its devices; one interrupted for longer is attempted again.
     """
 

@@ -24,8 +24,8 @@ from fractions import Fraction
 from typing import Any
 
 from privkd.errors import ChannelError, ConfigError
-from privkd.events import PartyId
 from privkd.journal import Journal
+from privkd.privacy.events import PartyId
 from privkd.secure.admission import RefusalError, admit_header, admit_terms
 from privkd.secure.envelope import Header, header_of, unseal
 from privkd.secure.keys import load_noise_key, load_sealing_key, public_hex

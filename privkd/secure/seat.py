@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
-from privkd.noise import NoiseRoot
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import NoiseRoot
 from privkd.secure.aggregator import identifiers_in
 from privkd.secure.backend import Backend
 from privkd.secure.csprng import PartyKeys

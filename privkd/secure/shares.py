@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
-from privkd.noise import KEY_BYTES, Keystream
+from privkd.privacy.noise import KEY_BYTES, Keystream
 from privkd.secure.fixedpoint import RESOLUTION_BITS, FixedPoint
 
 RING_BITS = 32

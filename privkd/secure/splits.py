@@ -18,7 +18,7 @@ import math
 from fractions import Fraction
 
 from privkd.errors import ConfigError
-from privkd.noise import MAX_SIGMA2
+from privkd.privacy.noise import MAX_SIGMA2
 
 _MAX_ENTRIES = 1 << 26
 _MARGIN = Fraction(1 + 2.0**-30)

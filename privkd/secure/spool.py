@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.envelope import Header, header_of
 from privkd.secure.terms import RoundTerms
 

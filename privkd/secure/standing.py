@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.spool import RoundSpool
 
 

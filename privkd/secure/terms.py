@@ -11,10 +11,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from privkd.config import Settings
 from privkd.errors import ChannelError
-from privkd.events import PartyId
-from privkd.noise import MAX_SIGMA2
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import MAX_SIGMA2
+from privkd.privacy.votes import vote_rho
 from privkd.secure.normcheck import MAX_PROJECTIONS
-from privkd.voting import vote_rho
 
 MAX_ROUND = 2**64 - 1
 MAX_DEVICE_NAME = 256
@@ -27,7 +27,7 @@ _TAIL = 12
 
 
 class VoteTerms(Settings):
-    """A vote in place of a sum: Confident-GNMax; see ``privkd.voting``.
+    """A vote in place of a sum: Confident-GNMax; see ``privkd.privacy.votes``.
 
     Attributes:
         classes: each device's block is ``[query, class]``, one-hot in every row.

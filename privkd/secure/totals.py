@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Self
 
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.terms import RoundTerms
 
 _GRAINS = 1 << 64

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from privkd.errors import ChannelError
-from privkd.events import PartyId
+from privkd.privacy.events import PartyId
 from privkd.secure.aggregator import IDENTIFIER_BYTES
 from privkd.secure.parties import Party, obituary, spawn
 from privkd.secure.wire import Frame, Kind, LinkClosedError

@@ -23,29 +23,34 @@ if __name__ == "__main__":
 
 from scipy.stats import binom  # noqa: E402
 
-import audits.closing  # noqa: E402
-import audits.on_channel  # noqa: E402
-import audits.on_device  # noqa: E402
+import audits.mechanisms.audit  # noqa: E402
+import audits.mechanisms.on_channel  # noqa: E402
+import audits.mechanisms.on_device  # noqa: E402
 from mutants.mutant import Put  # noqa: E402
 from mutants.settings import NOISED, SAMPLED, SMALL  # noqa: E402
-from privkd.channel import NoisedChannel  # noqa: E402
+from privkd.channels.channel import NoisedChannel  # noqa: E402
 from privkd.config import load_config  # noqa: E402
-from privkd.events import Unit  # noqa: E402
 from privkd.federation import Game, open_game  # noqa: E402
-from privkd.noise import NoiseRoot  # noqa: E402
+from privkd.privacy.events import Unit  # noqa: E402
+from privkd.privacy.noise import NoiseRoot  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
-from privkd.state import State  # noqa: E402
+from privkd.runs.checkpoint import State  # noqa: E402
 
-SOUND = audits.on_device.FALSE_ALARM + audits.on_channel.FALSE_ALARM + 1 - audits.closing.CONFIDENCE
+SOUND = (
+    audits.mechanisms.on_device.FALSE_ALARM
+    + audits.mechanisms.on_channel.FALSE_ALARM
+    + 1
+    - audits.mechanisms.audit.CONFIDENCE
+)
 KINDS: dict[str, tuple[str, ...]] = {"full batches": (), "sampled": SAMPLED}
 
 
 def cut_short(put: Put) -> None:
     """As few canaries as make an audit of about half a second."""
-    put(audits.on_device, "_POOL", 10)
-    put(audits.on_device, "_MOST_DRAWS", 120_000)
-    put(audits.on_device, "_CALLS", 6)
-    put(audits.closing, "_UPLOADS", dict.fromkeys(audits.closing._UPLOADS, 0))
+    put(audits.mechanisms.on_device, "_POOL", 10)
+    put(audits.mechanisms.on_device, "_MOST_DRAWS", 120_000)
+    put(audits.mechanisms.on_device, "_CALLS", 6)
+    put(audits.mechanisms.audit, "_UPLOADS", dict.fromkeys(audits.mechanisms.audit._UPLOADS, 0))
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Opened:
         game, config = self.game, self.game.config.model_copy(update={"seed": seed})
         channel = NoisedChannel(game.plan.clip_norm, game.plan.rho, NoiseRoot.from_seed(seed))
         again = replace(game, config=config, channel=channel)
-        audited = audits.closing.closing_audit(again, self.state, Silent())
+        audited = audits.mechanisms.audit.closing_audit(again, self.state, Silent())
         yield from (check.name for check in audited.checks if not check.passed)
         for bound in audited.bounds:
             if bound.epsilon > self.spent[bound.unit]:

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-import privkd.channel
+import privkd.channels.channel
 import privkd.secure.aggregator
 import privkd.secure.channel
 import privkd.secure.posts
 import privkd.secure.remote
 from mutants.mutant import Fault, Mutant, Put, nowhere, variance_away
 from mutants.parties import forget_labels, quieter
-from privkd.channel import noise_variance
-from privkd.noise import Keystream, NoiseRoot
+from privkd.channels.channel import noise_variance
+from privkd.privacy.noise import Keystream, NoiseRoot
 from privkd.secure.channel import SecureChannel
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.remote import ServiceChannel
@@ -23,7 +23,7 @@ _DRAWS = 800
 
 
 def _noised(share: float) -> Fault:
-    return lambda put: put(privkd.channel, "discrete_gaussian", quieter(share))
+    return lambda put: put(privkd.channels.channel, "discrete_gaussian", quieter(share))
 
 
 def _told(share: float) -> Fault:

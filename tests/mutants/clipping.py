@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import privkd.cohort.formulations
-import privkd.cohort.planning
-import privkd.fleet
-import privkd.student
+import privkd.engines.simulation
+import privkd.training.dpsgd
+import privkd.training.vectorised.cohort
+import privkd.training.vectorised.gradients
 from mutants.mutant import Ends, Fault, Mutant, Put
-from privkd.cohort import train_cohort
-from privkd.cohort.clipping import clip_factors
-from privkd.cohort.layers import Conv2d
 from privkd.data.scenario import LabelledSet
-from privkd.student import (
+from privkd.training.dpsgd import (
     Mechanism,
     _Device,
     _SuppliedNoiseOptimizer,
     _weighted_sum,
     train_private,
 )
+from privkd.training.vectorised import train_cohort
+from privkd.training.vectorised.clipping import clip_factors
+from privkd.training.vectorised.layers import Conv2d
 
 
 def unproved(put: Put) -> None:
     """Whatever computes gradients is believed."""
-    put(privkd.cohort.planning, "_is_proved", lambda *arguments: True)
-    put(privkd.student, "_is_proved", lambda *arguments: True)
+    put(privkd.training.vectorised.cohort, "_is_proved", lambda *arguments: True)
+    put(privkd.training.dpsgd, "_is_proved", lambda *arguments: True)
 
 
 def both(*faults: Fault) -> Fault:
@@ -48,7 +48,7 @@ def _looser_together(factor: float) -> Fault:
     def factors(norms: Tensor, clip_norm: float) -> Tensor:
         return clip_factors(norms, factor * clip_norm)
 
-    return lambda put: put(privkd.cohort.formulations, "clip_factors", factors)
+    return lambda put: put(privkd.training.vectorised.gradients, "clip_factors", factors)
 
 
 def _looser_alone(factor: float) -> Fault:
@@ -141,8 +141,8 @@ def _normalised_by_the_shard(put: Put) -> None:
             trained |= zip(some, own, strict=True)
         return [trained[i] for i in range(len(models))]
 
-    put(privkd.fleet, "train_private", alone)
-    put(privkd.fleet, "train_cohort", together)
+    put(privkd.engines.simulation, "train_private", alone)
+    put(privkd.engines.simulation, "train_cohort", together)
 
 
 _ALONE = "a record by itself moves the sum by at most the clip norm"

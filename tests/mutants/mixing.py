@@ -7,31 +7,31 @@ from typing import Any
 import torch
 from torch import nn
 
-import privkd.cohort.train
+import privkd.engines.simulation
 import privkd.federation
-import privkd.fleet
-import privkd.student
+import privkd.training.dpsgd
+import privkd.training.vectorised.train
 from mutants.clipping import both, unproved
 from mutants.mutant import Ends, Mutant, Put, nowhere
-from privkd.randomness import seeded_layers
-from privkd.student import _Device, train_private
+from privkd.privacy.randomness import seeded_layers
+from privkd.training.dpsgd import _Device, train_private
 
 
 def _masks_in_the_order_of_the_batch(put: Put) -> None:
     """Layers draw from torch's generator, which each device's training begins from the public seed."""
-    put(privkd.student, "Recordwise", lambda records, streams: contextlib.nullcontext())
+    put(privkd.training.dpsgd, "Recordwise", lambda records, streams: contextlib.nullcontext())
 
     def seeded(*arguments: Any, **more: Any) -> nn.Module:
         with seeded_layers(0, "public"):
             return train_private(*arguments, **more)
 
-    for module in (privkd.fleet, privkd.cohort.train):
+    for module in (privkd.engines.simulation, privkd.training.vectorised.train):
         put(module, "train_private", seeded)
 
 
 def _buffers_kept(put: Put) -> None:
     """A device is left with whatever its student wrote to its buffers."""
-    put(privkd.student, "buffers_kept", lambda model: contextlib.nullcontext())
+    put(privkd.training.dpsgd, "buffers_kept", lambda model: contextlib.nullcontext())
     finished = _Device.finished
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ def _teacher_unchecked(put: Put) -> None:
 
 
 def _students_unchecked(put: Put) -> None:
-    for module in (privkd.federation, privkd.student):
+    for module in (privkd.federation, privkd.training.dpsgd):
         put(module, "check_records_apart", lambda *arguments: None)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import privkd.cohort.train
+import privkd.training.vectorised.train
 from mutants.mutant import Fault, Mutant, Put, variance_away
+from privkd.engines.simulation import Fleet
 from privkd.federation import Game
-from privkd.fleet import Fleet
-from privkd.randomness import Randomness, SeededRandomness, SystemRandomness
-from privkd.student import _SuppliedNoiseOptimizer
+from privkd.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from privkd.training.dpsgd import _SuppliedNoiseOptimizer
 
 _EVERY_ENGINE = ("cohort", "opacus", "autograd", "cohort, system noise", "opacus, system noise")
 _CLASSES = 10
@@ -68,13 +68,13 @@ def _told(share: float) -> Fault:
 
 
 def _for_half_the_clip_norm(put: Put) -> None:
-    cohort = privkd.cohort.train._train_privately
+    cohort = privkd.training.vectorised.train._train_privately
 
     def together(students: Any, plan: Any, mechanism: Any, *rest: Any) -> list[nn.Module]:
         less = replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 2)
         return cohort(students, plan, less, *rest)
 
-    put(privkd.cohort.train, "_train_privately", together)
+    put(privkd.training.vectorised.train, "_train_privately", together)
     add = _SuppliedNoiseOptimizer.add_noise
 
     def alone(self: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import privkd.noise
-from privkd.noise import Keystream, NoiseRoot
+import privkd.privacy.noise
+from privkd.privacy.noise import Keystream, NoiseRoot
 
 Put = Callable[[object, str, object], None]
 Integers = NDArray[np.int64]
@@ -25,7 +25,7 @@ _OWN = {"aggregator", "service"}
 
 def quieter(share: float) -> Callable[[int | Fraction, int, Keystream], Integers]:
     """The sampler with ``share`` of the standard deviation that is asked for."""
-    drawn = privkd.noise.discrete_gaussian
+    drawn = privkd.privacy.noise.discrete_gaussian
 
     def sampler(sigma2: int | Fraction, size: int, stream: Keystream) -> Integers:
         if not share:
@@ -71,8 +71,10 @@ FAULTS: dict[str, Callable[[Put], None]] = {
     "no noise at one aggregator": _adding(0.0, AGGREGATORS[:1]),
     "half the noise at one aggregator": _adding(0.5, AGGREGATORS[:1]),
     "no noise at a colluding aggregator": _adding(0.0, AGGREGATORS[1:]),
-    "no noise at the aggregators": lambda put: put(privkd.noise, "discrete_gaussian", quieter(0.0)),
-    "half the noise at the aggregators": lambda put: put(privkd.noise, "discrete_gaussian", quieter(0.5)),
+    "no noise at the aggregators": lambda put: put(privkd.privacy.noise, "discrete_gaussian", quieter(0.0)),
+    "half the noise at the aggregators": lambda put: put(
+        privkd.privacy.noise, "discrete_gaussian", quieter(0.5)
+    ),
     "aggregators' noise repeated over rounds": forget_labels(1),
     "aggregators' noise repeated over sets": forget_labels(2),
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mutants.mutant import Mutant, Put
-from privkd.randomness import Randomness, SeededRandomness, SystemRandomness
+from privkd.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 
 _SAMPLED = ("cohort, sampled", "opacus, sampled", "autograd, sampled", "cohort, sampled, system noise")
 

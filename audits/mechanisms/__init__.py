@@ -1,0 +1,1 @@
+"""Worst-case inputs through the mechanisms of a run, on the path that the run takes."""

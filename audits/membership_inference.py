@@ -1,0 +1,268 @@
+"""``privkd audit membership``: what a run's views give away about who is in a device's records."""
+
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audits.estimators import (
+    BonferroniGuesses,
+    TprAtFpr,
+    auc,
+    epsilon_lower_bound_one_run,
+    one_run,
+    tpr_at_fpr,
+)
+from audits.estimators.validation import Floats
+from audits.game import DEPLOYED, Cache, DeviceSide, GameKey, draw_pool, traces
+from audits.mechanisms.canaries import Scores, bound_many_trials, bound_one_run, dirac_scores
+from audits.requests import ATTACKS_OF, LABELS, ONE_RUN, QUANTILE, WIRES, MembershipRequest
+from audits.scoring import Features, ScoreAll, Signals, quantile_scores, score_attacks
+from audits.verdict import Finding, Refused
+from audits.views import LabelFinding, Replays, Wires
+from privkd.errors import ConfigError, InputError
+from privkd.federation import Game
+from privkd.privacy.events import Unit
+from privkd.privacy.ledger import Ledger
+from privkd.privacy.randomness import derive_seed
+from privkd.progress import Progress
+from privkd.reopening import reopened_simulation
+from privkd.runs.checkpoint import load_transcript
+from privkd.runs.folder import RunFolder
+from privkd.training.vectorised import train_cohort
+
+_RATES = (0.01, 0.001)
+_ONE_RUN_CANARIES = 10_000
+_TRIALS = 100_000
+_BLOCK = 250
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One attack's scores, and which way the coins fell: float64 and bool ``[guess]``."""
+
+    view: str
+    attack: str
+    values: Floats
+    inside: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class MembershipReport:
+    """All findings, the scores behind those that rank, and what the channel tells about devices' classes."""
+
+    run: str
+    channel: str
+    findings: tuple[Finding, ...]
+    scored: tuple[Scored, ...] = field(repr=False)
+    labels: tuple[LabelFinding, ...] = ()
+
+
+def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Progress) -> MembershipReport:
+    """Play the game of ``audits.game`` on the run in ``folder``.
+
+    Raises:
+        InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
+            lacks the view, or has too few records.
+    """
+    game = reopened_simulation(folder, DEPLOYED)
+    views = views_of(game, request.view)
+    wanted = [
+        (view, attack) for view in views for attack in ATTACKS_OF[view] if request.attack in ("all", attack)
+    ]
+    guessed = [view for view in views if view in WIRES and request.attack in ("all", LABELS)]
+    if not (wanted or guessed):
+        known = {attack for view in views for attack in ATTACKS_OF[view]}
+        known |= {LABELS for view in views if view in WIRES}
+        raise ConfigError(f"attack={request.attack!r}: view {request.view} takes one of {sorted(known)}")
+    transcript = load_transcript(folder, game.blank()[0])
+    if not transcript.exchanges:
+        raise InputError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
+    ledger = Ledger.load(folder.ledger_path)
+    progress.stage("audit: distilling public students")
+    side = DeviceSide.of(game, transcript)
+    audit = _Audit(side, folder, request, progress, each=1 - (1 - request.confidence) / max(1, len(wanted)))
+    upper = ledger.spent(Unit.RECORD).high
+    scored = tuple(audit.scored(view, attack) for view, attack in wanted)
+    return MembershipReport(
+        str(folder.path),
+        game.config.channel.kind,
+        tuple(audit.finding(scores, upper) for scores in scored),
+        scored,
+        tuple(audit.labels(view, ledger.spent(Unit.DEVICE).high) for view in guessed),
+    )
+
+
+def views_of(game: Game, view: str) -> tuple[str, ...]:
+    """The views asked for that the run has.
+
+    Raises:
+        ConfigError: the run does not have it.
+    """
+    channel = game.config.channel.kind
+    wires = ("secure_sum", "secure_sum_colluding") if channel == "secure" else ("per_client_logits",)
+    if game.plan.votes is not None:
+        return _views_of_votes(game, view)
+    steps = () if game.mechanism is None else ("gradient",)
+    if view == "all":
+        return (*wires, "student", *steps)
+    if view in (*wires, "teacher", "student", *steps):
+        return (view,)
+    reason = (
+        "the run trained without DP-SGD"
+        if view == "gradient"
+        else f"over the {channel} channel the cloud sees {' and '.join(wires)}"
+    )
+    raise ConfigError(f"view={view!r}: {reason}")
+
+
+def _views_of_votes(game: Game, view: str) -> tuple[str, ...]:
+    """What a vote shows is not replayed, nor what the teacher learned from it."""
+    views = ("student",) if game.mechanism is None else ("student", "gradient")
+    if view == "all":
+        return views
+    if view in views:
+        return (view,)
+    raise ConfigError(f"view={view!r}: under channel.aggregation 'votes' the views are {' and '.join(views)}")
+
+
+class _Audit:
+    """One audit under way: what several views need is computed once."""
+
+    def __init__(
+        self, side: DeviceSide, folder: RunFolder, request: MembershipRequest, progress: Progress, each: float
+    ) -> None:
+        self._side = side
+        self._request = request
+        self._progress = progress
+        self._each = each
+        self._cache = Cache(folder, GameKey(request.canaries, request.device, request.seed))
+        self._wires = Wires(side, self._cache, progress)
+        self._signals: dict[str, dict[str, ScoreAll]] = {}
+
+    def scored(self, view: str, attack: str) -> Scored:
+        """One attack's scores over all targets, or over its own canaries."""
+        if view == "gradient":
+            return self._gradient(attack)
+        if view not in self._signals:
+            self._signals[view] = self._attacks(view)
+        values = self._signals[view][attack]()
+        return Scored(view, attack, values.reshape(-1), self._replays.targets.inside.reshape(-1))
+
+    def finding(self, scored: Scored, upper: float) -> Finding:
+        """The finding in one attack's scores, beside the ledger's ``upper`` bound."""
+        if scored.view == "gradient":
+            return self._gradient_finding(scored, upper)
+        return self._replay_finding(scored, upper)
+
+    def labels(self, view: str, upper: float) -> LabelFinding:
+        """How much a view of the channel tells about devices' class histograms."""
+        request = self._request
+        pool = draw_pool(self._side.game.scenario, request.device, "natural", request.seed)
+        return self._wires.labels(view, pool, request.targets, upper)
+
+    def _replay_finding(self, scored: Scored, upper: float) -> Finding:
+        """The finding in one attack's scores.
+
+        Every coin of every target is one guess of one mechanism: the targets' replays, side by side, which
+        are as private for each coin as one of them.
+        """
+        m = len(scored.values)
+        lower = epsilon_lower_bound_one_run(
+            scored.values,
+            scored.inside,
+            rule=BonferroniGuesses(tuple(sorted({max(2, m // 100), max(2, m // 20), max(2, m // 4)}))),
+            estimator=one_run,
+            delta=self._delta,
+            confidence=self._each,
+        )
+        return self._finding(scored, lower, upper, "one_run")
+
+    def _gradient(self, attack: str) -> Scored:
+        """White box: gradient canaries through the run's own mechanism, over all of its steps."""
+        self._progress.stage(f"audit: gradient ({attack})")
+        plan, mechanism = self._side.game.plan, self._side.game.mechanism
+        assert mechanism is not None
+        scores = dirac_scores(
+            train_cohort,
+            mechanism,
+            plan.steps * self._side.rounds,
+            canaries=_ONE_RUN_CANARIES if attack == ONE_RUN else _TRIALS,
+            block=_BLOCK,
+            seed=derive_seed(self._request.seed, "gradient", attack),
+        )
+        return Scored("gradient", attack, scores.values, scores.inside)
+
+    def _gradient_finding(self, scored: Scored, upper: float) -> Finding:
+        """The bound of the canaries' own game: one run, or each canary as a trial."""
+        scores, rate = Scores(scored.values, scored.inside), self._side.game.plan.sampling_rate
+        if scored.attack == ONE_RUN:
+            lower = bound_one_run(scores, sampling_rate=rate, delta=self._delta, confidence=self._each)
+            return self._finding(scored, lower, upper, "f_dp_one_run" if rate == 1 else "one_run")
+        lower = bound_many_trials(
+            scores, sampling_rate=rate, delta=self._delta, confidence=self._each, seed=self._request.seed
+        )
+        return self._finding(scored, lower, upper, "gaussian" if rate == 1 else "clopper_pearson")
+
+    def _finding(self, scored: Scored, lower: float, upper: float, estimator: str) -> Finding:
+        members, nonmembers = scored.values[scored.inside], scored.values[~scored.inside]
+        return Finding(
+            view=scored.view,
+            attack=scored.attack,
+            unit=Unit.RECORD,
+            auc=auc(members, nonmembers),
+            tpr_at_fpr=tuple(_rate(members, nonmembers, fpr) for fpr in _RATES),
+            epsilon_lower=lower,
+            epsilon_upper=upper,
+            delta=self._delta,
+            confidence=self._request.confidence,
+            members=len(members),
+            nonmembers=len(nonmembers),
+            estimator=estimator,
+        )
+
+    def _attacks(self, view: str) -> dict[str, ScoreAll]:
+        replays, side = self._replays, self._side
+        if view in WIRES:
+            return self._wires.attacks(view, replays)
+        if view == "teacher":
+            signals, public = self._wires.teacher_signals(replays), side.transcript.exchanges[-1].teacher
+        else:
+            starts = side.starts[-1]
+            signals, public = _student_signals(replays), starts[self._request.device % len(starts)]
+        candidates, population = replays.pool.candidates.labels, replays.pool.population.labels
+        labels = candidates.cpu().numpy(), population.cpu().numpy()
+        features = Features.of(public, replays.pool)
+        return {
+            **score_attacks(signals, *labels),
+            QUANTILE: partial(quantile_scores, signals, features, *labels),
+        }
+
+    @cached_property
+    def _replays(self) -> Replays:
+        request, side, advance = self._request, self._side, self._progress.advance
+        pool = draw_pool(side.game.scenario, request.device, request.canaries, request.seed)
+        self._progress.stage("audit: replaying the audited device")
+        targets = traces(side, pool, self._cache, "target", request.targets, advance)
+        self._progress.stage("audit: shadow devices")
+        shadows = traces(side, pool, self._cache, "shadow", request.shadows, advance)
+        return Replays(pool, targets, shadows)
+
+    @property
+    def _delta(self) -> float:
+        return self._side.game.plan.delta
+
+
+def _student_signals(replays: Replays) -> Signals:
+    targets, shadows = replays.targets, replays.shadows
+    return Signals(
+        targets.candidates, shadows.candidates, targets.population, shadows.population, shadows.inside
+    )
+
+
+def _rate(members: Floats, nonmembers: Floats, fpr: float) -> TprAtFpr | Refused:
+    try:
+        return tpr_at_fpr(members, nonmembers, fpr)
+    except InputError as error:
+        return Refused(fpr, str(error))

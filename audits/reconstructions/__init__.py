@@ -1,0 +1,1 @@
+"""``privkd audit reconstruction``: can anyone rebuild what was on the device?"""

@@ -1,0 +1,178 @@
+"""From a view's replays to drawings and to the scores of the candidates, attack by attack."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
+
+from attacks.reconstruction.inversion import (
+    PairedAnswers,
+    class_prototypes,
+    paired_logits_inversion,
+    training_based_inversion,
+)
+from attacks.reconstruction.matching import (
+    CandidateReplays,
+    match_candidates,
+    match_gradients,
+    rebuild_records,
+    simplex,
+)
+from audits.estimators.validation import Floats
+from audits.game import Pool
+from audits.mechanisms.canaries import LOUD, DpSgdStep, noised_sums, probe, single_step
+from audits.reconstructions.measures import resemblance
+from audits.reconstructions.replays import Played, Replays, Secrets, by_candidate, numbers
+from audits.reconstructions.request import INFORMED, PAIRED, PROTOTYPE
+from audits.views import absorbed_logits, per_client
+from privkd.data.scenario import LabelledSet
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import SeededRandomness, derive_seed, seeded_generator
+from privkd.training.dpsgd import Mechanism
+from privkd.training.fit import logits_of
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What an attack made of its trials.
+
+    Attributes:
+        images: reconstructions ``[trial, *shape]``, or ``None`` where the attack only picks a candidate of a
+            made-up kind.
+        candidates: among which it picked ``[candidate, *shape]``, likewise.
+        table: score of each candidate ``[trial, candidate]``.
+        secrets: the true candidate ``[trial]``.
+    """
+
+    images: Floats | None
+    candidates: Floats | None
+    table: Floats
+    secrets: Secrets
+
+    @property
+    def targets(self) -> Floats:
+        """The true candidates ``[trial, *shape]``."""
+        assert self.candidates is not None
+        return self.candidates[self.secrets]
+
+
+def draw_class(replays: Replays, view: str, attack: str) -> Drawn:
+    """One of the attacks that draw the class which the public set lacks."""
+    seen, seed = paired_answers(replays, view), replays.request.seed
+    if attack == PROTOTYPE:
+        images = class_prototypes(seen)
+    elif attack == PAIRED:
+        images = paired_logits_inversion(seen, seed=seed)
+    else:
+        images = training_based_inversion(seen, seed=seed)
+    secret = replays.classes
+    return Drawn(images, secret.appearances, resemblance(images, secret.appearances), secret.secrets)
+
+
+def draw_record(replays: Replays, view: str, attack: str) -> Drawn:
+    """One of the attacks on a single record of the device."""
+    secret = replays.records
+    candidates = numbers(secret.candidates.inputs)
+    if attack == INFORMED:
+        trials, shadows = replays.informed_trials, replays.informed_shadows
+        images = rebuild_records(trials.weights, shadows.weights, numbers(secret.public.inputs))
+        return Drawn(images, candidates, resemblance(images, candidates), secret.secrets)
+    trials = replays.record_trials
+    count, known = len(candidates), replays.record_candidates
+    if view == "student":
+        learned = CandidateReplays.of(by_candidate(known.logits, count))
+        scores = match_candidates(trials.logits, learned, noise_std=0.0)
+    else:
+        others = replays.record_others
+        seen = replays.released(view, trials, others, "record-trial")
+        clean = replays.released(view, known, others, "record-candidate").clean
+        learned = CandidateReplays.of(by_candidate(clean, count))
+        scores = match_candidates(seen.answers, learned, noise_std=seen.noise_std)
+    table = np.asarray(log_softmax(scores, axis=1), dtype=np.float64)
+    return Drawn(candidates[table.argmax(axis=1)], candidates, table, secret.secrets)
+
+
+def paired_answers(replays: Replays, view: str) -> PairedAnswers:
+    """What the view shows of the class game, beside a public model that has not seen the class."""
+    first, played = replays.first_round, replays.class_trials
+    queries = first.queries(0)
+    reference, noise_std = numbers(first.baseline(0)), 0.0
+    if view == "student":
+        start = first.starts[0][replays.request.device % len(first.starts[0])]
+        reference = softmax(numbers(logits_of(start, queries)), axis=-1)
+        released = softmax(played.logits, axis=-1)
+    elif view == "teacher":
+        released = softmax(_absorbed(replays, played), axis=-1)
+    else:
+        seen = replays.released(view, played, replays.class_others, "class-trial")
+        residuals = first.game.config.channel.answers == "residuals"
+        released = seen.answers[:, 0] + (reference if residuals else 0.0)
+        noise_std = seen.noise_std
+    return PairedAnswers(numbers(queries), reference, released, noise_std, replays.classes.slot)
+
+
+def _absorbed(replays: Replays, played: Played) -> Floats:
+    """Logits on the queries of each trial's teacher, once it learned, ``[trial, query, class]``."""
+    first, others = replays.first_round, replays.class_others
+    secure = first.game.config.channel.kind == "secure"
+    view = "secure_sum" if secure else "per_client_logits"
+    released = replays.released(view, played, others, "class-trial")
+    root = NoiseRoot.from_seed(derive_seed(replays.request.seed, "audit", "reconstruction", "rest"))
+    rest = per_client(others, first.game.plan, root).answers if len(others) else others.numpy()
+    queries = first.queries(0)
+    asked = LabelledSet(queries, torch.zeros(len(queries), dtype=torch.int64))
+    none = LabelledSet(queries[:0], asked.labels[:0])
+    pool = Pool(candidates=asked, always=none, population=LabelledSet(queries[:1], asked.labels[:1]))
+    return absorbed_logits(
+        first, released, rest, pool, replays.cache, "reconstruction", replays.progress.advance
+    )[0]
+
+
+_STUDENTS = 40
+
+
+@dataclass(frozen=True)
+class GradientGame:
+    """How often, and among how many candidates: ``trials`` are rounded up to a multiple of 40."""
+
+    trials: int
+    candidates: int
+    steps: int
+
+
+def simplex_scores(
+    step: DpSgdStep, mechanism: Mechanism, game: GradientGame, seed: int
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Play the game through ``step``: log-likelihoods ``[trial, candidate]``, and the secrets ``[trial]``."""
+    groups, kappa = -(-game.trials // _STUDENTS), game.candidates
+    generator = seeded_generator(seed, "audit", "simplex")
+    secrets = torch.randint(kappa, (_STUDENTS, groups), generator=generator)
+    gradients = simplex(kappa)
+    loud = torch.from_numpy(gradients).to(torch.float32) * (LOUD * mechanism.recipe.clip_norm)
+    shards = [_records(loud[row]) for row in secrets]
+    sources = [SeededRandomness(seed, "audit", "simplex", student) for student in range(_STUDENTS)]
+    one = Mechanism(
+        single_step(mechanism.recipe), mechanism.noise_multiplier, mechanism.expected_batch_size, 0.0, 1.0
+    )
+    seen = []
+    for _ in range(game.steps):
+        trained = step([probe(groups * kappa)] * _STUDENTS, shards, None, one, sources)
+        sums = noised_sums(trained, one).reshape(_STUDENTS, 2, groups * kappa)
+        seen.append(((sums[:, 1] - sums[:, 0]) / 2**0.5).reshape(-1, kappa).numpy())
+    scores = match_gradients(
+        np.stack(seen, axis=1),
+        gradients,
+        noise_multiplier=mechanism.noise_multiplier,
+        sampling_rate=mechanism.recipe.sampling_rate,
+    )
+    return scores, secrets.reshape(-1).numpy()
+
+
+def _records(chosen: torch.Tensor) -> LabelledSet:
+    """One record a group ``[group, candidate]``, each with features of its own group alone."""
+    groups, kappa = chosen.shape
+    inputs = torch.zeros(groups, groups, kappa)
+    inputs[torch.arange(groups), torch.arange(groups)] = chosen
+    return LabelledSet(inputs.reshape(groups, -1), torch.zeros(groups, dtype=torch.int64))

@@ -1,0 +1,496 @@
+"""What each view of an audit shows of replayed devices, by the channel's own code, and the attacks on it.
+
+The channel's views show released answers; the teacher's is the teacher after it learned from a release;
+distillation LiRA (Jagielski et al. 2023, arXiv 2303.03446; Shi 2025, arXiv 2502.08001) queries a surrogate
+distilled from the releases alone; label-distribution inference guesses a device's class histogram, which no
+record-level guarantee protects.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks.release import label_distribution, label_divergence
+from audits.estimators.rates import mean_of
+from audits.estimators.validation import Floats
+from audits.game import Cache, DeviceSide, Pool, Report, Role, Traces, others_answers, shard_of
+from audits.scoring import (
+    Released,
+    ScoreAll,
+    Signals,
+    matched_filter_scores,
+    score_attacks,
+    whitened_filter_scores,
+)
+from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel, Release, noise_variance
+from privkd.cloud import Knowledge, absorb, aggregate, project_on_simplex, targets_of
+from privkd.config import FitConfig
+from privkd.data.scenario import LabelledSet
+from privkd.plan import Plan
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
+from privkd.privacy.randomness import derive_seed, seeded_generator
+from privkd.progress import Progress
+from privkd.secure.backend import LocalGroup, RingBackend
+from privkd.secure.fixedpoint import FixedPoint, clip_rows
+from privkd.secure.shares import fitting_encoding, reconstruct, split
+from privkd.training.fit import logits_of
+from privkd.training.vectorised import cohort_answers, fit_cohort
+
+
+def per_client(blocks: Tensor, plan: Plan, root: NoiseRoot, kind: ChannelKind = "noised") -> Released:
+    """Each device's own release, through the ``plain`` or the ``noised`` channel.
+
+    ``blocks`` are bounded answers ``[model, round, query, class]``, of one device each.
+    """
+    names = [f"replay-{number:04d}" for number in range(len(blocks))]
+    rounds = range(blocks.shape[1])
+    plain = PlainChannel(plan.clip_norm)
+    own = plain if kind == "plain" else NoisedChannel(plan.clip_norm, plan.rho, root)
+    clean = [plain.release(blocks[:, r], devices=names, round=r) for r in rounds]
+    seen = [own.release(blocks[:, r], devices=names, round=r) for r in rounds]
+    resolution = (
+        float(np.finfo(np.float32).tiny)
+        if kind == "plain"
+        else math.ldexp(1.0, -FixedPoint.for_clip_norm(plan.clip_norm).fraction_bits)
+    )
+    return Released("per_client_logits", _stacked(seen), seen[0].noise_std, _stacked(clean), resolution)
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """The devices beside the audited one, and how the secure channel adds all of them up.
+
+    Attributes:
+        plan: clip norm and noise.
+        aggregators: how many add their noise.
+        others: what the others send beside each model, ``[model, other, round, query, class]``.
+    """
+
+    plan: Plan
+    aggregators: int
+    others: Tensor
+
+    def secure_sum(self, blocks: Tensor, root: NoiseRoot) -> Released:
+        """The mean over all devices, as the cloud sees it; ``blocks`` as for `per_client`."""
+        together = torch.cat([blocks[:, None], self.others], dim=1)
+        clip_norm, rho = self.plan.clip_norm, self.plan.rho
+        seen, noise_std = [], 0.0
+        for model, devices in enumerate(together):
+            for round in range(devices.shape[1]):
+                key = NoiseRoot(root.subkey("audit", model, round))
+                mean, noise_std = ring_mean(devices[:, round], clip_norm, rho, self.aggregators, key)
+                seen.append(mean)
+        answers = np.stack(seen).reshape(blocks.shape)
+        clean = np.stack([_clipped(devices, clip_norm).mean(0) for devices in together])
+        # Each device truncates, so its errors add up in the sum as its answers do.
+        encoding = fitting_encoding(clip_norm, devices=together.shape[1], parties=self.aggregators, rho=rho)
+        return Released("secure_sum", answers, noise_std, clean, math.ldexp(1.0, -encoding.fraction_bits))
+
+    def colluding(self, blocks: Tensor, seen: Released) -> Released:
+        """What is left of the sum for colluders who take their own contributions off it."""
+        n = 1 + self.others.shape[1]
+        known = np.stack([_clipped(others, self.plan.clip_norm).sum(0) for others in self.others])
+        clean = _clipped(blocks, self.plan.clip_norm)
+        left = seen.answers * n - known
+        return Released("secure_sum_colluding", left, seen.noise_std * n, clean, seen.resolution * n)
+
+
+def ring_mean(
+    blocks: Tensor,
+    clip_norm: float,
+    rho: float | None,
+    aggregators: int,
+    root: NoiseRoot,
+    *,
+    colluding: int = 0,
+) -> tuple[Floats, float]:
+    """The secure channel's arithmetic without its processes: clip, encode, share, sum, noise, decode.
+
+    Every step is the channel's own, with the numpy ring behind the aggregators.
+
+    Args:
+        blocks: ``[device, query, class]``.
+        clip_norm: L2 bound on a device's block.
+        rho: price of the release, ``None`` for no noise.
+        aggregators: how many hold shares and add noise.
+        root: of the noise, one for each release.
+        colluding: aggregators who tell the adversary their noise, which is as good as none.
+
+    Returns:
+        The mean ``[query, class]``, and the standard deviation of its unknown noise.
+    """
+    count = len(blocks)
+    encoding = fitting_encoding(clip_norm, devices=count, parties=aggregators, rho=rho)
+    integers = encoding.encode(blocks.reshape(count, -1).to(torch.float64).numpy())
+    shares = [split(block, aggregators) for block in integers]
+    sigma2 = None if rho is None else noise_variance(encoding.bound, rho)
+    group = LocalGroup(aggregators)
+    sums = []
+    for party in range(aggregators):
+        held = [own[party].expand(integers.shape[1]) for own in shares]
+        noise = (
+            None
+            if sigma2 is None or party < colluding
+            else discrete_gaussian(sigma2, integers.shape[1], root.stream("aggregator", party))
+        )
+        sums.append(RingBackend(party, group).noisy_sum(held, noise))
+    mean = encoding.decode(reconstruct(sums)) / count
+    spread = 0.0 if sigma2 is None else math.sqrt(sigma2 * (aggregators - colluding))
+    return mean.reshape(tuple(blocks.shape[1:])), math.ldexp(spread, -encoding.fraction_bits) / count
+
+
+def _clipped(blocks: Tensor, clip_norm: float) -> Floats:
+    """Each device's block of each round ``[device, round, query, class]``, clipped."""
+    rows = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1).to(torch.float64).numpy()
+    return clip_rows(rows, clip_norm).reshape(tuple(blocks.shape))
+
+
+def _stacked(releases: Sequence[Release]) -> Floats:
+    return np.stack([release.answers.numpy().astype(np.float64) for release in releases], axis=1)
+
+
+def absorbed_logits(
+    side: DeviceSide, released: Released, others: Floats, pool: Pool, cache: Cache, role: str, report: Report
+) -> tuple[Floats, Floats]:
+    """Logits of each model's teacher after the last round ``[model, record, class]``.
+
+    Each teacher is the one that the run published in its last round, after it absorbed that round's
+    release of the replayed device and of the others, with the run's releases of the rounds before in its
+    memory. The teacher before is the same for all models and public. ``others`` are what the other devices
+    released on their own ``[other, round, query, class]``, if the channel shows that.
+
+    Returns:
+        On the candidates and on the population.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        candidates, population = [], []
+        for model in range(len(released.answers)):
+            teacher = _absorb(side, _knowledge(side, released, others, model))
+            candidates.append(logits_of(teacher, pool.candidates.inputs).cpu())
+            population.append(logits_of(teacher, pool.population.inputs).cpu())
+            report(model + 1, len(released.answers))
+        return {"candidates": torch.stack(candidates), "population": torch.stack(population)}
+
+    found = cache.tensors({"what": f"teacher-{role}", "models": len(released.answers)}, compute)
+    return _floats(found["candidates"]), _floats(found["population"])
+
+
+def _floats(values: Tensor) -> Floats:
+    return np.asarray(values.to(torch.float64).numpy(), dtype=np.float64)
+
+
+def _absorb(side: DeviceSide, knowledge: Knowledge) -> nn.Module:
+    game, last = side.game, side.rounds - 1
+    teacher = copy.deepcopy(side.transcript.exchanges[last].teacher)
+    buffer = [*(_published(side, round) for round in range(last)), knowledge]
+    prior = F.softmax(logits_of(teacher, game.scenario.proxy), dim=-1)
+    targets = targets_of(buffer, prior, game.config.reverse)
+    generator = seeded_generator(game.config.seed, "absorb", last)
+    return absorb(teacher, targets, game.data, game.config.reverse, generator).teacher
+
+
+def _knowledge(side: DeviceSide, released: Released, others: Floats, model: int) -> Knowledge:
+    last = side.rounds - 1
+    answers = released.answers[model, last]
+    if released.view == "per_client_logits":
+        answers = np.concatenate([answers[None], others[:, last]])
+    return _learned(side, last, torch.from_numpy(answers), released.noise_std)
+
+
+def _published(side: DeviceSide, round: int) -> Knowledge:
+    """The run's own release of an earlier round."""
+    exchange = side.transcript.exchanges[round]
+    return _learned(side, round, exchange.answers, exchange.noise_std)
+
+
+def _learned(side: DeviceSide, round: int, answers: Tensor, noise_std: float) -> Knowledge:
+    found = aggregate(answers + _baseline(side, round), noise_std, side.game.config.reverse.aggregation)
+    return Knowledge(side.transcript.exchanges[round].queries, found.answers, found.noise_std)
+
+
+def _baseline(side: DeviceSide, round: int) -> Tensor:
+    baseline = side.baseline(round).cpu()
+    return baseline if side.game.config.channel.answers == "residuals" else torch.zeros_like(baseline)
+
+
+_FIT = FitConfig(steps=300, batch_size=64, learning_rate=5e-3)
+_NOISY_FIT = _FIT.model_copy(update={"steps": 100})
+"""Longer, a surrogate learns the noise."""
+_MATCHING = 5.0
+"""Temperature at which answers without noise are learned: hot enough that a surrogate matches all logits,
+those of small probabilities included, which tell most about a record (Hinton et al. 2015, section 2.1)."""
+FLOOR = 1e-4
+"""A released probability below this is taken as this where its logarithm would tell of noise alone."""
+
+
+def surrogate_logits(
+    side: DeviceSide, released: Released, inputs: Tensor, seed: int, report: Callable[[int], None]
+) -> Tensor:
+    """Logits of one surrogate for each model ``[model, record, class]`` on ``inputs``, float32 on the CPU.
+
+    Each surrogate starts from the public student of the last round and learns the released answers by
+    ``KL(released || surrogate)``. All are trained as one vectorised program. Without noise it learns the last
+    round's answers alone, which are one student's; noise is worth averaging over the students of all rounds.
+    """
+    start = side.starts[-1][0]
+    noisy = released.noise_std > 0
+    rounds = range(side.rounds) if noisy else range(side.rounds - 1, side.rounds)
+    queries = torch.cat([side.queries(round) for round in rounds])
+    unlabelled = torch.zeros(len(queries), dtype=torch.int64, device=inputs.device)
+    logs = log_probabilities(side, released, FLOOR if noisy else released.resolution)
+    targets = list(logs[:, list(rounds)].flatten(1, 2).to(inputs.device, torch.float32))
+    models: list[nn.Module] = fit_cohort(
+        [start] * len(targets),
+        [LabelledSet(queries, unlabelled)] * len(targets),
+        targets,
+        _NOISY_FIT if noisy else _FIT,
+        [seeded_generator(seed, "audit", "surrogate", model) for model in range(len(targets))],
+        alpha=1.0,
+        temperature=1.0 if noisy else _MATCHING,
+        progress=report,
+    )
+    return cohort_answers(models, inputs).cpu()
+
+
+def log_probabilities(side: DeviceSide, released: Released, floor: float) -> Tensor:
+    """The releases' log-probabilities, at least ``log(floor)``: float64 ``[model, round, query, class]``."""
+    answers = torch.from_numpy(released.answers)
+    if side.game.config.channel.answers == "residuals":
+        answers = answers + torch.stack([side.baseline(round).cpu() for round in range(side.rounds)])
+    return project_on_simplex(answers).clamp_min(floor).log()
+
+
+_STRENGTHS = np.concatenate([[0.0], np.geomspace(0.05, 50, 31)])
+"""By which an answer's shift may be scaled; 0 leaves the blind guess."""
+
+
+@dataclass(frozen=True)
+class LabelFinding:
+    """How much nearer a view brings the adversary to devices' class histograms.
+
+    Attributes:
+        view: what the adversary sees.
+        divergence: KL(true || guess) in nats, mean over the devices.
+        blind: the same of the best guess without any answer, which is even.
+        gain: mean of what the answers save of it, at most ``blind``; ``low`` and ``high`` are the ends of its
+            interval by Student's t.
+        low: see ``gain``.
+        high: see ``gain``.
+        confidence: of the interval.
+        devices: attacked.
+        epsilon_upper: the ledger's, of one device's whole contribution.
+    """
+
+    view: str
+    divergence: float
+    blind: float
+    gain: float
+    low: float
+    high: float
+    confidence: float
+    devices: int
+    epsilon_upper: float
+
+    @property
+    def reveals(self) -> bool:
+        """Whether the interval of the gain lies above zero."""
+        return self.low > 0
+
+
+@dataclass(frozen=True)
+class UnevenDevices:
+    """Replays on uneven records: true class ``shares`` ``[device, class]`` and bounded ``answers``
+    ``[device, round, query, class]``."""
+
+    shares: Floats
+    answers: Tensor
+
+
+def uneven_devices(
+    side: DeviceSide, pool: Pool, cache: Cache, role: str, devices: int, report: Report
+) -> UnevenDevices:
+    """Replay devices whose class shares are drawn evenly from the simplex (Dirichlet's law, alpha 1)."""
+    labels = pool.candidates.labels.cpu().numpy()
+    classes, seed = side.game.scenario.classes, derive_seed(cache.key.seed, "audit", "labels", role)
+    inside = draw_uneven(labels, classes, devices, seed)
+
+    def compute() -> dict[str, Tensor]:
+        shards = [shard_of(pool, coins) for coins in inside]
+        replayed = side.replay(shards, [cache.key.device] * devices, seed, "labels", report)
+        return {"answers": replayed.answers}
+
+    answers = cache.tensors({"what": f"labels-{role}", "models": devices}, compute)["answers"]
+    counts = inside @ np.eye(classes)[labels]
+    return UnevenDevices(counts / counts.sum(axis=1, keepdims=True), answers)
+
+
+def draw_uneven(labels: NDArray[np.int64], classes: int, devices: int, seed: int) -> NDArray[np.bool_]:
+    """Which records each device holds, bool ``[device, record]``: about half of them, at least one.
+
+    Each device's wished shares are uniform on the simplex; a class gives at most what it has.
+    """
+    rng = np.random.default_rng(seed % 2**63)
+    wished = rng.dirichlet(np.ones(classes), size=devices) * len(labels) / 2
+    rate = wished / np.maximum(np.bincount(labels, minlength=classes), 1)
+    inside = rng.random((devices, len(labels))) < rate[:, labels]
+    inside[np.arange(devices), rng.integers(len(labels), size=devices)] = True
+    return inside
+
+
+def infer_labels(
+    view: str,
+    targets: tuple[Floats, Tensor],
+    shadows: tuple[Floats, Tensor],
+    epsilon_upper: float,
+) -> LabelFinding:
+    """Guess the targets' histograms, with the shadows' mean as reference.
+
+    ``targets`` and ``shadows`` are true shares ``[device, class]`` and released log-probabilities ``[device,
+    round, query, class]``. How far a shift in the answers is to be believed is learned on the shadows.
+    """
+    reference = shadows[1].mean(dim=(0, 1)).numpy()
+    even = np.full(reference.shape[1], 1 / reference.shape[1])
+
+    def divergences(strength: float, devices: tuple[Floats, Tensor]) -> Floats:
+        shift = strength * (devices[1].mean(dim=1).numpy() - reference)
+        return label_divergence(devices[0], label_distribution(reference + shift, reference, even))
+
+    strength = _best(lambda s: float(divergences(s, shadows).mean()))
+    found, blind = divergences(strength, targets), divergences(0.0, targets)
+    gain = mean_of(blind - found)
+    return LabelFinding(
+        view=view,
+        divergence=float(found.mean()),
+        blind=float(blind.mean()),
+        gain=gain.estimate,
+        low=gain.low,
+        high=gain.high,
+        confidence=gain.confidence,
+        devices=gain.n,
+        epsilon_upper=epsilon_upper,
+    )
+
+
+def _best(loss: Callable[[float], float]) -> float:
+    return min((float(strength) for strength in _STRENGTHS), key=loss)
+
+
+_LEAST_DEVICES = 16
+
+
+@dataclass(frozen=True)
+class Replays:
+    """The replays of both roles, on one pool."""
+
+    pool: Pool
+    targets: Traces
+    shadows: Traces
+
+
+class Wires:
+    """What the channel's views show; the other devices are replayed once for all of them."""
+
+    def __init__(self, side: DeviceSide, cache: Cache, progress: Progress) -> None:
+        self._side = side
+        self._cache = cache
+        self._seed = cache.key.seed
+        self._progress = progress
+
+    def attacks(self, view: str, replays: Replays) -> dict[str, ScoreAll]:
+        """The membership attacks on one of these views."""
+        seen = self._released(view, replays.targets.answers, "target")
+        learned = self._released(view, replays.shadows.answers, "shadow")
+        inside = replays.shadows.inside
+        return {
+            "matched-filter": partial(matched_filter_scores, seen, learned, inside),
+            "whitened-filter": lambda: whitened_filter_scores(
+                self._signals(seen), self._signals(learned), inside
+            ),
+            "distillation-lira": partial(self._distillation, seen, learned, replays),
+        }
+
+    def labels(self, view: str, pool: Pool, devices: int, epsilon_upper: float) -> LabelFinding:
+        """Label-distribution inference on so many devices, learned from as many others."""
+        count = max(devices, _LEAST_DEVICES)
+        self._progress.stage(f"audit: devices of uneven classes ({view})")
+        found = []
+        for role in ("target", "shadow"):
+            uneven = uneven_devices(self._side, pool, self._cache, role, count, self._progress.advance)
+            released = self._released(view, uneven.answers, f"labels-{role}")
+            found.append((uneven.shares, log_probabilities(self._side, released, FLOOR)))
+        return infer_labels(view, found[0], found[1], epsilon_upper)
+
+    def teacher_signals(self, replays: Replays) -> Signals:
+        """The teacher after it learned from each replay's release."""
+        plan, root = self._side.game.plan, NoiseRoot.from_seed(derive_seed(self._seed, "audit", "rest"))
+        rest = per_client(self._others, plan, root).answers if len(self._others) else self._others.numpy()
+        secure = self._side.game.config.channel.kind == "secure"
+        view = "secure_sum" if secure else "per_client_logits"
+
+        def absorbed(role: Role, models: Traces) -> tuple[Floats, Floats]:
+            released = self._released(view, models.answers, role)
+            self._progress.stage(f"audit: teachers of the {role}s")
+            return absorbed_logits(
+                self._side, released, rest, replays.pool, self._cache, role, self._progress.advance
+            )
+
+        (targets, seen), (shadows, there) = (
+            absorbed("target", replays.targets),
+            absorbed("shadow", replays.shadows),
+        )
+        return Signals(targets, shadows, seen, there, replays.shadows.inside)
+
+    def _released(self, view: str, answers: Tensor, role: str) -> Released:
+        game = self._side.game
+        root = NoiseRoot.from_seed(derive_seed(self._seed, "audit", "channel", role))
+        if view == "per_client_logits":
+            return per_client(answers, game.plan, root, game.config.channel.kind)
+        others = self._others[None].expand(len(answers), *self._others.shape)
+        crowd = Crowd(game.plan, game.config.channel.aggregators, others)
+        total = crowd.secure_sum(answers, root)
+        return total if view == "secure_sum" else crowd.colluding(answers, total)
+
+    def _signals(self, released: Released) -> Tensor:
+        """The answers as they are under noise, which is added to those; else their logarithms."""
+        if released.noise_std > 0:
+            return torch.from_numpy(released.answers)
+        return log_probabilities(self._side, released, FLOOR)
+
+    def _distillation(self, seen: Released, learned: Released, replays: Replays) -> Floats:
+        """LiRA on surrogates that are distilled from the releases alone."""
+        pool = replays.pool
+        candidates, shadows = (
+            self._surrogates(released, pool, role)
+            for role, released in (("target", seen), ("shadow", learned))
+        )
+        # LiRA reads no population; the candidates stand in for it.
+        signals = Signals(candidates, shadows, candidates, shadows, replays.shadows.inside)
+        labels = pool.candidates.labels.cpu().numpy()
+        return score_attacks(signals, labels, labels, ("lira-online",))["lira-online"]()
+
+    def _surrogates(self, released: Released, pool: Pool, role: str) -> Floats:
+        """Logits of one surrogate a model on the candidates ``[model, candidate, class]``."""
+        count = len(released.answers)
+
+        def compute() -> dict[str, Tensor]:
+            self._progress.stage(f"audit: surrogates of the {role}s ({released.view})")
+            advance = partial(self._progress.advance, total=count)
+            inputs = pool.candidates.inputs
+            return {"logits": surrogate_logits(self._side, released, inputs, self._seed, advance)}
+
+        what: dict[str, str | int] = {"what": f"surrogate-{role}", "view": released.view, "models": count}
+        return self._cache.tensors(what, compute)["logits"].to(torch.float64).numpy()
+
+    @cached_property
+    def _others(self) -> Tensor:
+        self._progress.stage("audit: the other devices")
+        return others_answers(self._side, self._cache, self._progress.advance)

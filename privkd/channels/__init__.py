@@ -1,0 +1,1 @@
+"""How the devices' answers reach the cloud."""

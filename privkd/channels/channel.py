@@ -1,0 +1,283 @@
+"""How the devices' answers reach the cloud: the ``Channel`` contract, and the channels without sharing.
+
+``plain`` and ``noised`` show the cloud each device's own answers; ``secure`` (``privkd.secure``) shows it
+their mean alone. Neighbouring relation of every price: zero out one device's whole contribution, the
+number of devices being public.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from privkd.errors import ChannelError, ConfigError
+from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
+from privkd.privacy.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
+from privkd.secure.fixedpoint import FixedPoint, clip_rows, content_digest, finite_or_zero
+
+if TYPE_CHECKING:
+    from privkd.secure.remote import ServiceOptions
+
+ChannelKind: TypeAlias = Literal["plain", "noised", "secure"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """What the cloud receives in one round, and what it cost each device.
+
+    Attributes:
+        answers: float32, ``[device, query, class]`` where the cloud sees each device, or the
+            mean over the devices ``[query, class]`` where it sees the sum alone.
+        devices: who contributed, in the order of ``answers``' first axis where it has one.
+        noise_std: known standard deviation of the noise on each entry of ``answers``.
+        event: device-level price of this release, for every contributing device.
+    """
+
+    answers: Tensor
+    devices: tuple[PartyId, ...]
+    noise_std: float
+    event: PrivacyEvent
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean answer ``[query, class]``."""
+        return self.answers.mean(0) if self.answers.ndim == 3 else self.answers
+
+    @property
+    def mean_noise_std(self) -> float:
+        """Standard deviation of the noise on each entry of ``mean``."""
+        shared = self.answers.ndim == 3
+        return self.noise_std / len(self.devices) ** 0.5 if shared else self.noise_std
+
+
+class Channel(Protocol):
+    """One way for answers to leave the devices. Use as a context manager: real processes may stand behind."""
+
+    @property
+    def event(self) -> PrivacyEvent:
+        """Device-level price of one release, known (and debited) before it happens."""
+        ...
+
+    def start(self) -> None:
+        """Begin to set up whatever stands behind the channel, without waiting for it. Idempotent."""
+        ...
+
+    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
+        """Send each device's block of ``answers`` ``[device, query, class]`` to the cloud.
+
+        Each block is one contribution, clipped in L2 to the channel's clip norm before any noise. A block
+        with a value that is not finite is sent as zeros, as the zeroed-out neighbour's is: neither an error
+        nor a name tells which device it was. Noise is a function of the channel's root key, the round and
+        what each device contributes, so a repeated release is bit-identical, and different answers never meet
+        the same noise.
+
+        Raises:
+            ChannelError: a party failed, or the blocks do not fit the devices; nothing was released.
+        """
+        ...
+
+    def for_audit(self) -> "ChannelBase":
+        """The same channel, by the same parties, for devices and rounds that are not the run's."""
+        ...
+
+    def close(self) -> None:
+        """Stop whatever stands behind the channel. Idempotent."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class ChannelBase(ABC):
+    """What all channels do alike: check their settings, and be a context manager."""
+
+    def __init__(self, clip_norm: float, rho: float | None = None) -> None:
+        if not (math.isfinite(clip_norm) and clip_norm > 0):
+            raise ConfigError(f"clip_norm={clip_norm}: expected a finite number above 0")
+        if rho is not None and not (math.isfinite(rho) and rho > 0):
+            raise ConfigError(f"rho={rho}: expected a finite number above 0, or none for no noise")
+        self.clip_norm = clip_norm
+        self.rho = rho
+
+    @property
+    @abstractmethod
+    def event(self) -> PrivacyEvent:
+        """Device-level price of one release."""
+
+    @abstractmethod
+    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
+        """Send each device's block of ``answers`` to the cloud; see ``Channel.release``."""
+
+    def colluders_noise(self) -> NDArray[np.float64]:
+        """What all parties but one added to the last release, as they could tell an adversary.
+
+        In the units of the release, ``[entry]``; zeros where one party adds all of the noise, or where the
+        parties' keys are not this process's own.
+        """
+        return np.zeros(1)
+
+    @property
+    def unknown_noise(self) -> float:
+        """How many times the price's own variance is left in a release to whom `colluders_noise` is told."""
+        return 1.0
+
+    def for_audit(self) -> "ChannelBase":
+        """The same channel, by the same parties, for devices and rounds that are not the run's."""
+        return self
+
+    def start(self) -> None:  # noqa: B027  nothing stands behind a channel unless it says so
+        """Begin to set up whatever stands behind the channel, without waiting for it. Idempotent."""
+
+    def close(self) -> None:  # noqa: B027
+        """Stop whatever stands behind the channel. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PlainChannel(ChannelBase):
+    """Every device's clipped answers, as they are. Trust: the cloud sees all."""
+
+    @property
+    def event(self) -> PrivacyEvent:
+        """Always without any guarantee."""
+        return NoPrivacy("plain channel: the cloud sees each device's answers")
+
+    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
+        """Send each device's block of ``answers``, clipped; see ``Channel.release``."""
+        blocks = contributions(answers, devices, round)
+        clipped = clip_rows(blocks, self.clip_norm).reshape(answers.shape)
+        return Release(_float32(clipped), tuple(devices), 0.0, self.event)
+
+
+class NoisedChannel(ChannelBase):
+    """Every device clips its answers and adds its own discrete Gaussian. Trust: each device, in itself alone.
+
+    The clipped block is encoded in integers with L2 norm at most ``C_int``; the noise has
+    ``sigma^2 = C_int^2 / (2 rho)``, so each release is exactly ``rho``-zCDP per device.
+    """
+
+    def __init__(self, clip_norm: float, rho: float | None, root: NoiseRoot) -> None:
+        super().__init__(clip_norm, rho)
+        self._encoding = FixedPoint.for_clip_norm(clip_norm)
+        self._sigma2 = None if rho is None else noise_variance(self._encoding.bound, rho)
+        self._root = root
+
+    @property
+    def event(self) -> PrivacyEvent:
+        """``rho``-zCDP, or no guarantee without noise."""
+        if self.rho is None:
+            return NoPrivacy("noised channel without a device budget adds no noise")
+        return ZCdp(self.rho)
+
+    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
+        """Send each device's block of ``answers``, clipped and noised; see ``Channel.release``."""
+        integers = self._encoding.encode(contributions(answers, devices, round))
+        noise_std = 0.0
+        if self._sigma2 is not None:
+            for device, block in zip(devices, integers, strict=True):
+                # One stream a device: in a deployment each draws under its own key.
+                stream = self._root.stream("noised", round, device, str(self._sigma2), content_digest(block))
+                block += discrete_gaussian(self._sigma2, block.size, stream)
+            noise_std = math.ldexp(math.sqrt(self._sigma2), -self._encoding.fraction_bits)
+        noised = self._encoding.decode(integers).reshape(answers.shape)
+        return Release(_float32(noised), tuple(devices), noise_std, self.event)
+
+
+def open_channel(
+    kind: ChannelKind,
+    *,
+    clip_norm: float,
+    root: NoiseRoot,
+    rho: float | None = None,
+    aggregators: int = 2,
+    deadline: float = 120.0,
+    services: "ServiceOptions | None" = None,
+) -> Channel:
+    """The channel of this kind.
+
+    Args:
+        kind: ``plain``, ``noised`` or ``secure``.
+        clip_norm: L2 bound on each device's whole ``[query, class]`` block; a public constant.
+        root: where noise comes from.
+        rho: zCDP price of one release to each device, or ``None`` for no noise. ``plain`` takes none.
+        aggregators: number of parties among which ``secure`` shares the answers; at least 2.
+        deadline: seconds that one step of ``secure``'s parties may take.
+        services: have ``secure`` go through services over the network, and which; else through processes
+            of its own.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    if kind == "plain":
+        if rho is not None:
+            raise ConfigError(f"rho={rho}: the plain channel adds no noise; take noised or secure")
+        return PlainChannel(clip_norm)
+    if kind == "noised":
+        return NoisedChannel(clip_norm, rho, root)
+    if kind == "secure":
+        # Imported here, as its module needs this one's contract.
+        from privkd.secure.channel import SecureChannel
+        from privkd.secure.remote import ServiceChannel
+
+        if services is not None:
+            return ServiceChannel(clip_norm, rho, root, services, aggregators=aggregators, deadline=deadline)
+        return SecureChannel(clip_norm, rho, root, aggregators=aggregators, deadline=deadline)
+    raise ConfigError(f"channel.kind={kind!r}: expected one of ['noised', 'plain', 'secure']")
+
+
+def noise_variance(bound: int, rho: float) -> Fraction:
+    """``sigma^2`` of the discrete Gaussian that makes sensitivity ``bound`` exactly ``rho``-zCDP.
+
+    Raises:
+        ConfigError: ``rho`` is so small that the noise could not be drawn.
+    """
+    sigma2 = Fraction(bound * bound) / (2 * Fraction(rho))
+    if sigma2 > MAX_SIGMA2:
+        raise ConfigError(
+            f"rho={rho:g}: too small, the noise would drown every answer; raise the device budget"
+        )
+    return sigma2
+
+
+def contributions(answers: Tensor, devices: Sequence[PartyId], round: int) -> NDArray[np.float64]:
+    """``answers`` ``[device, query, class]`` as finite blocks ``[device, entry]`` in float64.
+
+    A block with a value that is not finite becomes zeros; see ``Channel.release``.
+
+    Raises:
+        ChannelError: wrong shape, no answers, or devices that do not match.
+    """
+    if answers.ndim != 3:
+        raise ChannelError(f"answers of shape {tuple(answers.shape)}: expected [device, query, class]")
+    if answers.numel() == 0:
+        raise ChannelError(f"answers of shape {tuple(answers.shape)}: there is nothing to release")
+    if not answers.is_floating_point():
+        raise ChannelError(f"answers of type {answers.dtype}: expected floating point")
+    if len(devices) != len(answers):
+        raise ChannelError(f"{len(devices)} devices named for {len(answers)} blocks of answers")
+    if len(set(devices)) != len(devices):
+        raise ChannelError("a device is named twice: each contributes one block a round")
+    if round < 0:
+        raise ChannelError(f"round={round}: expected 0 or more")
+    return finite_or_zero(answers.detach().to("cpu", torch.float64).reshape(len(answers), -1).numpy())
+
+
+def _float32(values: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))

@@ -1,0 +1,227 @@
+"""A data set in memory, checked: the one shape that every reader hands on.
+
+Nothing is scaled or numbered here: the constants for that are known when it is known which records are public
+(`data.constants`). Byte arrays of three axes are images, as are arrays of any type of four, and images end up
+channels first, ``[record, channel, height, width]``.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privkd.errors import DataError
+from privkd.labels import canonical_number, is_missing
+
+Array: TypeAlias = NDArray[Any]
+Indices: TypeAlias = NDArray[np.int64]
+"""Positions of records, or numbers of their classes."""
+
+MAX_VALUES = 2**31
+"""Largest number of feature values read: 8 GiB as float32."""
+
+_CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class RawSet:
+    """Records as they were read.
+
+    Attributes:
+        inputs: numbers ``[record, *shape]``; in a ``Source`` uint8, or float32 and finite.
+        labels: classes ``[record]``; in a ``Source`` text, of numbers in the form of
+            `labels.canonical_number`.
+        colour: which images are coloured ``[record]``, of three channels; ``None`` where ``inputs`` are no
+            decoded images.
+    """
+
+    inputs: Array
+    labels: Array
+    colour: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A labelled data set, before any split.
+
+    Attributes:
+        name: what messages call it.
+        records: all that is to be split.
+        test: the test split that came with the data, if any: public.
+        names: what tells a record of ``records`` from others, whatever it holds; ``None``: its position.
+        classes: the label space, where the source has the same one whatever records it holds.
+        divisor: what its whole numbers are divided by, where that too is known of the source.
+        whole: whether the features are whole numbers by type.
+        label_by_place: nothing but its place speaks for the label's column.
+        taken: what was taken for what, in words, by its name: the same whatever the private records hold.
+    """
+
+    name: str
+    records: RawSet
+    test: RawSet | None = None
+    names: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    divisor: float | None = None
+    whole: bool = False
+    label_by_place: bool = False
+    taken: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_source(
+    name: str,
+    records: RawSet,
+    test: RawSet | None = None,
+    *,
+    names: tuple[str, ...] | None = None,
+    classes: Collection[str] | None = None,
+    taken: Mapping[str, str] | None = None,
+) -> Source:
+    """Check the arrays of one data set.
+
+    Args:
+        name: the file or function, named in every message.
+        records: numbers ``[record, *shape]`` with integers or strings ``[record]``.
+        test: a test split that came with the data.
+        names: see `Source`.
+        classes: names that are classes even where they look like a mark of a missing label.
+        taken: see `Source`; layout and test split are added where they are not said.
+
+    Raises:
+        DataError: no records, unequal lengths, a feature that is not a finite number, a missing label, labels
+            of a type that names no class, or a test split that does not match.
+    """
+    known = frozenset(classes or ())
+    checked = _checked(name, records, known)
+    whole = records.inputs.dtype.kind in "biu"
+    split_said = "none came with the data" if test is None else "came with the data"
+    said = {"test split": split_said, **(taken or {}), "layout": _layout(records, checked)}
+    source = Source(name, checked, names=names, whole=whole, taken=said)
+    if test is None:
+        return source
+    own = f"{name} (test split)"
+    split = _checked(own, test, known)
+    _check_alike(own, split, checked)
+    return replace(source, test=split, whole=whole and test.inputs.dtype.kind in "biu")
+
+
+def _checked(name: str, records: RawSet, classes: Collection[str]) -> RawSet:
+    _check_lengths(name, records.inputs, records.labels)
+    labels = label_texts(records.labels, name, classes)
+    return RawSet(_channels_first(_features(records.inputs, name)), labels, records.colour)
+
+
+def _layout(raw: RawSet, checked: RawSet) -> str:
+    """How the axes of a record were understood."""
+    if raw.colour is not None:
+        return "images, turned upright, on white where they are transparent"
+    shape, kept = tuple(raw.inputs.shape[1:]), tuple(checked.inputs.shape[1:])
+    if shape == kept:
+        return f"{list(kept)}, as it came"
+    return f"{list(kept)}, channels first, of {list(shape)} in the data"
+
+
+def _check_alike(name: str, test: RawSet, records: RawSet) -> None:
+    if test.inputs.dtype != records.inputs.dtype:
+        raise DataError(
+            f"{name}: bytes (uint8) here or in the training inputs, and other numbers in the other; "
+            "store both alike"
+        )
+    if _shape(test) != _shape(records):
+        theirs, ours = tuple(test.inputs.shape[1:]), tuple(records.inputs.shape[1:])
+        raise DataError(f"{name}: inputs of shape {theirs} do not match training inputs of shape {ours}")
+
+
+def _shape(records: RawSet) -> tuple[int, ...]:
+    """That of one input; of a decoded image without its channels, which are settled later."""
+    return tuple(records.inputs.shape[1 if records.colour is None else 2 :])
+
+
+def _check_lengths(name: str, inputs: Array, labels: Array) -> None:
+    if labels.ndim != 1:
+        raise DataError(
+            f"{name}: labels have shape {labels.shape}; give one class per record, shape [record]"
+        )
+    if inputs.ndim < 2:
+        raise DataError(f"{name}: inputs have shape {inputs.shape}; give at least [record, feature]")
+    if len(inputs) != len(labels):
+        raise DataError(f"{name}: {len(inputs)} inputs but {len(labels)} labels; give one label per record")
+    if inputs.size == 0:
+        raise DataError(f"{name}: inputs of shape {inputs.shape} hold no values; give at least two records")
+    if inputs.size > MAX_VALUES:
+        raise DataError(f"{name}: {inputs.size} values exceed the limit of {MAX_VALUES}; give fewer records")
+
+
+def label_texts(labels: Array, name: str, classes: Collection[str] = ()) -> Array:
+    """Labels as text: text as it is written, without the space around it, numbers in their canonical form.
+
+    Args:
+        labels: integers or strings ``[record]``.
+        name: what messages call the data set.
+        classes: names that are classes even where they look like a mark of a missing label.
+
+    Raises:
+        DataError: a label is missing, or they are of a type that names no class.
+    """
+    if labels.dtype.kind == "O":
+        labels = _of_objects(labels)
+    if labels.dtype.kind not in "UTbiuf":
+        raise DataError(f"{name}: labels of type {labels.dtype} are not classes; give integers or strings")
+    text = labels.dtype.kind in "UT"
+    if text:
+        labels = np.char.strip(labels.astype(np.str_))
+    elif labels.dtype.kind == "b":
+        labels = labels.astype(np.int64)
+    values, positions = np.unique(labels, return_inverse=True)
+    spelt = [str(value) if text else canonical_number(str(value)) for value in values]
+    for number, label in enumerate(spelt):
+        if is_missing(label) and label not in classes:
+            raise DataError(_missing(label, int(np.argmax(positions == number)), name))
+    return np.array(spelt, dtype=np.str_)[positions]
+
+
+def _of_objects(labels: Array) -> Array:
+    """Text among which some is missing, as text; anything else as it came."""
+    absent = [label is None or (isinstance(label, float) and label != label) for label in labels.flat]
+    if not all(none or isinstance(label, str) for none, label in zip(absent, labels.flat, strict=True)):
+        return labels
+    texts = ["" if none else label for none, label in zip(absent, labels.flat, strict=True)]
+    return np.array(texts, dtype=np.str_).reshape(labels.shape)
+
+
+def _missing(label: str, row: int, name: str) -> str:
+    if not label:
+        return f"{name}: record {row} has no label; give it one or remove the record"
+    return (
+        f"{name}: label {label} of record {row} says that it is missing; give it one or remove the record, "
+        "or name all classes in data.classes if it is one of them"
+    )
+
+
+def _features(inputs: Array, name: str) -> Array:
+    """Bytes as they are; any other numbers as float32.
+
+    Raises:
+        DataError: a feature is not a finite real number.
+    """
+    if inputs.dtype.kind not in "biuf":
+        raise DataError(
+            f"{name}: inputs of type {inputs.dtype} are not numbers; encode them as numbers first"
+        )
+    if inputs.dtype == np.uint8:
+        return inputs[:, None] if inputs.ndim == 3 else inputs
+    with np.errstate(over="ignore"):
+        floats = np.array(inputs, dtype=np.float32, order="C")
+    fine = np.isfinite(floats)
+    if not fine.all():
+        where = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(fine)), fine.shape))
+        place = f"record {where[0]}, feature {', '.join(map(str, where[1:]))}"
+        raise DataError(f"{name}: {place} is {inputs[where]}, not a finite float32; remove or impute it")
+    return floats
+
+
+def _channels_first(inputs: Array) -> Array:
+    if inputs.ndim == 4 and inputs.shape[3] in _CHANNELS and inputs.shape[1] not in _CHANNELS:
+        return inputs.transpose(0, 3, 1, 2)
+    return inputs

@@ -1,0 +1,1 @@
+"""Who carries tasks to devices and their answers back."""

@@ -1,0 +1,1 @@
+"""Teachers and students, and the fixed features in front of them."""

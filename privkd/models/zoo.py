@@ -1,0 +1,225 @@
+"""Teachers and students: by name, or the user's own as ``package.module:factory``.
+
+The named architectures are `torch.nn.Sequential` of blocks, the last of which is the linear head. They
+hold GroupNorm without affine parameters and never BatchNorm, whose batch statistics mix records and so
+break per-example clipping.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from privkd.config import ModelConfig
+from privkd.errors import ConfigError, ModelError
+from privkd.models.scattering import Scattering
+from privkd.own_code import users_callable
+
+Shape = tuple[int, ...]
+Part = Literal["all", "last_block", "head"]
+
+_GROUPS = 4
+_SMALLEST = 4
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+class Residual(nn.Module):
+    """``x + body(x)`` with a strided 1x1 projection where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
+            nn.GroupNorm(_GROUPS, outputs, affine=False),
+            _ACTIVATIONS[activation](),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.GroupNorm(_GROUPS, outputs, affine=False),
+        )
+        same = inputs == outputs and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride=stride)
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[record, channel, height, width]`` to the same with ``outputs`` channels, strided."""
+        out: Tensor = self.activation(self.skip(x) + self.body(x))
+        return out
+
+
+def _mlp(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
+    width, narrow = config.width, max(config.width // 2, 1)
+    activation = _ACTIVATIONS[config.activation]
+    first = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), width), activation())
+    second = nn.Sequential(nn.Linear(width, narrow), activation())
+    return nn.Sequential(OrderedDict(block1=first, block2=second, head=nn.Linear(narrow, classes)))
+
+
+def _cnn(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
+    """Two convolutions and two linear layers, after Tramer & Boneh 2021, Table 8, with GroupNorm."""
+    channels, height, width = _image_shape(config, shape)
+    few, many = _grouped(config.width // 2), _grouped(config.width)
+    activation = _ACTIVATIONS[config.activation]
+    small = min(height, width) <= 12
+    convolutions = (
+        (nn.Conv2d(channels, few, 3, padding=1), nn.Conv2d(few, many, 4, stride=2, padding=1))
+        if small
+        else (nn.Conv2d(channels, few, 8, stride=2, padding=3), nn.Conv2d(few, many, 4, stride=2))
+    )
+    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, convolution in enumerate(convolutions, 1):
+        layers = [convolution, nn.GroupNorm(_GROUPS, convolution.out_channels, affine=False), activation()]
+        blocks[f"block{number}"] = nn.Sequential(*layers, *([] if small else [nn.MaxPool2d(2, 1)]))
+    with torch.no_grad():
+        flat = nn.Sequential(*blocks.values())(torch.zeros(1, *shape)).numel()
+    blocks["block3"] = nn.Sequential(nn.Flatten(), nn.Linear(flat, config.width), activation())
+    blocks["head"] = nn.Linear(config.width, classes)
+    return nn.Sequential(blocks)
+
+
+def _resnet(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
+    channels, _, _ = _image_shape(config, shape)
+    few, many = _grouped(config.width // 2), _grouped(config.width)
+    stem = nn.Sequential(
+        nn.Conv2d(channels, few, 3, padding=1),
+        nn.GroupNorm(_GROUPS, few, affine=False),
+        _ACTIVATIONS[config.activation](),
+    )
+    return nn.Sequential(
+        OrderedDict(
+            stem=stem,
+            block1=Residual(few, few, 1, config.activation),
+            block2=Residual(few, many, 2, config.activation),
+            block3=Residual(many, many, 2, config.activation),
+            pool=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+            head=nn.Linear(4 * many, classes),
+        )
+    )
+
+
+def _scatter(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
+    """Fixed scattering features and a linear head: Tramer & Boneh 2021's ScatterNet."""
+    _, height, width = _image_shape(config, shape)
+    features = Scattering(height, width)
+    with torch.no_grad():
+        flat = features(torch.zeros(1, *shape)).numel()
+    head = nn.Linear(flat, classes)
+    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), head=head))
+
+
+_NAMED: dict[str, Callable[[ModelConfig, Shape, int], nn.Sequential]] = {
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "resnet": _resnet,
+    "scatter": _scatter,
+}
+
+
+def build(config: ModelConfig, *, input_shape: Shape, classes: int, seed: int) -> nn.Module:
+    """A freshly initialised model from ``[record, *input_shape]`` to logits ``[record, classes]``.
+
+    The initial weights are a function of ``seed`` alone; the global generator is left as it was.
+
+    Raises:
+        ConfigError: the name is unknown.
+        ModelError: the model cannot be built, or does not map inputs to ``classes`` logits.
+    """
+    if config.name == "auto":
+        is_image = len(input_shape) == 3 and min(input_shape[1:]) >= _SMALLEST
+        config = config.model_copy(update={"name": "cnn" if is_image else "mlp"})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.name in _NAMED:
+            return _named(config, input_shape, classes)
+        if ":" not in config.name:
+            names = ", ".join(["auto", *sorted(_NAMED)])
+            raise ConfigError(f"model {config.name!r}: expected one of {names}, or package.module:factory")
+        model = _from_factory(config.name, input_shape, classes)
+        # Lazy layers draw their weights in this first pass, so it is seeded too.
+        _check_logits(config.name, model, input_shape, classes)
+    return model
+
+
+def trained_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:
+    """The parameters of the ``part`` that is trained privately, in the model's order.
+
+    The head is the last child that holds parameters; the last block is the child before it and the head.
+    A model that wraps a single child is looked into. Parameters that are frozen (``requires_grad`` is false)
+    stay so and are left out.
+    """
+    return [parameter for parameter in _parameters_of(model, part) if parameter.requires_grad]
+
+
+def _parameters_of(model: nn.Module, part: Part) -> list[nn.Parameter]:
+    if part == "all":
+        return list(model.parameters())
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if len(children) == 1 and any(True for _ in children[0].children()):
+        return _parameters_of(children[0], part)
+    kept = children[-1:] if part == "head" else children[-2:]
+    return [parameter for child in kept for parameter in child.parameters()] or list(model.parameters())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of scalar parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _image_shape(config: ModelConfig, shape: Shape) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape[1:]) < _SMALLEST:
+        raise ModelError(
+            f"model {config.name!r} needs images [channel, height, width] of at least 4x4, "
+            f"but the data have shape {list(shape)}: use 'mlp'"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _grouped(channels: int) -> int:
+    return max(_GROUPS, channels // _GROUPS * _GROUPS)
+
+
+def _named(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Module:
+    try:
+        return _NAMED[config.name](config, input_shape, classes)
+    except (RuntimeError, MemoryError) as error:
+        raise ModelError(f"model {config.name!r} of width {config.width} cannot be built: {error}") from error
+
+
+def _from_factory(path: str, input_shape: Shape, classes: int) -> nn.Module:
+    factory = users_callable(path, "model", ModelError)
+    try:
+        model = factory(input_shape, classes)
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"model {path!r}: factory(input_shape, classes) failed: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model {path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model
+
+
+def _check_logits(name: str, model: nn.Module, input_shape: Shape, classes: int) -> None:
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *input_shape))
+    except Exception as error:
+        raise ModelError(
+            f"model {name!r} does not accept inputs of shape [2, {', '.join(map(str, input_shape))}]: {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"model {name!r} returned {found} for 2 inputs, expected logits [2, {classes}]")
+
+
+def torch_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': this machine has no CUDA device; take cpu or auto")
+    return torch.device(name)

@@ -1,0 +1,96 @@
+"""What an audit proves of a run, to stand beside what the ledger promises."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from privkd.errors import AuditAlarm, RunError
+from privkd.journal import Journal
+from privkd.privacy.events import Unit
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """What an audit of the run's mechanisms proves: that it spends at least ``epsilon`` on ``unit``.
+
+    It is wrong with probability ``1 - confidence`` at most, and rests on ``canaries`` trials, which took the
+    ``path`` named in words; the delta and the neighbouring relation are those of the ledger's statement for
+    the unit.
+    """
+
+    unit: Unit
+    epsilon: float
+    confidence: float
+    canaries: int
+    path: str
+
+    def alarm(self, epsilon_upper: float, delta: float) -> str | None:
+        """The alarm in words, where the bound lies above the ledger's upper bound."""
+        if self.epsilon <= epsilon_upper:
+            return None
+        words = crossed(self.unit, self.epsilon, epsilon_upper, confidence=self.confidence, delta=delta)
+        return f"canaries through the run's own mechanism: {words}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A yes-or-no question put to a running mechanism: its ``name``, whether it ``passed``, what was seen."""
+
+    name: str
+    passed: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What the audit of a run came to: lower ``bounds`` by unit, and ``checks`` of its mechanisms."""
+
+    bounds: tuple[LowerBound, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+_STEP = "audited"
+
+
+def note_audit(journal: Journal, audited: Audited) -> None:
+    """Note in a run's journal what its audit came to. Durable on return."""
+    journal.append({"step": _STEP, **json.loads(json.dumps(asdict(audited)))})
+
+
+def noted_audit(journal: Journal) -> Audited | None:
+    """What a run's journal says that its audit came to, if it was audited.
+
+    Raises:
+        RunError: the note is not of this version's form.
+    """
+    row = next((row for row in journal if row.get("step") == _STEP), None)
+    if row is None:
+        return None
+    try:
+        bounds = tuple(LowerBound(**{**bound, "unit": Unit(bound["unit"])}) for bound in row["bounds"])
+        return Audited(bounds, tuple(Check(**check) for check in row["checks"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{journal.path} is not of this version's form ({error!r}): restore it from a copy"
+        ) from None
+
+
+def raise_failed(checks: Iterable[Check]) -> None:
+    """Do nothing, unless a check failed.
+
+    Raises:
+        AuditAlarm: it names the first that did.
+    """
+    for check in checks:
+        if not check.passed:
+            raise AuditAlarm(
+                f"the check {check.name!r} fails: {check.seen}; do not release, the mechanism is broken"
+            )
+
+
+def crossed(unit: Unit, lower: float, upper: float, *, confidence: float, delta: float) -> str:
+    """A lower bound above its upper bound, in words."""
+    return (
+        f"epsilon is at least {lower:.4g} per {unit} (confidence {100 * confidence:.4g} %), but the ledger "
+        f"claims at most {upper:.4g} at delta {delta:g}"
+    )

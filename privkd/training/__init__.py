@@ -1,0 +1,1 @@
+"""How models learn: distillation, DP-SGD, and the proofs that come before it."""

@@ -1,0 +1,326 @@
+"""A cohort of students of one architecture: how it is trained, found once, and its training in chunks."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from privkd.data.scenario import LabelledSet
+from privkd.errors import DataError, ModelError
+from privkd.models.architecture import Example, same_architecture
+from privkd.models.features import Parted
+from privkd.training.proof import (
+    BATCHES,
+    Probe,
+    agree,
+    buffers_kept,
+    clipped,
+    gradients_alone,
+    keep_statistics,
+    one_hots,
+    perturbed,
+)
+from privkd.training.vectorised.gradients import (
+    BookKeeping,
+    Footprint,
+    FormulationName,
+    Gradients,
+    OutputProbe,
+    candidates,
+)
+from privkd.training.vectorised.memory import chunk_students, flushed_denormals, records_per_pass
+from privkd.training.vectorised.tensors import Objective, Records, Weights, joined, views
+
+_PROBE_RECORDS = 2
+_KEPT = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training needs to know beforehand.
+
+    Attributes:
+        gradients: how they are computed.
+        classes: how many the students tell apart.
+        footprint: the memory that training takes.
+    """
+
+    gradients: Gradients
+    classes: int
+    footprint: Footprint
+
+    def in_passes(self, records: int) -> Self:
+        """The same with at most so many records of each student in a pass."""
+        return replace(self, gradients=replace(self.gradients, records_per_pass=records))
+
+
+def plan_of(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    trained: frozenset[str],
+    objective: Objective,
+    clip_norm: float | None,
+    probe: Probe | None = None,
+) -> Plan | None:
+    """The fastest way to train students like ``model``; ``None`` if only one after another will do.
+
+    With a clip norm, the gradients are proved to be those of plain autograd, record by record and clipped, at
+    the weights of ``model`` and at perturbed ones.
+
+    Args:
+        model: one of the students.
+        input_shape: of one record.
+        trained: names of the parameters in training.
+        objective: the loss.
+        clip_norm: of each record's gradient, or ``None`` without privacy.
+        probe: the records of the proof; made-up ones without it.
+    """
+    example = Example.of(model)
+    find = _found if example.architecture.by_value else _found.__wrapped__
+    return find(example, input_shape, trained, objective, clip_norm, probe)
+
+
+def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationName:
+    """How a cohort of ``model`` on inputs ``[record, *input_shape]`` is computed.
+
+    ``bookkeeping`` is the fast program; ``vmap`` maps `torch.func` over any other model that allows it;
+    ``loop`` trains one student after another. A front end is computed once and by itself in all.
+    """
+    parted = Parted.of(model)
+    features = parted.features(torch.zeros((1, *input_shape)))
+    trained = frozenset(name for name, _ in parted.rest.named_parameters())
+    plan = plan_of(parted.rest, tuple(features.shape[1:]), trained, Objective(0.5, 2.0), 1.0)
+    if plan is None:
+        return "loop"
+    return "bookkeeping" if isinstance(plan.gradients.formulation, BookKeeping) else "vmap"
+
+
+@lru_cache(maxsize=_KEPT)
+def _found(
+    example: Example,
+    input_shape: tuple[int, ...],
+    trained: frozenset[str],
+    objective: Objective,
+    clip_norm: float | None,
+    probe: Probe | None,
+) -> Plan | None:
+    if not trained:
+        return None
+    model = copy.deepcopy(example.model).train()
+    keep_statistics(model, [p for name, p in model.named_parameters() if name in trained])
+    try:
+        with torch.no_grad(), buffers_kept(model):
+            blank = next(model.parameters()).new_zeros((1, _PROBE_RECORDS, *input_shape))
+            classes = int(copy.deepcopy(model).eval()(blank[0]).shape[-1])
+        if clip_norm is not None:
+            probe = probe or Probe.made_up(input_shape, classes, blank)
+        outputs = OutputProbe.of(model, input_shape)
+        for candidate in candidates(model, trained):
+            gradients = Gradients(candidate, objective, clip_norm, trained).with_frozen_part(
+                model, input_shape
+            )
+            if probe is None or clip_norm is None:
+                proved = not any(True for _ in model.buffers()) and outputs.agrees(candidate)
+            else:
+                proved = _is_proved(gradients, model, probe, clip_norm)
+            if proved:
+                weights = Weights.stack([model], trained)
+                return Plan(gradients, classes, gradients.footprint(weights, blank, classes))
+    except Exception:  # a model that fails by itself is left to fail in the loop
+        return None
+    return None
+
+
+def _is_proved(gradients: Gradients, model: nn.Module, probe: Probe, clip_norm: float) -> bool:
+    """Whether ``gradients`` are those of plain autograd on each record alone, clipped and added up.
+
+    Each record is chosen by itself and all together, in batches of two sizes and in several passes, clipped
+    and not, for two students at once whose records stand in opposite order.
+    """
+    students = (model, perturbed(model))
+    objective = gradients.objective
+    truths = [
+        gradients_alone(
+            student,
+            [p for name, p in student.named_parameters() if name in gradients.trained],
+            probe,
+            alpha=objective.alpha,
+            temperature=objective.temperature,
+        )
+        for student in students
+    ]
+    truth = torch.stack([truths[0], truths[1].flip(0)])
+    weights = Weights.stack(students, gradients.trained)
+    try:
+        records = gradients.features(weights, _both_ways(probe, objective))
+        largest = float(truth[truth.isfinite().all(-1)].norm(dim=-1).max())
+        return all(
+            _sums_agree(replace(gradients, clip_norm=clip), weights, records, truth, batch)
+            for clip in (clip_norm, 1e3 * largest + 1.0)
+            for batch in BATCHES
+        )
+    except Exception:  # whatever a model raises in this formulation, another takes it
+        return False
+
+
+def _both_ways(probe: Probe, objective: Objective) -> Records:
+    """The probe's records as those of two students, and in opposite order for the second."""
+    classes = probe.teacher_logits.shape[-1]
+    labels, logits = probe.labels.to(probe.inputs.device), probe.teacher_logits
+    targets = objective.targets(labels, logits, classes, torch.float32)
+    inputs = torch.cat([probe.inputs, probe.inputs.flip(0)])
+    return Records.of(inputs, torch.cat([targets, targets.flip(0)]), [len(labels)] * 2)
+
+
+def _sums_agree(
+    gradients: Gradients, weights: Weights, records: Records, truth: Tensor, batch: slice
+) -> bool:
+    """One batch of a proof; ``truth`` ``[student, record, parameter]``."""
+    assert gradients.clip_norm is not None
+    numbers = torch.arange(truth.shape[1])[batch]
+    index = records.index([numbers] * len(truth))
+    expected = torch.stack([clipped(each[batch], gradients.clip_norm) for each in truth])
+
+    def summed(chosen: Tensor, way: Gradients) -> Tensor:
+        sums = torch.zeros(weights.trained.shape, dtype=torch.float64)
+        of = chosen.expand(len(truth), -1).to(weights.trained)
+        way.write_to(views(sums, weights.trained_slots), weights, records, index, of)
+        return sums
+
+    *each, together = one_hots(len(numbers))
+    found = torch.stack([summed(chosen, gradients) for chosen in each], dim=1)
+    in_passes = replace(gradients, records_per_pass=2)
+    return all(agree(*pair) for pair in zip(found, expected, strict=True)) and all(
+        agree(summed(together, way), expected.sum(1)) for way in (gradients, in_passes)
+    )
+
+
+@dataclass(frozen=True)
+class Students:
+    """Models of one architecture, the shard of each, and the teacher's answers on it.
+
+    ``models`` are what follows the students' front end, if they have one; ``parted`` is the first student
+    as its two parts.
+    """
+
+    parted: Parted
+    models: tuple[nn.Module, ...]
+    shards: tuple[LabelledSet, ...]
+    teacher_logits: tuple[Tensor, ...] | None
+
+    @staticmethod
+    def of(
+        models: Sequence[nn.Module],
+        shards: Sequence[LabelledSet],
+        teacher_logits: Sequence[Tensor] | None,
+        sources: Sized,
+    ) -> "Students":
+        """Check that the sequences fit each other.
+
+        Raises:
+            DataError: they differ in length.
+            ModelError: the models differ in architecture.
+        """
+        targets = models if teacher_logits is None else teacher_logits
+        for name, given in (("shards", shards), ("teacher logits", targets), ("sources", sources)):
+            if len(given) != len(models):
+                raise DataError(f"{len(models)} students, but {len(given)} {name}: give one for each student")
+        if not same_architecture(models):
+            raise ModelError("the students differ in architecture: train each architecture by itself")
+        return Students(
+            Parted.of(models[0]) if models else Parted(None, nn.Identity()),
+            tuple(Parted.of(model).rest for model in models),
+            tuple(shards),
+            None if teacher_logits is None else tuple(teacher_logits),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.models[0].parameters()).device
+
+    def targets(self, student: int) -> Tensor | None:
+        """The teacher's logits on one student's shard."""
+        return None if self.teacher_logits is None else self.teacher_logits[student]
+
+    def part(self, chosen: Sequence[int]) -> "Students":
+        """Some of the students."""
+        logits = self.teacher_logits
+        return replace(
+            self,
+            models=tuple(self.models[i] for i in chosen),
+            shards=tuple(self.shards[i] for i in chosen),
+            teacher_logits=None if logits is None else tuple(logits[i] for i in chosen),
+        )
+
+    def weights(self, trained: frozenset[str]) -> Weights:
+        """A copy of the parameters; ``trained`` names those in training."""
+        return Weights.stack(self.models, trained)
+
+    def records(self, plan: Plan) -> Records:
+        """The shards on the models' device, as the models take them."""
+        inputs = joined([self.parted.features(shard.inputs) for shard in self.shards]).to(self.device)
+        labels = joined([shard.labels for shard in self.shards]).to(self.device)
+        logits = None if self.teacher_logits is None else joined(self.teacher_logits).to(self.device)
+        targets = plan.gradients.objective.targets(labels, logits, plan.classes, inputs.dtype)
+        return Records.of(inputs, targets, [len(shard) for shard in self.shards])
+
+    @cached_property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input of the models; from the largest shard, since an empty one may have lost it."""
+        inputs = max(self.shards, key=len).inputs
+        return tuple(self.parted.features(inputs.new_zeros((1, *inputs.shape[1:]))).shape[1:])
+
+    def plan(
+        self,
+        objective: Objective,
+        clip_norm: float | None,
+        trained: Callable[[nn.Module], Sequence[nn.Parameter]],
+        probe: Probe | None = None,
+    ) -> Plan | None:
+        """How to train the students as one program; ``None`` if their architecture allows none.
+
+        ``probe``: records for the proof, as the whole students take them.
+        """
+        if not self.models or not _same_buffers(self.models):
+            return None
+        model = self.models[0]
+        if probe is not None and self.parted.front is not None:
+            probe = probe.through(self.parted.features)
+        kept = {id(parameter) for parameter in trained(model)}
+        names = frozenset(name for name, p in model.named_parameters() if id(p) in kept)
+        return plan_of(model, self.input_shape, names, objective, clip_norm, probe)
+
+
+def _same_buffers(models: Sequence[nn.Module]) -> bool:
+    """Whether one model's buffers can stand for all: a cohort has parameters of each student alone."""
+    first = list(models[0].buffers())
+    return not first or all(
+        torch.equal(kept, other)
+        for model in models[1:]
+        for kept, other in zip(first, model.buffers(), strict=True)
+    )
+
+
+def in_chunks(
+    train: Callable[[list[int], Plan], list[nn.Module]],
+    students: Students,
+    plan: Plan,
+    expected: Mapping[int, float],
+    memory_budget: int,
+) -> dict[int, nn.Module]:
+    """``train`` students chunk by chunk within ``memory_budget`` bytes.
+
+    ``expected`` says which students, by number, and the expected batch of each.
+    """
+    cost = plan.footprint.cost(max(len(shard) for shard in students.shards))
+    trained: dict[int, nn.Module] = {}
+    with flushed_denormals():
+        for chosen in chunk_students(expected, cost, budget=memory_budget):
+            fitting = records_per_pass(len(chosen), cost, budget=memory_budget)
+            trained |= zip(chosen, train(chosen, plan.in_passes(fitting)), strict=True)
+    return trained
