@@ -9,7 +9,7 @@ from audits.requests import MembershipRequest
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.federation import Game
+    from privkd.federation import Federation
     from privkd.privacy.bounds import Audited
     from privkd.progress import Progress
     from privkd.runs.checkpoint import State
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 
-def closing_audit(game: "Game", state: "State", progress: "Progress") -> "Audited":
+def closing_audit(federation: "Federation", state: "State", progress: "Progress") -> "Audited":
     """See `audits.mechanisms.audit`, which is loaded when it is called."""
     from audits.mechanisms.audit import closing_audit as audit
 
-    return audit(game, state, progress)
+    return audit(federation, state, progress)
 
 
 def membership_command(run: Path | None, request: MembershipRequest, *, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from papers.probes import Effort, Probe
 from papers.study import Case, Scale
 from privkd.config import RunConfig, config_tree, load_config
 from privkd.errors import RunError
-from privkd.federation import open_game
+from privkd.prepared import prepare
 from privkd.progress import Progress
 from privkd.result import plain, train
 from privkd.runs.fingerprints import check_files
@@ -115,7 +115,7 @@ def _opened(path: Path, config: RunConfig) -> RunFolder:
         return RunFolder.resume(path)
     # Bad data or models fail here, and a lack of CrypTen, before a run folder exists.
     check_channel(config.channel)
-    open_game(config)
+    prepare(config)
     return RunFolder.create(path, config)
 
 

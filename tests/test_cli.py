@@ -303,7 +303,7 @@ class TestTrain:
         def stop(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("privkd.federation.Game.play", stop)
+        monkeypatch.setattr("privkd.federation.Federation.play", stop)
         answer = command("train", *SMALL_RUN, "--out", "run")
         assert answer.code == 130
         assert answer.err.splitlines()[0] == "run folder: run"
@@ -314,7 +314,7 @@ class TestTrain:
         def fail(*_: object, **__: object) -> None:
             raise ChannelError("aggregator-1 was killed by SIGKILL; nothing was released")
 
-        monkeypatch.setattr("privkd.federation.Game.play", fail)
+        monkeypatch.setattr("privkd.federation.Federation.play", fail)
         answer = command("train", *SMALL_RUN, "--out", "run")
         assert answer.code == 1
         assert answer.err.splitlines()[-1].startswith("privkd: aggregator-1 was killed by SIGKILL")

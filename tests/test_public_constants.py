@@ -24,8 +24,9 @@ from privkd.data.constants import find_constants, grey, in_words, label_space, n
 from privkd.data.dataset import RawSet, make_source
 from privkd.data.public_sets import Stream, choose_gap_classes, draw_public_sets, public_sizes
 from privkd.errors import ConfigError, DataError
-from privkd.federation import Game, open_game
+from privkd.federation import Federation
 from privkd.plan import facts_of, make_plan
+from privkd.prepared import prepare
 
 SIZES = {
     "records_per_device": 20, "public_records": 20, "validation_records": 10, "proxy_records": 20,
@@ -214,7 +215,7 @@ class TestRun:
             raise InterruptedError
 
         classes = f"data.classes={','.join(form.labels)}"
-        monkeypatch.setattr(Game, "_debit", debit)
+        monkeypatch.setattr(Federation, "_debit", debit)
         with pytest.raises(InterruptedError):
             play(path, *self.DEPLOYED, classes, f"data.source={source}")
         files = {
@@ -364,7 +365,7 @@ class TestDeployment:
         form = FORMS["csv"]
         source = form.write(tmp_path, form.records(0))
         with pytest.raises(ConfigError) as caught:
-            open_game(load_config(None, [*SMALL[2:3], "privacy.noise=system", f"data.source={source}"]))
+            prepare(load_config(None, [*SMALL[2:3], "privacy.noise=system", f"data.source={source}"]))
         words = str(caught.value)
         assert "\n" not in words
         for name in ("records_per_device", "public_records", "validation_records", "proxy_records"):
