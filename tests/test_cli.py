@@ -16,7 +16,7 @@ from rich.console import Console
 from running import SMALL, StopAt, play, same
 
 import privkd.doctor
-import privkd.federation
+import privkd.prepared
 from cli import app
 from privkd.console import LiveProgress, progress_on_stderr
 from privkd.errors import ChannelError
@@ -443,6 +443,6 @@ def test_the_data_are_read_once_a_start(command: Command, monkeypatch: pytest.Mo
         reads.append(given)
         return real(*given, **named)
 
-    monkeypatch.setattr(privkd.federation, "build_scenario", counted)
+    monkeypatch.setattr(privkd.prepared, "build_scenario", counted)
     assert command("train", *SMALL_RUN, "--out", "run").code == 0
     assert len(reads) == 1

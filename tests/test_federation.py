@@ -85,7 +85,7 @@ class TestSeed:
             calls.append(arguments)
             return distil_public(*arguments)
 
-        monkeypatch.setattr("privkd.federation.distil_public", counted)
+        monkeypatch.setattr("privkd.cloud.distil_public", counted)
         play(tmp_path / "run", "rounds=2")
         assert len(calls) == 3, "one for each round, and the last to be delivered"
 

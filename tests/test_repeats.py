@@ -159,11 +159,11 @@ class TestTheNote:
     def test_is_on_the_disk_before_the_release(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[int] = []
 
-        def release(channel: Counted, answers: Tensor, **_: Any) -> Release:
+        def carry(channel: Counted, *_: Any) -> Release:
             seen.append(len(notes(tmp_path / "run")))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Counted, "release", release)
+        monkeypatch.setattr(Counted, "carry", carry)
         monkeypatch.setattr(privkd.federation, "open_channel", opened)
         with pytest.raises(KeyboardInterrupt):
             play(tmp_path / "run")
