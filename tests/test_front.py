@@ -16,6 +16,7 @@ from cli import app
 from privkd.config import RunConfig, Settings, config_tree, load_config
 from privkd.config.reference import documented, settings_reference
 from privkd.errors import ConfigError, InputError
+from privkd.options import OPTIONS, Option
 from privkd.secure import installed
 from privkd.siblings import SIBLINGS, load_siblings
 
@@ -189,6 +190,16 @@ class TestSettings:
                 for group in groups:
                     value = getattr(value, group)
                 assert getattr(value, field) is None
+
+    @pytest.mark.parametrize("option", OPTIONS.values(), ids=list(OPTIONS))
+    def test_an_option_is_a_setting_and_shows_its_default(self, option: Option) -> None:
+        shown = re.search(r"\[(.*)\]$", option.help)
+        default = settings_reference(option.setting)
+        assert [one.name for one in default] in ([option.setting], ["student.models"])
+        if shown is None or shown[1] in ("none", "by its name"):
+            assert default[0].default in (None, [])
+        else:
+            assert RunConfig(**{option.name: shown[1]}) == RunConfig()
 
     def test_every_field_of_every_group_has_a_meaning(self) -> None:
         def groups(kind: type[Settings]) -> set[type[Settings]]:

@@ -7,19 +7,9 @@ from typing import Any
 import tomli_w
 
 from privkd.config import RunConfig, config_tree
+from privkd.options import OPTIONS
 
-_FLAGS = {
-    "privacy.epsilon": "--epsilon",
-    "privacy.delta": "--delta",
-    "privacy.device_epsilon": "--device-epsilon",
-    "data.source": "--data",
-    "data.data_dir": "--data-dir",
-    "data.devices": "--devices",
-    "data.partition": "--partition",
-    "channel.kind": "--channel",
-    "rounds": "--rounds",
-    "seed": "--seed",
-}
+_FLAGS = {option.setting: option.flag for option in OPTIONS.values()}
 
 
 def command_of(config: RunConfig) -> str:
@@ -29,7 +19,8 @@ def command_of(config: RunConfig) -> str:
     words = ["privkd", "train"]
     for name, value in given.items():
         if value != usual.get(name) or name in stated:
-            words += [_FLAGS[name], _bare(value)] if name in _FLAGS else ["--set", f"{name}={_toml(value)}"]
+            flagged = name in _FLAGS and not isinstance(value, list)
+            words += [_FLAGS[name], _bare(value)] if flagged else ["--set", f"{name}={_toml(value)}"]
     return shlex.join(words)
 
 
