@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.config import FitConfig, ModelConfig, ReverseConfig, RunConfig
+from privkd.config import Config, FitConfig, ModelConfig, ReverseConfig
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ChannelError
 from privkd.messages import Question, Release, Task
@@ -365,7 +365,7 @@ class Cloud:
         classes: number of classes.
     """
 
-    config: RunConfig
+    config: Config
     plan: Plan
     data: PublicData
     probe: Probe

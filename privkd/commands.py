@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.errors import ConfigError
 from privkd.secure.installed import check_channel
 from privkd.stdout import print_json
@@ -49,7 +49,7 @@ def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
     _start(config, request, audit)
 
 
-def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> None:
+def _start(config: Config, request: TrainRequest, audit: "ClosingAudit") -> None:
     check_channel(config.channel)
     from privkd.console import print_folder, print_taken
     from privkd.data.constants import PUBLIC_SOURCES
@@ -94,7 +94,7 @@ def _run(folder: "RunFolder", prepared: "Prepared | None", audit: "ClosingAudit"
     raise_crossed(result)
 
 
-def _forecast(config: RunConfig, *, as_json: bool) -> None:
+def _forecast(config: Config, *, as_json: bool) -> None:
     from privkd.console import print_forecast
     from privkd.prepared import forecast
     from privkd.result import plain

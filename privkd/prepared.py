@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from privkd.cloud import Cloud, PublicData
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.data import build_scenario
 from privkd.data.scenario import Scenario
 from privkd.engines.simulation import Draws, RandomnessOf, Simulation
@@ -52,7 +52,7 @@ class Prepared:
         root: where protective noise comes from in a deployment.
     """
 
-    config: RunConfig
+    config: Config
     scenario: Scenario
     plan: Plan
     cloud: Cloud
@@ -134,7 +134,7 @@ class Prepared:
             )
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: Config) -> Prepared:
     """The run that ``config`` describes, checked, with nothing trained, released or written.
 
     Raises:
@@ -179,7 +179,7 @@ def reopen_simulation(folder: RunFolder, why: str) -> Prepared:
     return reopen(folder)
 
 
-def check_simulated(folder: RunFolder, config: RunConfig, why: str) -> None:
+def check_simulated(folder: RunFolder, config: Config, why: str) -> None:
     """Do nothing where the run's noise comes from the seed.
 
     Raises:
@@ -228,7 +228,7 @@ class Forecast:
     seconds: float
 
 
-def forecast(config: RunConfig) -> Forecast:
+def forecast(config: Config) -> Forecast:
     """What a run would do and cost. Raises as `prepare` does."""
     prepared = prepare(config)
     plan, student = prepared.plan, prepared.cloud.untrained_students()[0].cpu()

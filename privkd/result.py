@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.errors import AuditAlarm
@@ -97,7 +97,7 @@ class Result:
 
 
 def train(
-    config: RunConfig,
+    config: Config,
     folder: RunFolder,
     progress: Progress,
     *,
@@ -171,7 +171,7 @@ def _left_with(prepared: Prepared, folder: RunFolder, done: Run, progress: Progr
 def _result(
     done: Run,
     left_with: _LeftWith,
-    config: RunConfig,
+    config: Config,
     path: Path,
     start: float,
 ) -> Result:

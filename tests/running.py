@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from privkd.channels.channel import Channel, PlainChannel
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.engines.simulation import Simulation
 from privkd.federation import Federation
 from privkd.messages import Question, Release
@@ -44,7 +44,7 @@ SMALL = (
 """Everything is accepted by the gate, so that every round leaves its mark on the teacher."""
 
 
-def small(*overrides: str) -> RunConfig:
+def small(*overrides: str) -> Config:
     """Settings of a run of about a second."""
     return load_config(None, [*SMALL, *overrides])
 

@@ -21,7 +21,7 @@ import privkd.doctor
 import privkd.prepared
 from audits.evidence.command import command_of
 from cli import app
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.console import LiveProgress, progress_on_stderr
 from privkd.errors import ChannelError
 from privkd.options import OPTIONS
@@ -129,7 +129,7 @@ class TestOptionsAreSettings:
     def test_the_command_of_settings_gives_them(
         self, command: Command, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config = RunConfig(
+        config = Config(
             data="a b.csv", data_dir="d", label="3", drop=["a", "b"], devices=3, rounds=2,
             partition="classes", epsilon="inf", delta=1e-6, device_epsilon=9, aggregators=3, dropout=0.0,
             aggregation="votes", aggregator_url=["http://a", "http://b"], student="mlp,cnn",

@@ -30,7 +30,7 @@ from audits.mechanisms.on_channel import ReleaseAudit, audit_releases
 from audits.mechanisms.on_device import audit_training
 from cli import app
 from privkd.channels.channel import Channel, NoisedChannel
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.engines.simulation import Simulation
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.bounds import Audited, LowerBound
@@ -56,7 +56,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audits.mechanisms.audit, "audit_releases", releases)
 
 
-def audited(config: RunConfig, game: Prepared | None = None) -> Audited:
+def audited(config: Config, game: Prepared | None = None) -> Audited:
     """The audit of a run that ends before its first round, with its channel open."""
     game = game or prepare(config)
     with opened(game, game.plan.rho) as channel:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from privkd.config import (
+    Config,
     DataConfig,
     DpSgdConfig,
     ModelConfig,
     PrivacyConfig,
-    RunConfig,
     StudentConfig,
     TeacherConfig,
     config_tree,
@@ -38,7 +38,7 @@ def message_of(*overrides: str, **settings: Any) -> str:
     return message
 
 
-def refusal_of(load: Callable[[], RunConfig]) -> str | None:
+def refusal_of(load: Callable[[], Config]) -> str | None:
     """The message, or ``None`` where the settings are accepted, and then TOML can spell them."""
     try:
         config = load()
@@ -72,7 +72,7 @@ def flat(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-LEAVES = leaves(RunConfig)
+LEAVES = leaves(Config)
 OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
     "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, True, [1], ["cnn"],
@@ -105,7 +105,7 @@ class TestDefaults:
             load_config().privacy.epsilon = 100.0  # type: ignore[misc]
 
     def test_nothing_given_is_the_default(self) -> None:
-        assert load_config() == RunConfig() == parse_config({})
+        assert load_config() == Config() == parse_config({})
 
 
 class TestPrecedence:
@@ -144,7 +144,7 @@ class TestPartOfAGroup:
     """A group's defaults may differ from its class's: naming one member must not reset the others."""
 
     def test_every_other_setting_stays(self) -> None:
-        before = flat(RunConfig())
+        before = flat(Config())
         for name, value in before.items():
             for other in (*OTHERS, not value):
                 try:
@@ -160,7 +160,7 @@ class TestPartOfAGroup:
         path = tmp_path / "run.toml"
         path.write_text("[student.dp]\nsteps = 123\n[teacher]\nmodel = 'mlp'\n")
         config = load_config(path)
-        default = RunConfig()
+        default = Config()
         assert config.student.dp == default.student.dp.model_copy(update={"steps": 123})
         assert config.teacher.model == default.teacher.model.model_copy(update={"name": "mlp"})
         assert config.teacher.fit == default.teacher.fit
@@ -357,13 +357,13 @@ class TestModelsByName:
             None, ['student.models=["mlp", {name = "cnn", width = 8}]', "teacher.model=resnet"]
         )
         assert config.student.models == (ModelConfig(name="mlp"), ModelConfig(name="cnn", width=8))
-        assert config.teacher.model == RunConfig().teacher.model.model_copy(update={"name": "resnet"})
+        assert config.teacher.model == Config().teacher.model.model_copy(update={"name": "resnet"})
 
     def test_from_the_command_line(self) -> None:
         config = load_config(None, (), {"student.models": "mlp, cnn ", "teacher.model.name": "mlp"})
         assert [model.name for model in config.student.models] == ["mlp", "cnn"]
         assert config.student == load_config(None, ["student.models=mlp,cnn"]).student
-        assert config.teacher.model.width == RunConfig().teacher.model.width, "the name alone is changed"
+        assert config.teacher.model.width == Config().teacher.model.width, "the name alone is changed"
 
 
 class TestClasses:
@@ -419,9 +419,7 @@ def _all_values() -> dict[str, st.SearchStrategy[Any]]:
     """For every setting, values that it takes, if need be beside others."""
 
     def taken(name: str, value: Any) -> bool:
-        return isinstance(
-            outcome(lambda: load_config(None, COMPANIONS.get(name, ()), {name: value})), RunConfig
-        )
+        return isinstance(outcome(lambda: load_config(None, COMPANIONS.get(name, ()), {name: value})), Config)
 
     others = {name: [value for value in OTHERS if taken(name, value)] for name in LEAVES}
     return {name: st.sampled_from(values) for name, values in others.items()} | _values()
@@ -434,7 +432,7 @@ def _chosen(draw: st.DrawFn) -> dict[str, Any]:
     return {name: draw(_all_values()[name]) for name in names}
 
 
-def outcome(load: Callable[[], RunConfig]) -> RunConfig | str:
+def outcome(load: Callable[[], Config]) -> Config | str:
     """The settings, or the line in which they are refused."""
     try:
         return load()
@@ -464,14 +462,14 @@ def objects(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def doors(tree: dict[str, Any], folder: Path) -> dict[str, RunConfig | str]:
+def doors(tree: dict[str, Any], folder: Path) -> dict[str, Config | str]:
     """What a tree gives, however it is spelled; ``--set`` gets each member of a group on its own."""
     path = folder / "run.toml"
     path.write_bytes(tomli_w.dumps(tree).encode())
     named = flat_tree(tree)
     return {
-        "keywords": outcome(lambda: RunConfig(**tree)),
-        "model_validate": outcome(lambda: RunConfig.model_validate(tree)),
+        "keywords": outcome(lambda: Config(**tree)),
+        "model_validate": outcome(lambda: Config.model_validate(tree)),
         "parse_config": outcome(lambda: parse_config(tree)),
         "TOML": outcome(lambda: load_config(path)),
         "--set": outcome(lambda: load_config(None, [override(*one) for one in named.items()])),
@@ -505,9 +503,9 @@ class TestEveryDoorGivesTheSame:
             assert len(config.splitlines()) == 1
             return
         assert all(one == config for one in found.values())
-        assert RunConfig(**objects(RunConfig, tree)) == config, "objects are tables"
-        assert RunConfig(**dict(config)) == config == RunConfig.model_validate(config_tree(config))
-        after, before = flat(config), flat(RunConfig())
+        assert Config(**objects(Config, tree)) == config, "objects are tables"
+        assert Config(**dict(config)) == config == Config.model_validate(config_tree(config))
+        after, before = flat(config), flat(Config())
         assert all(after[name] == before[name] for name in LEAVES if name not in chosen), (
             "the rest is as it was"
         )
@@ -526,14 +524,14 @@ class TestEveryDoorGivesTheSame:
         assert len(set(map(repr, found.values()))) == 1
 
     def test_a_group_of_a_few_members(self) -> None:
-        config = RunConfig.model_validate(
+        config = Config.model_validate(
             {"student": {"dp": {"steps": 10}}, "teacher": {"model": {"name": "mlp"}}}
         )
         assert config.student.dp.part == "head"
         assert (config.teacher.model.width, config.teacher.model.activation) == (128, "relu")
 
     def test_an_object_keeps_what_it_sets_and_takes_the_rest_from_the_field(self) -> None:
-        config = RunConfig(
+        config = Config(
             student=StudentConfig(dp=DpSgdConfig(steps=7), direct_dp=DpSgdConfig(step_noise=0.2)),
             teacher=TeacherConfig(model=ModelConfig(name="mlp", activation="tanh")),
         )
@@ -543,12 +541,12 @@ class TestEveryDoorGivesTheSame:
 
     def test_an_object_of_another_group_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"^student=TeacherConfig.*expected a valid .*StudentConfig$"):
-            RunConfig(student=TeacherConfig())
+            Config(student=TeacherConfig())
 
     def test_nothing_of_the_callers_is_changed(self) -> None:
         data = {"source": "mnist"}
         tree = {"data": data, "devices": 3}
-        assert RunConfig(**tree).data.devices == 3
+        assert Config(**tree).data.devices == 3
         assert (data, list(tree)) == ({"source": "mnist"}, ["data", "devices"])
 
 
@@ -565,7 +563,7 @@ class TestShortNames:
         assert len(set(map(repr, expected))) > 1
 
     def test_of_the_main_job(self) -> None:
-        config = RunConfig(data="mnist", devices=20, epsilon="inf", channel="secure", rounds=3, teacher="mlp")
+        config = Config(data="mnist", devices=20, epsilon="inf", channel="secure", rounds=3, teacher="mlp")
         assert config == parse_config(
             {
                 "data": {"source": "mnist", "devices": 20},
@@ -576,7 +574,7 @@ class TestShortNames:
 
     def test_join_a_group(self) -> None:
         for group in ({"source": "mnist"}, DataConfig(source="mnist")):
-            config = RunConfig(data=group, devices=20)
+            config = Config(data=group, devices=20)
             assert (config.data.source, config.data.devices) == ("mnist", 20)
 
     @pytest.mark.parametrize("group", [{"epsilon": 3.0}, PrivacyConfig(epsilon=3.0)])
@@ -584,7 +582,7 @@ class TestShortNames:
         with pytest.raises(
             ConfigError, match=r"^epsilon and privacy\.epsilon are one setting: give one of them$"
         ):
-            RunConfig(epsilon=3.0, privacy=group)
+            Config(epsilon=3.0, privacy=group)
 
     def test_the_later_wins_under_either_name(self, tmp_path: Path) -> None:
         path = tmp_path / "run.toml"
@@ -600,8 +598,8 @@ class TestShortNames:
 class TestRoundTrip:
     def test_defaults(self, tmp_path: Path) -> None:
         path = tmp_path / "run.toml"
-        path.write_text(tomli_w.dumps(config_tree(RunConfig())))
-        assert load_config(path) == RunConfig()
+        path.write_text(tomli_w.dumps(config_tree(Config())))
+        assert load_config(path) == Config()
 
     @given(chosen=st.fixed_dictionaries({}, optional=_values()))
     def test_any_settings(self, tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from reading import Read, read
 from running import SMALL, StopAt, play
 
 from privkd import prepared
-from privkd.config import RunConfig, config_tree, load_config, parse_config
+from privkd.config import Config, config_tree, load_config, parse_config
 from privkd.errors import ChannelError, ConfigError, DataError, PrivkdError, RunError
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
@@ -183,12 +183,12 @@ def names_of(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-NAMES = names_of(config_tree(RunConfig()))
+NAMES = names_of(config_tree(Config()))
 
 
 class TestConfiguration:
     def test_damaged_files(self, folder: Path) -> None:
-        path, whole = folder / "run.toml", tomli_w.dumps(config_tree(RunConfig())).encode()
+        path, whole = folder / "run.toml", tomli_w.dumps(config_tree(Config())).encode()
 
         @fuzzed()
         @given(damaged(whole))

@@ -17,7 +17,7 @@ from running import SMALL, play
 from typer.testing import CliRunner
 
 from cli import app
-from privkd.config import DataConfig, RunConfig, load_config
+from privkd.config import Config, DataConfig, load_config
 from privkd.data import Scenario, load, scenario_from, split_indices
 from privkd.data import scenario as splitting
 from privkd.data.constants import find_constants, grey, in_words, label_space, numbered
@@ -54,7 +54,7 @@ def shown(scenario: Scenario) -> dict[str, Any]:
         "classes": scenario.classes,
         "divisor": scenario.divisor,
         "gap": scenario.gap_classes,
-        "plan": asdict(make_plan(RunConfig(), facts_of(scenario))),
+        "plan": asdict(make_plan(Config(), facts_of(scenario))),
     }
 
 

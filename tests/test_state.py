@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from privkd.cloud import aggregate, targets_of
-from privkd.config import ReverseConfig, RunConfig
+from privkd.config import Config, ReverseConfig
 from privkd.controls import NoDeviceTeachers
 from privkd.journal import Head
 from privkd.messages import Release
@@ -71,7 +71,7 @@ class TestToTheDiskAndBack:
         first = state()
         second = state(release(torch.rand(4, 3, 4), torch.rand(3, 4), noise_std=0.1))
         third = state(*second.releases, release(torch.rand(4, 3, 4), noise_std=1 / 3))
-        with RunFolder.create(tmp_path, RunConfig()) as folder:
+        with RunFolder.create(tmp_path, Config()) as folder:
             for number, each in enumerate((first, second, third)):
                 commit(folder, each, Head(number + 1, "a" * 64))
         with RunFolder.resume(tmp_path) as folder:
@@ -99,7 +99,7 @@ class TestToTheDiskAndBack:
         answers = torch.rand(4, 3, 4)
         before, after = state(), state(release(answers))
         nn.init.constant_(after.teacher.weight, 7.0)
-        with RunFolder.create(tmp_path, RunConfig()) as folder:
+        with RunFolder.create(tmp_path, Config()) as folder:
             commit(folder, before, None)
             commit(folder, after, None)
             transcript = load_transcript(folder, model(90))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privkd.cloud import Cloud, PublicData, Targets, train_teacher
-from privkd.config import FitConfig, ReverseConfig, RunConfig
+from privkd.config import Config, FitConfig, ReverseConfig
 from privkd.controls import NoDeviceTeachers
 from privkd.data.scenario import LabelledSet
 from privkd.plan import Plan
@@ -54,7 +54,7 @@ def idle(teacher: nn.Module, public: PublicData) -> NoDeviceTeachers:
 
 def cloud(public: PublicData) -> Cloud:
     """A cloud that holds ``public``; what it plans is of no matter here."""
-    return Cloud(RunConfig(reverse=CONFIG), cast(Plan, None), public, Probe.of(public.proxy, 4), 4)
+    return Cloud(Config(reverse=CONFIG), cast(Plan, None), public, Probe.of(public.proxy, 4), 4)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -6,15 +6,15 @@ from typing import Any
 
 import tomli_w
 
-from privkd.config import RunConfig, config_tree
+from privkd.config import Config, config_tree
 from privkd.options import OPTIONS
 
 _FLAGS = {option.setting: option.flag for option in OPTIONS.values()}
 
 
-def command_of(config: RunConfig) -> str:
+def command_of(config: Config) -> str:
     """``privkd train`` with all that differs from its defaults; budget, channel and seed in any case."""
-    given, usual = dict(_leaves(config_tree(config))), dict(_leaves(config_tree(RunConfig())))
+    given, usual = dict(_leaves(config_tree(config))), dict(_leaves(config_tree(Config())))
     stated = ("privacy.epsilon", "channel.kind", "seed")
     words = ["privkd", "train"]
     for name, value in given.items():
@@ -24,7 +24,7 @@ def command_of(config: RunConfig) -> str:
     return shlex.join(words)
 
 
-def settings_of(config: RunConfig) -> dict[str, str]:
+def settings_of(config: Config) -> dict[str, str]:
     """Every setting by its dotted name, as text."""
     return {name: _bare(value) for name, value in _leaves(config_tree(config))}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from privkd.config import RunConfig, config_tree, load_config
+from privkd.config import Config, config_tree, load_config
 from privkd.errors import ConfigError
 from privkd.options import setting_of
 
@@ -97,7 +97,7 @@ class Cell:
         """The cell in words, short."""
         return f"{self.channel}, epsilon {spelt(self.epsilon)}, seed {self.seed}"
 
-    def config(self) -> RunConfig:
+    def config(self) -> Config:
         """The run's settings.
 
         Raises:

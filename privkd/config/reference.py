@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from privkd.config.schema import RunConfig, Settings
+from privkd.config.schema import Config, Settings
 from privkd.config.spelling import plain_value
 from privkd.errors import ConfigError
 
@@ -45,7 +45,7 @@ def settings_reference(name: str | None = None) -> list[Setting]:
     Raises:
         ConfigError: there is none.
     """
-    every = list(_settings(RunConfig(), ""))
+    every = list(_settings(Config(), ""))
     if name is None:
         return every
     found = [one for one in every if one.name == name or one.name.startswith(f"{name}.")]

@@ -446,7 +446,7 @@ class ReverseConfig(Settings):
     aggregation: Literal["mean", "clipped_mean", "median", "votes"] = "clipped_mean"
 
 
-class RunConfig(Settings):
+class Config(Settings):
     """Everything that decides a run. Equal settings and seed give equal results, up to ``privacy.noise``.
 
     Python, TOML and ``--set`` take the same trees, and short names (`privkd.options`) for some settings:

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from privkd.config.schema import RunConfig, Settings
+from privkd.config.schema import Config, Settings
 from privkd.errors import ConfigError
 from privkd.options import put, setting_of
 
 
 def load_config(
     path: Path | None = None, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-) -> RunConfig:
+) -> Config:
     """The settings of a TOML file (or the defaults), then ``overrides`` in order, then ``settings``.
 
     An override is ``a.b=value``; its value is read as TOML where it is TOML (``3``, ``true``, ``[1, 2]``),
@@ -22,7 +22,7 @@ def load_config(
     Raises:
         ConfigError: the file is missing or not TOML, a key is unknown, or a value is bad.
     """
-    tree = RunConfig.tree_of(_read_toml(path)) if path is not None else {}
+    tree = Config.tree_of(_read_toml(path)) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -34,13 +34,13 @@ def load_config(
     return parse_config(tree)
 
 
-def parse_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Validate a tree of settings; what it leaves out is as in ``RunConfig()``, group by group.
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a tree of settings; what it leaves out is as in ``Config()``, group by group.
 
     Raises:
         ConfigError: one line that names the setting, its value and what was expected.
     """
-    return RunConfig.model_validate(tree)
+    return Config.model_validate(tree)
 
 
 def config_tree(config: Settings) -> dict[str, Any]:

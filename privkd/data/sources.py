@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from privkd.config import DataConfig, RunConfig
+from privkd.config import Config, DataConfig
 from privkd.data.columns import refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Array, RawSet, Source, make_source
@@ -169,7 +169,7 @@ def load(config: DataConfig) -> Source:
     return _from_path(config)
 
 
-def located(config: RunConfig) -> RunConfig:
+def located(config: Config) -> Config:
     """The same settings, with paths that any working directory finds: for the record of a run."""
     data, channel = config.data, config.channel
     named = data.source in PUBLIC_SOURCES or is_function_name(data.source)
