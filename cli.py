@@ -143,26 +143,36 @@ def curve(
     json_: Json = False,
 ) -> None:
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
-    from audits.tradeoff.commands import CurveOptions, curve_command
+    from audits.sweeps.sweep import sweep
+    from privkd.errors import AuditAlarm, PrivkdError
+    from privkd.stdout import print_json
 
-    curve_command(
-        CurveOptions(
-            epsilons=epsilons,
-            channels=channels,
-            audits=audit,
-            seeds=seeds,
-            device_epsilon=device_epsilon,
-            shadows=shadows,
-            targets=targets,
-            settings=settings,
-            overrides=tuple(set_ or ()),
-            jobs=jobs,
-            memory=memory,
-            out=_path(out),
-            resume=resume,
-            json=json_,
-        )
+    found = sweep(
+        epsilons=epsilons,
+        channels=channels,
+        seeds=seeds,
+        audits=audit,
+        device_epsilon=device_epsilon,
+        shadows=shadows,
+        targets=targets,
+        settings=settings,
+        overrides=set_ or (),
+        jobs=jobs,
+        memory=memory,
+        out=out,
+        resume=resume,
+        progress=True,
     )
+    if json_:
+        print_json(found.tree())
+    else:
+        from rich.console import Console
+
+        Console().print(found, crop=False)
+    if found.alarm:
+        raise AuditAlarm(found.alarm)
+    if found.failure:
+        raise PrivkdError(found.failure)
 
 
 @app.command()
@@ -371,9 +381,15 @@ def papers_list(
     json_: Json = False,
 ) -> None:
     """Say which papers there are, and at which scales each can be run."""
-    from papers.commands import list_command
+    from papers.catalogue import studies_table, studies_tree
+    from privkd.stdout import print_json
 
-    list_command(as_json=json_)
+    if json_:
+        print_json(studies_tree())
+    else:
+        from rich.console import Console
+
+        Console().print(studies_table())
 
 
 @papers.command("show")
@@ -381,9 +397,9 @@ def papers_show(
     name: Annotated[str, typer.Argument(help="As `privkd papers list` calls it.")],
 ) -> None:
     """Print a paper's page: claims, symbols, files, commands and figures, as Markdown."""
-    from papers.commands import show_command
+    from papers.catalogue import study_named
 
-    show_command(name)
+    sys.stdout.write(study_named(name).page)
 
 
 @papers.command("run")
@@ -399,19 +415,19 @@ def papers_run(
     json_: Json = False,
 ) -> None:
     """Run a paper's claims, or what is left of them, and print published beside ours."""
-    from papers.commands import PaperRequest, run_command
+    from papers.reproduce import reproduce
+    from privkd.errors import AuditAlarm
+    from privkd.stdout import print_json
 
-    run_command(
-        PaperRequest(
-            name=name,
-            scale=scale,
-            quick=quick,
-            seeds=seeds,
-            data_dir=_path(data_dir),
-            out=Path(out),
-            json=json_,
-        )
-    )
+    found = reproduce(name, scale=scale, quick=quick, seeds=seeds, data_dir=data_dir, out=out, progress=True)
+    if json_:
+        print_json(found.tree())
+    else:
+        from rich.console import Console
+
+        Console().print(found, crop=False)
+    if found.alarm:
+        raise AuditAlarm(found.alarm)
 
 
 if __name__ == "__main__":

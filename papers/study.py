@@ -6,13 +6,73 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Literal, TypeAlias
 
-from papers.probes import FULL, Effort, Probe
-from papers.quantity import Figure, Quantity
-from privkd.errors import ConfigError
+from papers.measurements import FULL, Effort, Measurement
+from privkd.errors import ConfigError, RunError
 
+Figures: TypeAlias = Mapping[str, Mapping[str, float]]
+"""One seed's figures: by case, then by their dotted names, such as ``teacher.after``."""
 Unit: TypeAlias = Literal["%", "points", "share", "similarity", "epsilon"]
 """How a quantity is printed: a share or a change in per cent, a difference in points, or as it is."""
 _RANGES = {"share": (0.0, 1.0), "similarity": (-1.0, 1.0), "epsilon": (0.0, math.inf)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The figure ``name`` of the run of ``case``."""
+
+    case: str
+    name: str
+
+    def of(self, figures: Figures) -> float:
+        """Its value for one seed.
+
+        Raises:
+            RunError: the run does not have it.
+        """
+        found = figures[self.case].get(self.name)
+        if found is None:
+            raise RunError(f"the run of case {self.case!r} has no figure {self.name!r}")
+        return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``one`` less ``other``, seed by seed."""
+
+    one: "Quantity"
+    other: "Quantity"
+
+    def of(self, figures: Figures) -> float:
+        """Its value for one seed."""
+        return self.one.of(figures) - self.other.of(figures)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which share of ``other`` ``one`` is, seed by seed."""
+
+    one: "Quantity"
+    other: "Quantity"
+
+    def of(self, figures: Figures) -> float:
+        """Its value for one seed; NaN where ``other`` is zero."""
+        base = self.other.of(figures)
+        return self.one.of(figures) / base if base else math.nan
+
+
+@dataclass(frozen=True)
+class Change:
+    """By which share of ``other`` ``one`` differs from it, seed by seed."""
+
+    one: "Quantity"
+    other: "Quantity"
+
+    def of(self, figures: Figures) -> float:
+        """Its value for one seed; NaN where ``other`` is zero."""
+        return Share(self.one, self.other).of(figures) - 1
+
+
+Quantity: TypeAlias = Figure | Difference | Share | Change
 
 
 @dataclass(frozen=True)
@@ -42,13 +102,13 @@ class Case:
         name: as quantities call it.
         settings: as ``a.b=value``, over those of the scale.
         on: further settings by the scale's name.
-        probes: what is measured on the finished run, beyond its own figures.
+        measurements: what is measured on the finished run, beyond its own figures.
     """
 
     name: str
     settings: tuple[str, ...] = ()
     on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    probes: tuple[Probe, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
 
     def settings_on(self, scale: Scale) -> tuple[str, ...]:
         """All settings of its run at ``scale``; later ones win."""

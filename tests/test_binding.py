@@ -21,8 +21,7 @@ from audits.membership_inference import audit_membership
 from audits.reconstructions.audit import audit_reconstruction
 from audits.reconstructions.request import ReconstructionRequest
 from audits.requests import MembershipRequest
-from papers.latency import latency_figures
-from papers.personal import personal_figures
+from papers.measurements import FULL, Latency, Personal
 from privkd.config import DataConfig
 from privkd.data.sources import data_files
 from privkd.errors import RunError
@@ -83,8 +82,8 @@ RETRAIN: dict[str, Callable[[RunFolder], object]] = {
     "export": exported,
     "audit membership": guessed,
     "audit reconstruction": rebuilt,
-    "papers, personal": personal_figures,
-    "papers, latency": lambda folder: latency_figures(folder, "torch"),
+    "papers, personal": lambda folder: Personal().measure(folder, Silent(), FULL),
+    "papers, latency": lambda folder: Latency("torch").measure(folder, Silent(), FULL),
 }
 """Whatever trains the students of a finished run again, or replays them."""
 

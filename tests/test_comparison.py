@@ -17,9 +17,8 @@ from audits.comparison.runs import compare_runs
 from audits.estimators.rates import mean_of
 from audits.evidence.facts import RunFacts
 from audits.evidence.reading import read_run
-from audits.tradeoff.curve import CELLS, read_curve
-from audits.tradeoff.request import CurveRequest, request_tree
-from audits.tradeoff.worker import DONE
+from audits.sweeps.grid import DONE, TRIALS, Grid, Record
+from audits.sweeps.sweep import read_sweep
 from cli import app
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
@@ -172,22 +171,21 @@ def test_other_data_are_refused(runs: Path, tmp_path: Path) -> None:
 
 def _curve(path: Path, *overrides: str, seeds: int = 2) -> Path:
     settings = tuple(s for s in SMALL if not s.startswith("channel.kind"))
-    request = CurveRequest(
+    grid = Grid(
         epsilons=(1.0,), channels=("plain",), seeds=seeds, audits=(), overrides=(*settings, *overrides)
     )
-    for cell in request.cells:
-        folder = path / CELLS / cell.folder
-        with RunFolder.create(folder, cell.config()) as opened:
+    for trial in grid.trials:
+        folder = path / TRIALS / trial.folder
+        with RunFolder.create(folder, trial.config()) as opened:
             train(opened.config, opened, Silent())
-        (folder / DONE).write_text(json.dumps({"key": cell.key}))
-    record = {"format": 1, "request": request_tree(request), "failed": {}}
-    (path / "curve.json").write_text(json.dumps(record))
+        (folder / DONE).write_text(json.dumps({"key": trial.key}))
+    (path / "curve.json").write_text(Record(request=grid).model_dump_json())
     return path
 
 
 def test_two_curves_are_paired_over_seeds(tmp_path: Path) -> None:
     first, second = _curve(tmp_path / "a"), _curve(tmp_path / "b", "reverse.trust=4.0")
-    (point,) = compare_curves(read_curve(first), read_curve(second)).points
+    (point,) = compare_curves(read_sweep(first), read_sweep(second)).points
     changes = [run.accuracies[0].change.estimate for run in point.runs]
     assert point.seeds == 2
     assert point.teacher == mean_of(changes)
@@ -195,5 +193,5 @@ def test_two_curves_are_paired_over_seeds(tmp_path: Path) -> None:
     assert printed.exit_code == 0, printed.output
     assert "paired over common seeds" in printed.stdout
     assert json.loads(compare(first, second, "--json").stdout)["points"][0]["seeds"] == 2
-    assert "one is a curve" in _refusal(first, next((first / CELLS).iterdir()))
+    assert "one is a curve" in _refusal(first, next((first / TRIALS).iterdir()))
     assert "name two curves" in _refusal(first, first)

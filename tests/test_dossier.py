@@ -20,9 +20,7 @@ from audits.dossier.markdown import as_markdown
 from audits.evidence.reading import read_run
 from audits.evidence.wording import counted
 from audits.latest import latest
-from audits.tradeoff.curve import CELLS
-from audits.tradeoff.request import CurveRequest, request_tree
-from audits.tradeoff.worker import DONE
+from audits.sweeps.grid import DONE, TRIALS, Grid, Record
 from cli import app
 from privkd.errors import RunError
 from privkd.privacy.events import Unit
@@ -344,22 +342,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run's report over the secure channel, and a curve's with all three channels."""
     root = tmp_path_factory.mktemp("pages")
     settings = tuple(s for s in SMALL if not s.startswith("channel.kind"))
-    request = CurveRequest(epsilons=(1.0,), seeds=1, audits=("membership",), overrides=settings)
+    grid = Grid(epsilons=(1.0,), seeds=1, audits=("membership",), overrides=settings)
     curve = root / "curve"
-    for cell in request.cells:
-        folder = curve / CELLS / cell.folder
-        with RunFolder.create(folder, cell.config()) as opened:
+    for trial in grid.trials:
+        folder = curve / TRIALS / trial.folder
+        with RunFolder.create(folder, trial.config()) as opened:
             train(opened.config, opened, Silent())
-        cloud = "secure_sum" if cell.channel == "secure" else "per_client_logits"
+        cloud = "secure_sum" if trial.channel == "secure" else "per_client_logits"
         audited(
             folder,
             finding(cloud, "distillation-lira"),
             finding("gradient", "canaries-many-trials"),
             finding(),
         )
-        (folder / DONE).write_text(json.dumps({"key": cell.key}))
-    record = {"format": 1, "request": request_tree(request), "failed": {}}
-    (curve / "curve.json").write_text(json.dumps(record))
+        (folder / DONE).write_text(json.dumps({"key": trial.key}))
+    (curve / "curve.json").write_text(Record(request=grid).model_dump_json())
     assert report(curve).exit_code == 0
     assert report(folder).exit_code == 0
     return {"run": folder / "report.html", "curve": curve / "report.html"}

@@ -144,7 +144,7 @@ class TestAUsersWorkingFolder:
             "from privkd.errors import DataError\nfrom privkd.own_code import users_callable\n"
             "assert users_callable('mine:records', 'source', DataError)() == 'not arrays'\n"
             "import sys; assert sys.path[0] == sys.argv[1]\n"
-            "import attacks.membership.registry, audits.latest, papers.quantity, cli"
+            "import attacks.membership.registry, audits.latest, papers.study, cli"
         )
         assert process(str(folder.resolve()), code=code, cwd=folder) == (0, "", "")
 

@@ -3,25 +3,23 @@
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pages import ROOT, commands_of, files_named, parsed
+from rich.console import Console
 from running import SMALL
 
 from audits.estimators.rates import Interval, mean_of
 from cli import app
 from papers.catalogue import STUDIES, study_named
-from papers.console import shown
-from papers.personal import personal_figures
-from papers.player import Player, config_of, flat, folder_name
-from papers.probes import Effort, Latency, Membership, Personal
-from papers.quantity import Change, Difference, Figure, Share
-from papers.reproduce import Answer, reproduce, reproduction_tree
-from papers.study import Case, Claim, Scale, Study, scale_named
-from privkd.errors import ConfigError, RunError
-from privkd.progress import Silent
+from papers.measurements import Effort, Latency, Membership, Personal
+from papers.reproduce import Answer, Reproduction, Runner, config_of, flat, folder_name
+from papers.study import Case, Change, Claim, Difference, Figure, Scale, Share, Study, scale_named
+from privkd.errors import ConfigError, InputError, RunError
+from privkd.progress import Progress, Silent
 from privkd.runs.folder import RunFolder
 
 TINY = Scale("tiny", "made up", SMALL, seeds=2)
@@ -30,7 +28,7 @@ MADE_UP = Study(
     name="made-up",
     title="A paper",
     scales=(TINY,),
-    cases=(Case("open", ("privacy.epsilon=inf",), probes=(Personal(),)),),
+    cases=(Case("open", ("privacy.epsilon=inf",), measurements=(Personal(),)),),
     claims=(
         Claim("teacher over control", "better", GAIN, "points"),
         Claim("own student", "-", Figure("open", "personal.student"), "%"),
@@ -128,7 +126,7 @@ class TestIntervals:
 
     def test_of_one_seed_tells_nothing_of_others(self) -> None:
         assert mean_of([0.5]) == Interval(0.5, -math.inf, math.inf, 1)
-        assert shown(Answer(replace(MADE_UP.claims[0], unit="%"), mean_of([0.5]))) == "50.00 %"
+        assert Answer(replace(MADE_UP.claims[0], unit="%"), mean_of([0.5])).shown == "50.00 %"
 
     def test_end_where_the_quantity_does(self) -> None:
         """A share ends at 0 and 1, a bound on epsilon begins at 0, a difference ends nowhere."""
@@ -146,7 +144,7 @@ class TestIntervals:
         claim = MADE_UP.claims[1]
         refused = mean_of([math.nan, 0.5]).within(*claim.range)
         assert math.isnan(refused.low)
-        assert shown(Answer(claim, refused)) == "-"
+        assert Answer(claim, refused).shown == "-"
 
     def test_cover_in_19_of_20_cases(self) -> None:
         """2,000 means of 3 normal draws: outside [0.93, 0.97] with probability below 1e-4."""
@@ -158,11 +156,11 @@ class TestIntervals:
 
     def test_are_shown_in_the_claims_unit(self) -> None:
         claim = MADE_UP.claims[0]
-        assert shown(Answer(claim, Interval(0.051, 0.04, 0.062, 3))) == "+5.10 points [4.00, 6.20]"
+        assert Answer(claim, Interval(0.051, 0.04, 0.062, 3)).shown == "+5.10 points [4.00, 6.20]"
         percent = replace(claim, unit="%")
-        assert shown(Answer(percent, mean_of([0.951]))) == "95.10 %"
-        assert shown(Answer(percent, mean_of([math.nan]))) == "-"
-        assert shown(Answer(replace(claim, unit="epsilon"), Interval(2.5, 2, 3, 3))) == "2.500 [2.000, 3.000]"
+        assert Answer(percent, mean_of([0.951])).shown == "95.10 %"
+        assert Answer(percent, mean_of([math.nan])).shown == "-"
+        assert Answer(replace(claim, unit="epsilon"), Interval(2.5, 2, 3, 3)).shown == "2.500 [2.000, 3.000]"
 
 
 def bounds(values: object) -> tuple[float, float]:
@@ -173,9 +171,9 @@ def bounds(values: object) -> tuple[float, float]:
 class TestRuns:
     def test_are_played_once(self, tmp_path: Path) -> None:
         first, second = Counting(), Counting()
-        found = reproduce(MADE_UP, TINY, 2, Player(tmp_path, None, first))
-        again = reproduce(MADE_UP, TINY, 2, Player(tmp_path, None, second))
-        assert reproduction_tree(found) == reproduction_tree(again)
+        found = Runner(tmp_path, None, first).reproduction(MADE_UP, TINY, 2)
+        again = Runner(tmp_path, None, second).reproduction(MADE_UP, TINY, 2)
+        assert found.tree() == again.tree()
         assert first.stages
         assert not second.stages, "a finished run was played again"
         assert len(list(tmp_path.iterdir())) == 2
@@ -183,11 +181,11 @@ class TestRuns:
 
     def test_are_resumed_where_they_were_cut_short(self, tmp_path: Path) -> None:
         case = MADE_UP.cases[0]
-        whole = Player(tmp_path / "whole", None, Silent()).figures(case, TINY, 0)
+        whole = Runner(tmp_path / "whole", None, Silent()).figures(case, TINY, 0)
         with pytest.raises(KeyboardInterrupt):
-            Player(tmp_path / "cut", None, StopAfter("round 2")).figures(case, TINY, 0)
+            Runner(tmp_path / "cut", None, StopAfter("round 2")).figures(case, TINY, 0)
         told = Counting()
-        resumed = Player(tmp_path / "cut", None, told).figures(case, TINY, 0)
+        resumed = Runner(tmp_path / "cut", None, told).figures(case, TINY, 0)
         assert not any(stage.startswith("round 1") for stage in told.stages)
         kept = {name for name in whole if "latency" not in name and name != "seconds"}
         assert {name: whole[name] for name in kept} == {name: resumed[name] for name in kept}
@@ -199,30 +197,91 @@ class TestRuns:
         assert len(names) == 4
 
     def test_a_changed_result_is_played_again(self, tmp_path: Path) -> None:
-        player = Player(tmp_path, None, Silent())
-        honest = player.figures(MADE_UP.cases[0], TINY, 0)
+        runner = Runner(tmp_path, None, Silent())
+        honest = runner.figures(MADE_UP.cases[0], TINY, 0)
         result = next(tmp_path.rglob("result.json"))
         result.write_text(result.read_text().replace('"teacher"', '"teacher "', 1))
-        assert player.figures(MADE_UP.cases[0], TINY, 0)["teacher.after"] == honest["teacher.after"]
+        assert runner.figures(MADE_UP.cases[0], TINY, 0)["teacher.after"] == honest["teacher.after"]
 
     def test_on_other_data_are_not_taken_for_these(self, tmp_path: Path) -> None:
         data = tmp_path / "t.csv"
         lines = [f"{k % 7},{k % 5},{k % 3}\n" for k in range(300)]
         data.write_text("".join(lines))
-        case = replace(MADE_UP.cases[0], settings=(f"data.source={data}",), probes=())
-        player = Player(tmp_path / "runs", None, Silent())
-        player.figures(case, TINY, 0)
+        case = replace(MADE_UP.cases[0], settings=(f"data.source={data}",), measurements=())
+        runner = Runner(tmp_path / "runs", None, Silent())
+        runner.figures(case, TINY, 0)
         data.write_text("".join(reversed(lines)))
         with pytest.raises(RunError, match=r"t\.csv was changed"):
-            player.figures(case, TINY, 0)
+            runner.figures(case, TINY, 0)
 
     def test_bad_data_leave_no_folder(self, tmp_path: Path) -> None:
         case = Case("open", ("data.source=mnist",))
         with pytest.raises(ConfigError):
-            Player(tmp_path / "runs", None, Silent()).figures(replace(case, settings=("no.such=1",)), TINY, 0)
+            Runner(tmp_path / "runs", None, Silent()).figures(replace(case, settings=("no.such=1",)), TINY, 0)
         with pytest.raises(Exception, match="mnist"):
-            Player(tmp_path / "runs", tmp_path, Silent()).figures(case, TINY, 0)
+            Runner(tmp_path / "runs", tmp_path, Silent()).figures(case, TINY, 0)
         assert not (tmp_path / "runs").exists()
+
+
+class Alarming:
+    """A measurement that finds what the ledger rules out."""
+
+    def name(self, effort: Effort) -> str:
+        return "alarming"
+
+    def measure(self, folder: RunFolder, progress: Progress, effort: Effort) -> dict[str, float]:
+        return {
+            "student.lira-online.alarm": 1.0,
+            "gradient.canaries.alarm": 0.0,
+            "a": math.inf,
+            "b": math.nan,
+        }
+
+
+class TestReproduction:
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("reproduction")
+
+    @pytest.fixture(scope="class")
+    def found(self, runs: Path) -> Reproduction:
+        return Runner(runs, None, Silent()).reproduction(MADE_UP, TINY, 2)
+
+    def test_is_a_table_here_and_in_a_notebook(
+        self, found: Reproduction, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Console(width=90).print(found, crop=False)
+        out = capsys.readouterr().out
+        assert "A paper, scale tiny" in out
+        assert "Means over 2 seeds" in out
+        assert "A paper, scale tiny" in found._repr_html_()
+
+    def test_names_what_a_frame_needs(self, found: Reproduction, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(InputError, match="a data frame needs pandas"):
+            found.to_frame()
+        assert [row["claim"] for row in found.rows()] == [claim.text for claim in MADE_UP.claims]
+
+    def test_knows_an_audit_s_alarm(
+        self, found: Reproduction, runs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert found.alarm is None
+        case = replace(MADE_UP.cases[0], measurements=(Personal(), Alarming()))
+        alarmed = Runner(runs, None, Silent()).reproduction(replace(MADE_UP, cases=(case,)), TINY, 1)
+        assert alarmed.alarms == ("case open, seed 0: student.lira-online found more than the ledger allows",)
+        monkeypatch.setattr("papers.reproduce.reproduce", lambda *_, **__: alarmed)
+        assert code_of("papers", "run", "du2022") == 3
+
+    def test_keeps_what_was_measured_as_it_was(self, found: Reproduction, runs: Path) -> None:
+        case = replace(MADE_UP.cases[0], measurements=(Alarming(),))
+        player = Runner(runs, None, Silent())
+        for figures in (player.figures(case, TINY, 1), player.figures(case, TINY, 1)):
+            assert (figures["a"], math.isnan(figures["b"])) == (math.inf, True)
+        kept = next(path for path in runs.rglob("alarming.json") if "seed1" in str(path))
+        assert json.loads(kept.read_text())["figures"]["a"] == "inf"
+        kept.write_text("{")
+        with pytest.raises(RunError, match=r"alarming\.json cannot be read"):
+            player.figures(case, TINY, 1)
 
 
 class StopAfter(Counting):
@@ -237,16 +296,16 @@ class StopAfter(Counting):
             raise KeyboardInterrupt
 
 
-class TestProbes:
+class TestMeasurements:
     @pytest.fixture(scope="class")
     def run(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("papers")
-        Player(out, None, Silent()).figures(replace(MADE_UP.cases[0], probes=()), TINY, 0)
+        Runner(out, None, Silent()).figures(replace(MADE_UP.cases[0], measurements=()), TINY, 0)
         return next(out.iterdir())
 
     def test_personal_is_what_the_run_reports(self, run: Path) -> None:
         with RunFolder.resume(run) as folder:
-            found = personal_figures(folder)
+            found = Personal().measure(folder, Silent(), Effort())
         told = flat(json.loads((run / "result.json").read_text()))
         assert found["personal.student"] == pytest.approx(told["student.personal"])
         assert found["personal.worst"] <= found["personal.student"]

@@ -18,13 +18,14 @@ def compare_command(first: Path, second: Path, *, as_json: bool) -> None:
     from audits.comparison.runs import compare_runs
     from audits.comparison.tree import curves_tree, runs_tree
     from audits.evidence.reading import read_run
-    from audits.tradeoff.curve import is_curve, read_curve
+    from audits.sweeps.grid import is_sweep
+    from audits.sweeps.sweep import read_sweep
 
-    kinds = is_curve(first), is_curve(second)
+    kinds = is_sweep(first), is_sweep(second)
     if kinds[0] != kinds[1]:
         raise InputError(f"{first} and {second}: one is a curve and the other is not; compare two of a kind")
     if all(kinds):
-        curves = compare_curves(read_curve(first), read_curve(second))
+        curves = compare_curves(read_sweep(first), read_sweep(second))
         if as_json:
             print_json(curves_tree(curves))
         else:

@@ -11,7 +11,7 @@ from audits.comparison.curves import CurveComparison
 from audits.comparison.runs import Differing, Leaks, Ledgers, RunComparison
 from audits.estimators.rates import CONFIDENCE
 from audits.evidence.wording import epsilon_text, percent, points
-from audits.tradeoff.request import spelt
+from audits.sweeps.grid import spelt
 from audits.verdict import Finding
 from privkd.privacy.ledger import Statement
 

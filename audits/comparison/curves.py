@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from audits.comparison.runs import Differing, RunComparison, compare_runs
 from audits.estimators.rates import Interval, mean_of
-from audits.tradeoff.curve import Curve
-from audits.tradeoff.request import request_tree
+from audits.sweeps.sweep import Sweep
 from privkd.errors import InputError
 
 
@@ -35,13 +34,13 @@ class PointComparison:
 class CurveComparison:
     """Two curves, at the points that both have."""
 
-    first: Curve
-    second: Curve
+    first: Sweep
+    second: Sweep
     settings: tuple[Differing, ...]
     points: tuple[PointComparison, ...]
 
 
-def compare_curves(first: Curve, second: Curve) -> CurveComparison:
+def compare_curves(first: Sweep, second: Sweep) -> CurveComparison:
     """Both curves side by side.
 
     Raises:
@@ -49,7 +48,7 @@ def compare_curves(first: Curve, second: Curve) -> CurveComparison:
     """
     if first.path.resolve() == second.path.resolve():
         raise InputError(f"both are {first.path}: name two curves")
-    one, other = request_tree(first.request), request_tree(second.request)
+    one, other = first.grid.model_dump(mode="json"), second.grid.model_dump(mode="json")
     settings = [Differing(name, str(one[name]), str(other[name])) for name in one if one[name] != other[name]]
     points = _points(first, second)
     if not points:
@@ -59,19 +58,19 @@ def compare_curves(first: Curve, second: Curve) -> CurveComparison:
     return CurveComparison(first, second, tuple(settings), points)
 
 
-def _points(first: Curve, second: Curve) -> tuple[PointComparison, ...]:
-    theirs = {(row.cell.channel, row.cell.epsilon, row.cell.seed): row.facts for row in second.done}
+def _points(first: Sweep, second: Sweep) -> tuple[PointComparison, ...]:
+    theirs = {(row.trial.channel, row.trial.epsilon, row.trial.seed): row.facts for row in second.done}
     pairs: dict[tuple[str, float], list[RunComparison]] = {}
     for row in first.done:
-        other = theirs.get((row.cell.channel, row.cell.epsilon, row.cell.seed))
+        other = theirs.get((row.trial.channel, row.trial.epsilon, row.trial.seed))
         if row.facts and other:
             found = compare_runs(row.facts, other)
             if not found.same_test:
                 raise InputError(
                     f"{first.path} and {second.path} were measured on different test records at seed "
-                    f"{row.cell.seed}, so nothing can be paired: compare curves of equal data settings"
+                    f"{row.trial.seed}, so nothing can be paired: compare curves of equal data settings"
                 )
-            pairs.setdefault((row.cell.channel, row.cell.epsilon), []).append(found)
+            pairs.setdefault((row.trial.channel, row.trial.epsilon), []).append(found)
     return tuple(_point(channel, epsilon, runs) for (channel, epsilon), runs in pairs.items())
 
 

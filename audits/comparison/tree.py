@@ -6,7 +6,7 @@ from typing import Any
 from audits.comparison.curves import CurveComparison, PointComparison
 from audits.comparison.runs import Leaks, Ledgers, RunComparison
 from audits.report import finding_tree
-from audits.tradeoff.request import spelt
+from audits.sweeps.grid import spelt
 from privkd.privacy.ledger import Statement
 from privkd.result import plain
 

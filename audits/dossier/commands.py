@@ -21,13 +21,14 @@ def report_command(path: Path | None, out: Path | None, *, as_json: bool) -> Non
     from audits.dossier.registry import as_yaml
     from audits.dossier.tree import curve_report_tree, run_tree
     from audits.evidence.reading import read_run
-    from audits.tradeoff.curve import is_curve, read_curve
+    from audits.sweeps.grid import is_sweep
+    from audits.sweeps.sweep import read_sweep
 
     path = path or latest(RUNS, "run", "curve")
-    if is_curve(path):
-        curve = read_curve(path)
+    if is_sweep(path):
+        curve = read_sweep(path)
         page, tree, registry = curve_page(curve), curve_report_tree(curve), ""
-        alarms = tuple(words for row in curve.rows if row.facts for words in row.facts.alarm_words)
+        alarms = curve.alarms
     else:
         facts = read_run(path)
         page, tree, registry = run_page(facts), run_tree(facts), as_yaml(facts)

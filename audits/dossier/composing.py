@@ -6,7 +6,7 @@ from audits.dossier.page import Page
 from audits.dossier.verdicts import verdict_on_curve, verdict_on_run
 from audits.evidence.facts import RunFacts
 from audits.evidence.wording import counted, epsilon_text
-from audits.tradeoff.curve import Curve
+from audits.sweeps.sweep import Sweep
 
 _FOOTER = (
     "Written by privkd. Lower bounds come from attacks, upper bounds from the ledger. A bound that no attack "
@@ -40,12 +40,12 @@ def run_page(facts: RunFacts) -> Page:
     )
 
 
-def curve_page(curve: Curve) -> Page:
+def curve_page(curve: Sweep) -> Page:
     """The report of a curve."""
-    request = curve.request
+    request = curve.grid
     budgets = ", ".join(epsilon_text(value) for value in request.epsilons)
     subtitle = (
-        f"{len(curve.done)} of {len(curve.rows)} runs: record-level budgets epsilon {budgets}; channels "
+        f"{len(curve.done)} of {len(curve.outcomes)} runs: record-level budgets epsilon {budgets}; channels "
         f"{', '.join(request.channels)}; {request.seeds} seeds"
     )
     return Page(

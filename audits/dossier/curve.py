@@ -1,28 +1,27 @@
 """The chapters of a curve's report."""
 
-import math
-
 from audits.dossier import chapters
 from audits.dossier.drawing import trust_of
 from audits.dossier.page import Figure, Section, Table, columns
 from audits.estimators.rates import Interval
 from audits.evidence.facts import RunFacts
 from audits.evidence.wording import epsilon_text, percent, points
-from audits.tradeoff.curve import Curve, Row, cloud_view
-from audits.tradeoff.figures import FIGURES, draw_figures
-from audits.tradeoff.points import Point, points_of, seeds_note
+from audits.sweeps.figures import FIGURES, draw_figures
+from audits.sweeps.grid import spelt
+from audits.sweeps.points import Outcome, Point, cloud_view, rebuilt_views, seeds_note
+from audits.sweeps.sweep import Sweep
 from privkd.privacy.events import Unit
 
 _NONE = "not measured"
 
 
-def curve_sections(curve: Curve) -> tuple[Section, ...]:
+def curve_sections(curve: Sweep) -> tuple[Section, ...]:
     """In the order of a run's report, with the figures where their numbers are."""
     figures = {
         name: Figure(f"figures/{name}.svg", "svg", kinds["svg"], FIGURES[name])
-        for name, kinds in draw_figures(curve).items()
+        for name, kinds in draw_figures(curve.grid, curve.outcomes).items()
     }
-    done = [row.facts for row in curve.rows if row.facts]
+    done = [row.facts for row in curve.outcomes if row.facts]
     if not done:
         return (_cells(curve),)
     return (
@@ -37,21 +36,21 @@ def curve_sections(curve: Curve) -> tuple[Section, ...]:
     )
 
 
-def _trust(curve: Curve, done: list[RunFacts]) -> Section:
+def _trust(curve: Sweep, done: list[RunFacts]) -> Section:
     """One drawing a channel."""
-    firsts = [next((f for f in done if f.config.channel.kind == c), None) for c in curve.request.channels]
+    firsts = [next((f for f in done if f.config.channel.kind == c), None) for c in curve.grid.channels]
     drawings = tuple(trust_of(facts.config) for facts in firsts if facts)
     words = tuple(f"{drawn.channel}: {' '.join(drawn.words)}" for drawn in drawings)
     return Section("trust", "Who trusts whom", words, drawings)
 
 
-def _leak(curve: Curve, figure: Figure | None) -> Section:
+def _leak(curve: Sweep, figure: Figure | None) -> Section:
     title = "What is leaked for what is gained"
     if figure is None:
         words = ("The runs were not audited, so nothing is known of leaks but the ledger's upper bounds.",)
         command = f"privkd curve --resume --audit membership --out {curve.path}"
         return Section("leak", title, words, commands=(command,))
-    found = points_of(curve)
+    found = curve.points
     table = Table(
         f"The cloud's view, by channel and budget; {seeds_note(found, 'brackets')}",
         columns(
@@ -71,7 +70,7 @@ def _leak(curve: Curve, figure: Figure | None) -> Section:
 
 def _leak_row(point: Point) -> tuple[str, ...]:
     view = cloud_view(point.channel)
-    lowers = [finding.epsilon_lower for row in point.rows if (finding := row.lower(view))]
+    lowers = [finding.epsilon_lower for row in point.outcomes if (finding := row.lower(view))]
     return (
         point.channel,
         view,
@@ -87,7 +86,7 @@ def _or_none(interval: Interval | None) -> str:
     return percent(interval) if interval else _NONE
 
 
-def _ledger(curve: Curve, figure: Figure | None) -> Section:
+def _ledger(curve: Sweep, figure: Figure | None) -> Section:
     table = Table(
         "Upper bounds by unit, over all rounds of a run; the largest of all seeds",
         columns(
@@ -99,7 +98,7 @@ def _ledger(curve: Curve, figure: Figure | None) -> Section:
             "neighbouring relation",
             "composition",
         ),
-        tuple(line for point in points_of(curve) for line in _ledger_rows(point)),
+        tuple(line for point in curve.points for line in _ledger_rows(point)),
     )
     words = (
         "DP-SGD protects a record, channel noise a device: the two are never added. Each run has a budget "
@@ -112,7 +111,7 @@ def _ledger(curve: Curve, figure: Figure | None) -> Section:
 def _ledger_rows(point: Point) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for unit in Unit:
-        rows = [row.facts.statement(unit) for row in point.rows if row.facts]
+        rows = [row.facts.statement(unit) for row in point.outcomes if row.facts]
         known = [row for row in rows if row]
         if known:
             worst = max(known, key=lambda row: row.epsilon.high)
@@ -131,14 +130,14 @@ def _ledger_rows(point: Point) -> list[tuple[str, ...]]:
     return found
 
 
-def _rebuilt(curve: Curve) -> Section:
+def _rebuilt(curve: Sweep) -> Section:
     title = "Can anyone rebuild what was on a device?"
     rows = [
         (
-            row.cell.channel,
+            row.trial.channel,
             one.view,
-            epsilon_text(row.cell.epsilon),
-            f"{row.cell.seed}",
+            epsilon_text(row.trial.epsilon),
+            f"{row.trial.seed}",
             f"{percent(one.success)} at {100 * one.success.confidence:g} %",
             f"{100 * one.chance:.1f} %",
             "none claimed" if one.ceiling is None else f"{100 * one.ceiling:.1f} % per {one.unit}",
@@ -146,7 +145,7 @@ def _rebuilt(curve: Curve) -> Section:
             one.verdict,
         )
         for row in curve.done
-        for view in curve.rebuilt_views
+        for view in rebuilt_views(curve.outcomes)
         if (one := row.rebuilt(view))
     ]
     if not rows:
@@ -170,8 +169,8 @@ def _rebuilt(curve: Curve) -> Section:
     return Section("rebuilt", title, tables=(table,))
 
 
-def _gain(curve: Curve, figure: Figure | None) -> Section:
-    found = points_of(curve)
+def _gain(curve: Sweep, figure: Figure | None) -> Section:
+    found = curve.points
     table = Table(
         f"Accuracy on the global test set; {seeds_note(found, 'brackets')}" if found else "Accuracy",
         columns(
@@ -203,22 +202,21 @@ def _unprotected(done: list[RunFacts]) -> Section:
     return Section("unprotected", "What is not protected, in some run or in all", points=tuple(said))
 
 
-def _cells(curve: Curve) -> Section:
+def _cells(curve: Sweep) -> Section:
     table = Table(
         "Runs",
         columns("run", "channel", ">budget, epsilon per record", ">seed", "verdict", "why not done"),
-        tuple(_cell(row) for row in curve.rows),
+        tuple(_cell(row) for row in curve.outcomes),
     )
     return Section("cells", "The runs", tables=(table,))
 
 
-def _cell(row: Row) -> tuple[str, ...]:
-    cell, standing = row.cell, row.facts.standing if row.facts else "failed"
-    epsilon = "inf" if math.isinf(cell.epsilon) else f"{cell.epsilon:g}"
-    return (cell.folder, cell.channel, epsilon, f"{cell.seed}", standing, row.reason)
+def _cell(row: Outcome) -> tuple[str, ...]:
+    trial, standing = row.trial, row.facts.standing if row.facts else "failed"
+    return (trial.folder, trial.channel, spelt(trial.epsilon), f"{trial.seed}", standing, row.reason)
 
 
-def _provenance(curve: Curve, done: list[RunFacts]) -> Section:
+def _provenance(curve: Sweep, done: list[RunFacts]) -> Section:
     digests = Table(
         "SHA-256 of each run's ledger and result",
         columns("run", "ledger.jsonl", "result.json"),
@@ -227,7 +225,7 @@ def _provenance(curve: Curve, done: list[RunFacts]) -> Section:
     versions = Table("Versions that computed the first run", columns("library", "version"), done[0].versions)
     words = ("The command that makes an equal curve:",)
     return Section(
-        "provenance", "Where it comes from", words, tables=(digests, versions), commands=(curve.command,)
+        "provenance", "Where it comes from", words, tables=(digests, versions), commands=(curve.grid.command,)
     )
 
 

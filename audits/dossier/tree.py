@@ -8,9 +8,7 @@ from audits.dossier.page import Verdict
 from audits.dossier.verdicts import verdict_on_curve, verdict_on_run
 from audits.evidence.facts import Accuracies, RunFacts
 from audits.report import finding_tree
-from audits.tradeoff.curve import Curve
-from audits.tradeoff.request import request_tree
-from audits.tradeoff.table import rows_of
+from audits.sweeps.sweep import Sweep
 from privkd.privacy.bounds import LowerBound
 from privkd.privacy.charges import Charge, encode_charge
 from privkd.privacy.ledger import Statement
@@ -58,15 +56,15 @@ def run_tree(facts: RunFacts) -> dict[str, Any]:
     return {key: plain(value) for key, value in tree.items()}
 
 
-def curve_report_tree(curve: Curve) -> dict[str, Any]:
+def curve_report_tree(curve: Sweep) -> dict[str, Any]:
     """The facts of a curve: its table, and the verdict on it."""
     tree = {
         "kind": "curve",
         "curve": str(curve.path),
         "verdict": _verdict(verdict_on_curve(curve)),
-        "request": request_tree(curve.request),
-        "cells": rows_of(curve),
-        "command": curve.command,
+        "request": curve.grid.model_dump(mode="json"),
+        "cells": curve.rows(),
+        "command": curve.grid.command,
     }
     return {key: plain(value) for key, value in tree.items()}
 

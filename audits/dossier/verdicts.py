@@ -5,7 +5,7 @@ import math
 from audits.dossier.page import Verdict
 from audits.evidence.facts import RunFacts
 from audits.evidence.wording import counted, epsilon_text
-from audits.tradeoff.curve import Curve
+from audits.sweeps.sweep import Sweep
 from privkd.privacy.claims import certainty
 from privkd.privacy.events import Unit
 
@@ -114,11 +114,11 @@ def _audits(facts: RunFacts) -> tuple[str, ...]:
     return tuple(f"privkd audit {name} {facts.path}" for name, found in made.items() if found is None)
 
 
-def verdict_on_curve(curve: Curve) -> Verdict:
+def verdict_on_curve(curve: Sweep) -> Verdict:
     """What the cells come to together."""
-    done = [row.facts for row in curve.rows if row.facts]
-    alarms = [words for facts in done for words in facts.alarm_words]
-    failed = f"{len(curve.failed)} of {len(curve.rows)} cells are not done." if curve.failed else ""
+    done = [row.facts for row in curve.outcomes if row.facts]
+    alarms = curve.alarms
+    failed = f"{len(curve.failed)} of {len(curve.outcomes)} cells are not done." if curve.failed else ""
     resume = (f"privkd curve --resume --out {curve.path}",) if curve.failed else ()
     if alarms:
         words = ("Do not release. In some cells an attack achieved what the ledger rules out:",)

@@ -1,12 +1,14 @@
 """Du 2022, and a preprint on the same topic (sinoxiv 5476982): the method's own four claims."""
 
-from papers.probes import Latency
-from papers.quantity import Change, Difference, Figure, Share
+from collections.abc import Callable
+from functools import partial
+
+from papers.measurements import Latency
 from papers.studies.scales import CIFAR10, DIGITS, MNIST, QUICK
-from papers.study import Case, Claim, Study
+from papers.study import Case, Change, Claim, Difference, Figure, Quantity, Share, Study, Unit
 
 _ROUNDS = 5
-_OPEN = Case("open", (f"rounds={_ROUNDS}", "privacy.epsilon=inf"), probes=(Latency("torch"),))
+_OPEN = Case("open", (f"rounds={_ROUNDS}", "privacy.epsilon=inf"), measurements=(Latency("torch"),))
 _PRIVATE = Case("private", (f"rounds={_ROUNDS}", "privacy.epsilon=3"))
 _SIXTH = Case(
     "sixth",
@@ -20,87 +22,44 @@ _SIXTH = Case(
 )
 
 
-def _of(case: str, name: str) -> Figure:
-    return Figure(case, name)
+_open, _private, _sixth = (partial(Figure, case) for case in ("open", "private", "sixth"))
+_GAIN = Difference(_open("student.mean"), _open("student.direct"))
+_PRIVATE_GAIN = Difference(_private("student.mean"), _private("student.direct_private"))
+_OVER_OPEN = Difference(_private("student.mean"), _private("student.direct"))
+_TAUGHT = Difference(_open("teacher.after"), _open("teacher.control"))
+_PRIVATE_TAUGHT = Difference(_private("teacher.after"), _private("teacher.control"))
+_SPEED = Change(_open("export.student_ms"), _open("export.teacher_ms"))
+_FEWER_RECORDS = Difference(_sixth("student.mean"), _open("teacher.after"))
 
 
-_STUDENT_GAIN = Difference(_of("open", "student.mean"), _of("open", "student.direct"))
-_PRIVATE_STUDENT_GAIN = Difference(_of("private", "student.mean"), _of("private", "student.direct_private"))
-_STUDENT_OVER_OPEN_DIRECT = Difference(_of("private", "student.mean"), _of("private", "student.direct"))
-_TEACHER_GAIN = Difference(_of("open", "teacher.after"), _of("open", "teacher.control"))
-_PRIVATE_TEACHER_GAIN = Difference(_of("private", "teacher.after"), _of("private", "teacher.control"))
+def _later(of: Callable[[str], Figure], model: str) -> Difference:
+    return Difference(of(f"rounds.{_ROUNDS}.{model}"), of(f"rounds.1.{model}"))
+
+
+_CLAIMS: tuple[tuple[str, str, Quantity, Unit], ...] = (
+    ("1. distilled student over the same trained directly, no DP", "+17.01 %", _GAIN, "points"),
+    ("1. the same at epsilon 3, both under it", "-", _PRIVATE_GAIN, "points"),
+    ("1. share of that gain kept at epsilon 3", "-", Share(_PRIVATE_GAIN, _GAIN), "%"),
+    ("1. student at epsilon 3 over the one trained directly without DP", "-", _OVER_OPEN, "points"),
+    ("1. share of the gain kept against that one", "-", Share(_OVER_OPEN, _GAIN), "%"),
+    ("2. student's inference time against the teacher's", "-31.67 %", _SPEED, "%"),
+    ("2. student with a sixth of the records, against the teacher", "-3.18 %", _FEWER_RECORDS, "points"),
+    ("3. teacher over its zero-device control, no DP", "better", _TAUGHT, "points"),
+    ("3. the same at epsilon 3", "-", _PRIVATE_TAUGHT, "points"),
+    ("3. share of that gain kept at epsilon 3", "-", Share(_PRIVATE_TAUGHT, _TAUGHT), "%"),
+    (f"4. teacher after round {_ROUNDS} over round 1, no DP", "better", _later(_open, "teacher"), "points"),
+    (f"4. students after round {_ROUNDS} over round 1, no DP", "better", _later(_open, "students"), "points"),
+    (f"4. teacher after round {_ROUNDS} over round 1, epsilon 3", "-", _later(_private, "teacher"), "points"),
+    ("accuracy: teacher after, no DP", "-", _open("teacher.after"), "%"),
+    ("accuracy: students, no DP", "-", _open("student.mean"), "%"),
+    ("accuracy: teacher after, epsilon 3", "-", _private("teacher.after"), "%"),
+    ("accuracy: students, epsilon 3", "-", _private("student.mean"), "%"),
+)
 
 STUDY = Study(
     name="du2022",
     title="Du 2022 and sinoxiv 5476982: distillation both ways",
     scales=(MNIST, DIGITS, CIFAR10, QUICK),
     cases=(_OPEN, _PRIVATE, _SIXTH),
-    claims=(
-        Claim(
-            "1. distilled student over the same trained directly, no DP", "+17.01 %", _STUDENT_GAIN, "points"
-        ),
-        Claim(
-            "1. the same at epsilon 3, both under it",
-            "-",
-            _PRIVATE_STUDENT_GAIN,
-            "points",
-        ),
-        Claim(
-            "1. share of that gain kept at epsilon 3",
-            "-",
-            Share(_PRIVATE_STUDENT_GAIN, _STUDENT_GAIN),
-            "%",
-        ),
-        Claim(
-            "1. student at epsilon 3 over the one trained directly without DP",
-            "-",
-            _STUDENT_OVER_OPEN_DIRECT,
-            "points",
-        ),
-        Claim(
-            "1. share of the gain kept against that one",
-            "-",
-            Share(_STUDENT_OVER_OPEN_DIRECT, _STUDENT_GAIN),
-            "%",
-        ),
-        Claim(
-            "2. student's inference time against the teacher's",
-            "-31.67 %",
-            Change(_of("open", "export.student_ms"), _of("open", "export.teacher_ms")),
-            "%",
-        ),
-        Claim(
-            "2. student with a sixth of the records, against the teacher",
-            "-3.18 %",
-            Difference(_of("sixth", "student.mean"), _of("open", "teacher.after")),
-            "points",
-        ),
-        Claim("3. teacher over its zero-device control, no DP", "better", _TEACHER_GAIN, "points"),
-        Claim("3. the same at epsilon 3", "-", _PRIVATE_TEACHER_GAIN, "points"),
-        Claim(
-            "3. share of that gain kept at epsilon 3", "-", Share(_PRIVATE_TEACHER_GAIN, _TEACHER_GAIN), "%"
-        ),
-        Claim(
-            f"4. teacher after round {_ROUNDS} over round 1, no DP",
-            "better",
-            Difference(_of("open", f"rounds.{_ROUNDS}.teacher"), _of("open", "rounds.1.teacher")),
-            "points",
-        ),
-        Claim(
-            f"4. students after round {_ROUNDS} over round 1, no DP",
-            "better",
-            Difference(_of("open", f"rounds.{_ROUNDS}.students"), _of("open", "rounds.1.students")),
-            "points",
-        ),
-        Claim(
-            f"4. teacher after round {_ROUNDS} over round 1, epsilon 3",
-            "-",
-            Difference(_of("private", f"rounds.{_ROUNDS}.teacher"), _of("private", "rounds.1.teacher")),
-            "points",
-        ),
-        Claim("accuracy: teacher after, no DP", "-", _of("open", "teacher.after"), "%"),
-        Claim("accuracy: students, no DP", "-", _of("open", "student.mean"), "%"),
-        Claim("accuracy: teacher after, epsilon 3", "-", _of("private", "teacher.after"), "%"),
-        Claim("accuracy: students, epsilon 3", "-", _of("private", "student.mean"), "%"),
-    ),
+    claims=tuple(Claim(*claim) for claim in _CLAIMS),
 )

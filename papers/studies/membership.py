@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from papers.probes import Effort, Membership
-from papers.quantity import Figure
+from papers.measurements import Effort, Membership
 from papers.studies.scales import DIGITS, QUICK
-from papers.study import Case, Claim, Study
+from papers.study import Case, Claim, Figure, Study
 
 _SCALES = (replace(DIGITS, seeds=3), QUICK)
 _MANY = (replace(DIGITS, seeds=3, effort=Effort(targets=76)), QUICK)
@@ -15,13 +14,15 @@ _OPEN, _PRIVATE = ("privacy.epsilon=inf",), ("privacy.epsilon=3",)
 
 def _gradient(epsilon: float, attack: str) -> Case:
     return Case(
-        f"epsilon-{epsilon:g}", (f"privacy.epsilon={epsilon:g}",), probes=(Membership("gradient", attack),)
+        f"epsilon-{epsilon:g}",
+        (f"privacy.epsilon={epsilon:g}",),
+        measurements=(Membership("gradient", attack),),
     )
 
 
 def _on_students(attack: str) -> tuple[Case, ...]:
-    probes = (Membership("student", attack),)
-    return (Case("open", _OPEN, probes=probes), Case("private", _PRIVATE, probes=probes))
+    measured = (Membership("student", attack),)
+    return (Case("open", _OPEN, measurements=measured), Case("private", _PRIVATE, measurements=measured))
 
 
 def _scores(attack: str, auc: str, tpr: str) -> tuple[Claim, ...]:

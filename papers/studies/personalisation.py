@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-from papers.probes import Personal
-from papers.quantity import Difference, Figure
+from papers.measurements import Personal
 from papers.studies.scales import DIGITS, MNIST, QUICK
-from papers.study import Case, Claim, Scale, Study
+from papers.study import Case, Claim, Difference, Figure, Scale, Study
 
-_PROBES = (Personal(),)
+_MEASURED = (Personal(),)
 
 
 def _tested(scale: Scale, about: str, *settings: str) -> Scale:
@@ -17,11 +16,13 @@ def _tested(scale: Scale, about: str, *settings: str) -> Scale:
 _DIRICHLET = "data.partition=dirichlet"
 _WITHHELD = ("data.partition=classes", "data.classes_per_device=4", "data.gap=withheld")
 _CASES = (
-    Case("dirichlet-1", (_DIRICHLET, "data.dirichlet_alpha=1"), probes=_PROBES),
-    Case("dirichlet-0.1", (_DIRICHLET, "data.dirichlet_alpha=0.1"), probes=_PROBES),
-    Case("withheld", _WITHHELD, probes=_PROBES),
+    Case("dirichlet-1", (_DIRICHLET, "data.dirichlet_alpha=1"), measurements=_MEASURED),
+    Case("dirichlet-0.1", (_DIRICHLET, "data.dirichlet_alpha=0.1"), measurements=_MEASURED),
+    Case("withheld", _WITHHELD, measurements=_MEASURED),
     Case(
-        "dirichlet-0.1-open", (_DIRICHLET, "data.dirichlet_alpha=0.1", "privacy.epsilon=inf"), probes=_PROBES
+        "dirichlet-0.1-open",
+        (_DIRICHLET, "data.dirichlet_alpha=0.1", "privacy.epsilon=inf"),
+        measurements=_MEASURED,
     ),
 )
 _ABOUT = {

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from papers.probes import Reconstruction
-from papers.quantity import Figure
+from papers.measurements import Reconstruction
 from papers.studies.scales import DIGITS, QUICK
-from papers.study import Case, Claim, Study, Unit
+from papers.study import Case, Claim, Figure, Study, Unit
 
 _SCALES = (replace(DIGITS, seeds=3), QUICK)
 _BOUNDS = {1: ".155", 2: ".218", 4: ".361", 8: ".650"}
@@ -41,7 +40,7 @@ HAYES = Study(
     name="hayes2023",
     title="Hayes et al. 2023: bounding training data reconstruction in DP-SGD",
     scales=_SCALES,
-    cases=tuple(Case(f"epsilon-{e}", (f"privacy.epsilon={e}",), probes=(_MATCHING,)) for e in _BOUNDS),
+    cases=tuple(Case(f"epsilon-{e}", (f"privacy.epsilon={e}",), measurements=(_MATCHING,)) for e in _BOUNDS),
     claims=tuple(claim for epsilon, bound in _BOUNDS.items() for claim in _robustness(epsilon, bound)),
 )
 
@@ -50,8 +49,8 @@ TAKAHASHI = Study(
     title="Takahashi et al. 2023: breaching FedMD by paired-logits inversion",
     scales=_SCALES,
     cases=(
-        Case("open", _OPEN, probes=(_PAIRED,)),
-        Case("private", (*_OPEN, "privacy.epsilon=3"), probes=(_PAIRED,)),
+        Case("open", _OPEN, measurements=(_PAIRED,)),
+        Case("private", (*_OPEN, "privacy.epsilon=3"), measurements=(_PAIRED,)),
     ),
     claims=tuple(
         Claim(f"{figure}, {about}", "-", Figure(case, f"per_client_logits.paired-logits.{key}"), unit)

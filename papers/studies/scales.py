@@ -1,6 +1,6 @@
 """The data and sizes that studies share."""
 
-from papers.probes import Effort
+from papers.measurements import Effort
 from papers.study import Scale
 
 DIGITS = Scale(

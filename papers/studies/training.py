@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from papers.quantity import Difference, Figure
 from papers.studies.scales import QUICK
-from papers.study import Case, Claim, Scale, Study
+from papers.study import Case, Claim, Difference, Figure, Scale, Study
 
 _ONE_DEVICE = (
     "data.source=mnist",

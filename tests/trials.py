@@ -8,13 +8,13 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from audits.tradeoff.request import Cell
-from audits.tradeoff.worker import Failed, Finished, Stage
+from audits.sweeps.grid import Trial
+from audits.sweeps.runner import Failed, Finished, Stage
 
 
-def by_seed(cell: Cell, path: Path, pipe: Connection) -> None:
-    """Ends as the cell's seed says: done, failed, killed, gone."""
-    match cell.seed:
+def by_seed(trial: Trial, path: Path, pipe: Connection) -> None:
+    """Ends as the trial's seed says: done, failed, killed, gone."""
+    match trial.seed:
         case 0:
             pipe.send(Stage("at it"))
             pipe.send(Finished(1000))
@@ -26,12 +26,12 @@ def by_seed(cell: Cell, path: Path, pipe: Connection) -> None:
             sys.exit(7)
 
 
-def hungry(cell: Cell, path: Path, pipe: Connection) -> None:
+def hungry(trial: Trial, path: Path, pipe: Connection) -> None:
     """Says that it needed a gigabyte."""
     pipe.send(Finished(2**30))
 
 
-def lasting(cell: Cell, path: Path, pipe: Connection) -> None:
+def lasting(trial: Trial, path: Path, pipe: Connection) -> None:
     """Starts a process of its own, writes down both, and stays."""
     os.setsid()
     child = subprocess.Popen(["sleep", "60"])
