@@ -1,0 +1,258 @@
+"""A run between two rounds, and its way to the disk and back."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privkd.cloud import Knowledge, Rule, aggregate
+from privkd.controls import ZeroDevices
+from privkd.errors import RunError
+from privkd.journal import Head
+from privkd.privacy.events import PartyId
+from privkd.runs.folder import RunFolder, prefixed, restore
+from privkd.runs.transcript import Exchange, Transcript
+
+
+@dataclass(frozen=True)
+class RoundFigures:
+    """How things stand after a round. Accuracies are on the global test set unless named otherwise.
+
+    Attributes:
+        teacher: accuracy of the teacher after the round.
+        self_distilled: accuracy of the teacher that learned its own answers, with zero devices.
+        labels_only: accuracy of the teacher that learned the public labels alone, with zero devices.
+        students: mean accuracy of the devices' students, of 20 of them at most.
+        accepted: share of the proposed update that the gate let through; 0 is a rollback.
+        epsilon_record: upper bound spent so far, worst device.
+        epsilon_device: likewise, per device.
+        personal: mean accuracy of the students, each on its device's own test set.
+        devices: how many contributed to the round's release; 0 before the first.
+
+    No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
+    records are involved, and no run where there is nothing to measure them on. They are NaN then.
+    """
+
+    teacher: float
+    self_distilled: float
+    labels_only: float
+    students: float
+    accepted: float
+    epsilon_record: float
+    epsilon_device: float
+    personal: float
+    devices: int
+
+    @property
+    def control(self) -> float:
+        """The better of the two teachers that learned with zero devices: what devices must beat."""
+        return max(self.self_distilled, self.labels_only)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One round's release as it is kept: what crossed the wire, and what it was relative to.
+
+    ``baseline`` ``[query, class]`` is what devices subtracted from their answers, zero unless they send
+    residuals.
+    """
+
+    queries: Tensor
+    answers: Tensor
+    baseline: Tensor
+    noise_std: float
+    devices: tuple[PartyId, ...]
+
+    def knowledge(self, rule: Rule) -> Knowledge:
+        """The release as the teacher learns from it: see `aggregation.aggregate`, which raises."""
+        found = aggregate(self.answers + self.baseline, self.noise_std, rule)
+        return Knowledge(self.queries, found.answers, found.noise_std)
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after ``len(figures) - 1`` rounds; ``figures[0]`` is before the first.
+
+    Attributes:
+        teacher: the cloud's model.
+        zero_devices: the same without any device.
+        students: one for each device, those of the last round; before the first, after public
+            distillation only. They belong to the devices and are never written: none after `load_state`.
+        wires: all releases so far, oldest first.
+        figures: see `RoundFigures`.
+    """
+
+    teacher: nn.Module
+    zero_devices: ZeroDevices
+    students: tuple[nn.Module, ...]
+    wires: tuple[Wire, ...]
+    figures: tuple[RoundFigures, ...]
+
+    @property
+    def round(self) -> int:
+        """The next round's number, from 0."""
+        return len(self.figures) - 1
+
+
+def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
+    """Make ``state`` what a resumed run continues from. Durable on return.
+
+    All that is written is what the cloud holds. From a student's weights a reader of the folder could compute
+    what its device answered, whatever the channel hid.
+    """
+    place = f"rounds/{state.round:03d}"
+    files = {
+        "cloud": folder.save(
+            f"{place}/cloud.safetensors",
+            {
+                **prefixed("teacher", state.teacher),
+                **prefixed("self_distilled", state.zero_devices.self_distilled),
+                **prefixed("labels_only", state.zero_devices.labels_only),
+            },
+        ),
+    }
+    record: dict[str, Any] = {"step": "round", "round": state.round, "files": files}
+    if state.wires:
+        wire = state.wires[-1]
+        tensors = {"queries": wire.queries, "answers": wire.answers, "baseline": wire.baseline}
+        tensors["noise_std"] = torch.tensor(wire.noise_std, dtype=torch.float64)
+        files["wire"] = folder.save(f"{place}/wire.safetensors", tensors)
+        record["devices"] = list(wire.devices)
+    figures = asdict(state.figures[-1])
+    del figures["devices"]  # by name, above
+    record["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
+    record["ledger"] = asdict(ledger) if ledger else None
+    folder.journal.append(record)
+
+
+@dataclass(frozen=True)
+class SavedRound:
+    """What the journal says of a committed round: its ``number``, the digests of its ``files`` by name, the
+    ``devices`` that contributed, its ``figures``, and how far the ledger had come."""
+
+    number: int
+    files: Mapping[str, str]
+    devices: tuple[PartyId, ...]
+    figures: RoundFigures
+    ledger: Head | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the journal says of a run."""
+
+    rounds: tuple[SavedRound, ...]
+
+    @property
+    def ledger(self) -> Head | None:
+        """How far the ledger must reach at least."""
+        return self.rounds[-1].ledger if self.rounds else None
+
+
+def saved(folder: RunFolder) -> Saved:
+    """What was committed to ``folder``.
+
+    Raises:
+        RunError: a record is not of this version's form.
+    """
+    rows = [record for record in folder.journal if record.get("step") == "round"]
+    with _of_this_form(folder.path / "journal.jsonl"):
+        rounds = tuple(_saved_round(row) for row in rows)
+    if any(round.number != number for number, round in enumerate(rounds)):
+        raise RunError(f"{folder.path / 'journal.jsonl'}: rounds are missing; restore it from a copy")
+    return Saved(rounds)
+
+
+def _saved_round(row: Mapping[str, Any]) -> SavedRound:
+    head, number = row["ledger"], int(row["round"])
+    names = ("cloud", "wire") if number else ("cloud",)
+    devices = tuple(str(name) for name in row["devices"]) if number else ()
+    figures = {name: float(value) for name, value in row["figures"].items()}
+    return SavedRound(
+        number,
+        {name: str(row["files"][name]) for name in names},
+        devices,
+        RoundFigures(**figures, devices=len(devices)),
+        Head(int(head["lines"]), str(head["digest"])) if head else None,
+    )
+
+
+@contextmanager
+def _of_this_form(path: Path) -> Iterator[None]:
+    """Turn what a record of another form leads to into one line."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not of this version's form ({error!r}): restore it from a copy") from None
+
+
+def load_state(folder: RunFolder, record: Saved, teacher: nn.Module) -> State:
+    """The last committed state, without its students. ``teacher`` is a model of its architecture.
+
+    Raises:
+        RunError: a file is missing, damaged, or of other models.
+    """
+    last = record.rounds[-1]
+    cloud = _load(folder, last, "cloud")
+    kept = partial(_kept, teacher, cloud)
+    return State(
+        teacher=kept("teacher"),
+        zero_devices=ZeroDevices(kept("self_distilled"), kept("labels_only")),
+        students=(),
+        wires=tuple(_wire(folder, round) for round in record.rounds[1:]),
+        figures=tuple(round.figures for round in record.rounds),
+    )
+
+
+def load_teachers(folder: RunFolder, record: Saved, teacher: nn.Module) -> list[nn.Module]:
+    """The teacher after each committed round, so the one published in the next.
+
+    Raises:
+        RunError: a file is missing, damaged, or of another model.
+    """
+    return [_kept(teacher, _load(folder, round, "cloud"), "teacher") for round in record.rounds]
+
+
+def load_transcript(folder: RunFolder, teacher: nn.Module) -> Transcript:
+    """All that crossed the wire in a run, for attacks. ``teacher`` is a model of its architecture.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    record = saved(folder)
+    teachers = load_teachers(folder, record, teacher)
+    if not teachers:
+        raise RunError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
+    wires = [_wire(folder, round) for round in record.rounds[1:]]
+    exchanges = tuple(
+        Exchange(number, published, wire.queries, wire.devices, wire.answers, wire.noise_std)
+        for number, (published, wire) in enumerate(zip(teachers[:-1], wires, strict=True))
+    )
+    return Transcript(exchanges, teachers[-1])
+
+
+def _kept(like: nn.Module, cloud: Mapping[str, Tensor], name: str) -> nn.Module:
+    return restore(copy.deepcopy(like), cloud, name)
+
+
+def _load(folder: RunFolder, round: SavedRound, name: str) -> dict[str, Tensor]:
+    return folder.load(f"rounds/{round.number:03d}/{name}.safetensors", round.files[name])
+
+
+def _wire(folder: RunFolder, round: SavedRound) -> Wire:
+    tensors = _load(folder, round, "wire")
+    with _of_this_form(folder.path / f"rounds/{round.number:03d}/wire.safetensors"):
+        return Wire(
+            tensors["queries"],
+            tensors["answers"],
+            tensors["baseline"],
+            float(tensors["noise_std"]),
+            round.devices,
+        )
