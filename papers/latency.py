@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from privkd.export.export import Artefact, export_model, raw_of
-from privkd.export.formats import format_named
+from privkd.export.formats import format_named, suffix_of
 from privkd.latency import latencies_ms
 from privkd.reopening import reopened_simulation
 from privkd.runs.folder import RunFolder
@@ -29,7 +29,7 @@ def latency_figures(folder: RunFolder, form: str) -> Mapping[str, float]:
     with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
 
         def exported(name: str, model: nn.Module) -> Artefact:
-            return export_model(model, records, divisor, form, Path(place) / f"{name}{writer.suffix}")
+            return export_model(model, records, divisor, form, Path(place) / f"{name}{suffix_of(form)}")
 
         student, teacher = exported("student", state.students[0]), exported("teacher", state.teacher)
         raw = raw_of(records[:1].cpu(), divisor)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from privkd.channels.channel import Channel, PlainChannel, Release, open_channel
 from privkd.cloud import (
+    RULES,
     Absorbed,
     PublicData,
     absorb,
@@ -37,6 +38,7 @@ from privkd.data.scenario import LabelledSet, Scenario
 from privkd.engines.simulation import Fleet, RandomnessOf
 from privkd.models.zoo import build, torch_device
 from privkd.plan import Plan, budgets, facts_of, make_plan
+from privkd.plugins import load_plugins
 from privkd.privacy.bounds import Audited, note_audit, noted_audit
 from privkd.privacy.events import PartyId, PrivacyEvent, Unit
 from privkd.privacy.ledger import Charge, Ledger
@@ -176,9 +178,11 @@ def open_game(config: RunConfig) -> "Game":
     """The run that ``config`` describes, checked, with nothing trained, released or written.
 
     Raises:
-        InputError: bad settings, data or models.
+        InputError: bad settings, plug-ins, data or models.
         BudgetError: no noise reaches the budget.
     """
+    load_plugins(config.plugins)
+    RULES.check(config.reverse.aggregation)
     device = torch_device(config.device)
     deployment = config.privacy.noise == "system"
     scenario = build_scenario(config.data, config.seed, deployment=deployment).to(device)

@@ -7,7 +7,6 @@ named by the setting ``plugins`` or by ``--plugin``, or it is installed with an 
 """
 
 import difflib
-import hashlib
 import importlib
 import re
 import sys
@@ -77,6 +76,10 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self._what}={name!r}: expected one of {nearest_first(name, self)}")
         return found
 
+    def check(self, name: str) -> None:
+        """Do nothing where something is called so. Raises as ``[]`` does."""
+        self[name]
+
     def __iter__(self) -> Iterator[str]:
         """All names, ours first; installed plug-ins are loaded."""
         load_installed()
@@ -121,15 +124,19 @@ def load_plugins(plugins: Iterable[str]) -> None:
 
     Args:
         plugins: each ``package.module``, for which the working directory is importable, or a path that ends
-            in ``.py``.
+            in ``.py``: files are told apart by their names.
 
     Raises:
-        ConfigError: one cannot be imported, or registers a name that is taken.
+        ConfigError: one cannot be imported, registers a name that is taken, or another file of its name is
+            loaded.
     """
     for plugin in plugins:
+        file = plugin_file(plugin)
         if not is_loaded(plugin):
             with _importing(f"plugin {plugin!r}"):
                 _import(plugin)
+        elif file is not None and file.exists() and not file.samefile(loaded := _loaded_file(plugin)):
+            raise ConfigError(f"plugin {plugin!r}: {loaded} of the same name is loaded: rename one")
 
 
 @cache
@@ -154,14 +161,16 @@ def is_loaded(plugin: str) -> bool:
 def plugin_module(plugin: str) -> str:
     """The name under which ``sys.modules`` has the plug-in once it is loaded."""
     file = plugin_file(plugin)
-    if file is None:
-        return plugin
-    return f"privkd_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    return plugin if file is None else f"privkd_plugin_{file.stem.replace('.', '_')}"
 
 
 def plugin_file(plugin: str) -> Path | None:
     """The absolute path of a plug-in that is named by one; ``None`` of a module."""
     return Path(plugin).expanduser().absolute() if plugin.endswith(".py") else None
+
+
+def _loaded_file(plugin: str) -> str:
+    return str(sys.modules[plugin_module(plugin)].__file__)
 
 
 def _import(plugin: str) -> None:

@@ -23,7 +23,7 @@ from privkd.errors import ModelError
 from privkd.export import export as exporting
 from privkd.export.artefact import TOLERANCE, Deployable, check_equal
 from privkd.export.export import export_student, raw_of
-from privkd.export.formats import format_named
+from privkd.export.formats import format_named, suffix_of
 from privkd.federation import open_game
 from privkd.progress import Silent
 from privkd.runs.folder import RunFolder
@@ -67,7 +67,7 @@ class TestAnswers:
     def test_equal_the_students(self, run: Path, tmp_path: Path, form: str, device: int) -> None:
         """Raw pixels to the file, scaled ones to the student: on records that the export did not check."""
         with RunFolder.resume(run) as folder:
-            out = tmp_path / f"s{format_named(form).suffix}"
+            out = tmp_path / f"s{suffix_of(form)}"
             exported = export_student(folder, form, device, out)
             records = open_game(folder.config).scenario.test.inputs[:50]
         with torch.no_grad():

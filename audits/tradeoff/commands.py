@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from audits.latest import RUNS, latest
 from audits.tradeoff.request import Cell, CurveRequest
 from privkd.errors import AuditAlarm, ConfigError, PrivkdError, RunError
+from privkd.plugins import load_plugins
 from privkd.secure.installed import check_channel
 from privkd.stdout import print_json
 
@@ -101,6 +102,7 @@ def _request(options: CurveOptions) -> tuple[CurveRequest, Path]:
 
         path = path or latest(RUNS, "curve")
         request = _changed(read_request(path)[0], options)
+        _check_trusted(request, options)
         _check(request.cells)
         return request, path
     request = _changed(CurveRequest(), options)
@@ -128,10 +130,20 @@ def _changed(request: CurveRequest, options: CurveOptions) -> CurveRequest:
     return replace(request, **{name: value for name, value in given.items() if value is not None})
 
 
+def _check_trusted(request: CurveRequest, options: CurveOptions) -> None:
+    """Whoever made the curve's folder chose its plug-ins: only what is named again now is run."""
+    kept = request.cells[0].config().plugins
+    if kept and "plugins" not in options.settings:
+        again = " ".join(f"--plugin {name}" for name in kept)
+        raise ConfigError(f"the curve has plug-ins: go on with {again}, if you trust them")
+
+
 def _check(cells: tuple[Cell, ...]) -> None:
     """Refuse settings that are bad in any cell, or lack CrypTen, before the first is started."""
     for cell in cells:
-        check_channel(cell.config().channel)
+        config = cell.config()
+        check_channel(config.channel)
+        load_plugins(config.plugins)
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from audits.tradeoff.request import Cell
 from privkd.errors import PrivkdError, RunError, one_line
+from privkd.plugins import load_plugins
 
 if TYPE_CHECKING:
     from privkd.runs.folder import RunFolder
@@ -97,18 +98,21 @@ def is_done(cell: Cell, path: Path) -> bool:
 def _train(cell: Cell, path: Path, progress: PipedProgress) -> None:
     import torch
 
+    from privkd.data.sources import located
     from privkd.federation import open_game
     from privkd.result import train
     from privkd.runs.folder import RunFolder
 
     torch.set_num_threads(1)
     config = cell.config()
+    # They were named on the command line, and so are trusted.
+    load_plugins(config.plugins)
     started = (path / "journal.jsonl").exists() and (path / "config.toml").exists()
     if not started:
         # As for any run: what is wrong with the settings or the data shows before there is a folder.
         open_game(config)
     with RunFolder.resume(path) if started else RunFolder.create(path, config) as folder:
-        if folder.config != config:
+        if folder.config != located(config):
             raise RunError(f"{path} holds a run of other settings: remove it")
         if not _is_finished(folder.journal):
             train(config, folder, progress, resumed=started)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privkd.cloud import Knowledge, Rule, aggregate
+from privkd.cloud import Knowledge, aggregate
 from privkd.controls import ZeroDevices
 from privkd.errors import RunError
 from privkd.journal import Head
@@ -70,7 +70,7 @@ class Wire:
     noise_std: float
     devices: tuple[PartyId, ...]
 
-    def knowledge(self, rule: Rule) -> Knowledge:
+    def knowledge(self, rule: str) -> Knowledge:
         """The release as the teacher learns from it: see `aggregation.aggregate`, which raises."""
         found = aggregate(self.answers + self.baseline, self.noise_std, rule)
         return Knowledge(self.queries, found.answers, found.noise_std)
