@@ -236,7 +236,7 @@ class TestRefusals:
         assert "numbered from 0" in self.one_line(capsys, run, "--device-index=-1")
 
     def test_an_unknown_format(self, capsys: pytest.CaptureFixture[str], run: Path) -> None:
-        assert "expected one of torch, onnx, executorch" in self.one_line(capsys, run, "--format", "pickle")
+        assert "expected one of ['executorch', 'onnx', 'torch']" in self.one_line(capsys, run, "--format", "pickle")
 
     def test_a_file_of_another_kind(self, capsys: pytest.CaptureFixture[str], run: Path) -> None:
         assert ".pt2 file" in self.one_line(capsys, run, "--out", "student.onnx")
