@@ -1,12 +1,14 @@
 """The command line: parse, call one function, print."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from privkd.oneline import OneLineErrors, help_alone, print_version
+from privkd.oneline import OneLineErrors, help_alone, print_version, with_settings
+from privkd.options import OPTIONS
 from privkd.siblings import load_siblings
 
 load_siblings("attacks", "audits", "papers")
@@ -70,49 +72,10 @@ max_upload_bytes, keep_rounds
 
 
 @app.command()
+@with_settings(*OPTIONS)
 def train(
-    epsilon: Annotated[
-        Text, typer.Option(help="Record-level budget of the whole run; inf is no DP. [3]")
-    ] = None,
-    delta: Annotated[Text, typer.Option(help="Delta of both units. [1e-5]")] = None,
-    device_epsilon: Annotated[
-        Text, typer.Option(help="Device-level budget of the whole run: adds noise to the channel. [none]")
-    ] = None,
-    data: Annotated[
-        Text, typer.Option(help="digits, mnist, cifar10, a path, or package.module:function. [digits]")
-    ] = None,
-    data_dir: Annotated[
-        Text, typer.Option(help="Folder of mnist or cifar10, base of relative paths.")
-    ] = None,
-    label: Annotated[
-        Text, typer.Option(help="The label's column in a table, or array in an npz archive. [by its name]")
-    ] = None,
-    drop: Annotated[
-        Text, typer.Option(help="Columns that are neither feature nor label, comma-separated. [none]")
-    ] = None,
-    devices: Annotated[Text, typer.Option(help="Number of devices. [5]")] = None,
-    rounds: Annotated[Text, typer.Option(help="Number of rounds. [3]")] = None,
-    channel: Annotated[Text, typer.Option(help="plain, noised or secure. [secure]")] = None,
-    aggregators: Annotated[Text, typer.Option(help="Parties of the secure channel. [2]")] = None,
-    aggregation: Annotated[
-        Text, typer.Option(help="What the secure channel shows the cloud: mean, or votes. [mean]")
-    ] = None,
-    dropout: Annotated[
-        Text, typer.Option(help="Share of the devices that fall silent in each round, simulated. [0]")
-    ] = None,
-    aggregator_url: Annotated[
-        list[str] | None, typer.Option(help="A running party of the secure channel; repeat for each.")
-    ] = None,
-    student: Annotated[
-        Text,
-        typer.Option(
-            help="mlp, cnn, resnet, scatter or package.module:factory; a comma deals several. [auto]"
-        ),
-    ] = None,
-    teacher: Annotated[Text, typer.Option(help="mlp, cnn, resnet or package.module:factory. [auto]")] = None,
-    partition: Annotated[Text, typer.Option(help="iid, dirichlet or classes. [iid]")] = None,
-    seed: Annotated[Text, typer.Option(help="Decides everything but deployment noise. [0]")] = None,
-    device: Annotated[Text, typer.Option(help="auto, cpu or cuda. [auto]")] = None,
+    *,
+    settings: Mapping[str, Any],
     config: Annotated[Text, typer.Option(help="Settings as TOML.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as a.b=value; repeat for more.")
@@ -129,30 +92,9 @@ def train(
     from audits.commands import closing_audit
     from privkd.commands import TrainRequest, train_command
 
-    settings = {
-        "privacy.epsilon": epsilon,
-        "privacy.delta": delta,
-        "privacy.device_epsilon": device_epsilon,
-        "data.source": data,
-        "data.data_dir": data_dir,
-        "data.label": label,
-        "data.drop": drop,
-        "data.devices": devices,
-        "data.partition": partition,
-        "rounds": rounds,
-        "channel.kind": channel,
-        "channel.aggregators": aggregators,
-        "channel.aggregation": aggregation,
-        "channel.dropout": dropout,
-        "channel.aggregator_urls": aggregator_url,
-        "student.models": student,
-        "teacher.model.name": teacher,
-        "seed": seed,
-        "device": device,
-    }
     train_command(
         TrainRequest(
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings=settings,
             overrides=tuple(set_ or ()),
             plugins=tuple(plugin or ()),
             config=_path(config),
@@ -166,7 +108,9 @@ def train(
 
 
 @app.command()
+@with_settings("data", "data_dir", "label", "drop", "devices")
 def curve(
+    *,
     epsilons: Annotated[
         Text, typer.Option(help="Record-level budgets, comma-separated; inf is no DP. [1,3,inf]")
     ] = None,
@@ -182,11 +126,7 @@ def curve(
     ] = None,
     shadows: Annotated[int | None, typer.Option(help="Shadow devices of each audit. [16]")] = None,
     targets: Annotated[int | None, typer.Option(help="Audited replays of each run. [8]")] = None,
-    data: Annotated[Text, typer.Option(help="As for train. [digits]")] = None,
-    data_dir: Annotated[Text, typer.Option(help="As for train.")] = None,
-    label: Annotated[Text, typer.Option(help="As for train.")] = None,
-    drop: Annotated[Text, typer.Option(help="As for train.")] = None,
-    devices: Annotated[Text, typer.Option(help="Number of devices. [5]")] = None,
+    settings: Mapping[str, Any],
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -212,14 +152,6 @@ def curve(
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
     from audits.tradeoff.commands import CurveOptions, curve_command
 
-    settings = {
-        "data.source": data,
-        "data.data_dir": data_dir,
-        "data.label": label,
-        "data.drop": drop,
-        "data.devices": devices,
-        "plugins": ",".join(plugin) if plugin else None,
-    }
     curve_command(
         CurveOptions(
             epsilons=epsilons,
@@ -229,7 +161,7 @@ def curve(
             device_epsilon=device_epsilon,
             shadows=shadows,
             targets=targets,
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings={**settings, **({"plugins": ",".join(plugin)} if plugin else {})},
             overrides=tuple(set_ or ()),
             jobs=jobs,
             memory=memory,

@@ -13,7 +13,7 @@ from privkd.runs.plugged import load_plugins_for
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.federation import Game
+    from privkd.federation import Federation
     from privkd.privacy.bounds import Audited
     from privkd.progress import Progress
     from privkd.runs.checkpoint import State
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 
-def closing_audit(game: "Game", state: "State", progress: "Progress") -> "Audited":
+def closing_audit(federation: "Federation", state: "State", progress: "Progress") -> "Audited":
     """See `audits.mechanisms.audit`, which is loaded when it is called."""
     from audits.mechanisms.audit import closing_audit as audit
 
-    return audit(game, state, progress)
+    return audit(federation, state, progress)
 
 
 def load_plugins_of(run: Path | None, plugins: Iterable[str]) -> None:

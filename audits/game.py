@@ -3,7 +3,7 @@
 A finished run trained on all of its devices' records, so nobody was left out of it. The audited target is
 therefore a **replay**: one device's student is trained again, under the run's own settings and noise scales,
 from the teachers that the run published, on records that a seeded coin picked beforehand: natural ones,
-mislabelled ones, or crafted worst cases. The published teachers are constants of the game, so the replay's
+mislabelled ones, or crafted worst cases. The published teachers are constants of the run, so the replay's
 only private input is what the coin decided, and its privacy is what the ledger says of the run's mechanism:
 DP-SGD in every round, for the relation "add or remove one record of one device". What replays leave behind is
 kept in the run's folder, so that no shadow is trained twice.
@@ -13,25 +13,24 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from audits.estimators.validation import Floats
 from audits.requests import CanaryKind
-from privkd.cloud import bounded_answers
 from privkd.data.scenario import Device, LabelledSet, Scenario
-from privkd.engines.simulation import Fleet
+from privkd.engines.simulation import Draws, Simulation
 from privkd.errors import ConfigError, DataError, RunError
-from privkd.federation import Game
+from privkd.messages import Question, Task
+from privkd.prepared import Prepared
 from privkd.privacy.randomness import Randomness, SeededRandomness, derive_seed, seeded_generator
+from privkd.runs.checkpoint import Transcript
 from privkd.runs.folder import RunFolder, versions
-from privkd.runs.transcript import Transcript
-from privkd.training.fit import logits_of
 from privkd.training.vectorised import cohort_answers
 
 _LEAST_CANDIDATES = 8
@@ -173,40 +172,38 @@ class Replayed:
 
 
 @dataclass(frozen=True)
-class DeviceSide:
+class ReplayContext:
     """A run's device side: all that is public about it, ready to be replayed.
 
     Attributes:
-        game: the run's settings, data and plan.
-        transcript: what crossed its wires: the published teachers and the queries.
-        starts: the publicly distilled student of each round, ``[round][architecture]``.
+        run: its settings, data and plan.
+        transcript: what crossed its wires: the published teachers, the queries and the releases.
+        tasks: what was published in each round.
     """
 
-    game: Game
+    run: Prepared
     transcript: Transcript
-    starts: tuple[tuple[nn.Module, ...], ...]
+    tasks: tuple[Task, ...]
 
     @classmethod
-    def of(cls, game: Game, transcript: Transcript) -> "DeviceSide":
+    def of(cls, run: Prepared, transcript: Transcript) -> "ReplayContext":
         """Distil each round's students from the teacher that was published in it, as the run did."""
-        fresh_each_round = game.config.student.start == "teacher"
-        rounds = transcript.exchanges if fresh_each_round else transcript.exchanges[:1]
-        starts = tuple(tuple(game.public_students(each.teacher, round=each.round)) for each in rounds)
-        return cls(game, transcript, starts)
+        tasks = tuple(run.cloud.publish(each.teacher, each.round) for each in transcript.exchanges)
+        return cls(run, transcript, tasks)
 
     @property
     def rounds(self) -> int:
         """How many rounds the run finished."""
-        return len(self.transcript.exchanges)
+        return len(self.tasks)
 
-    def queries(self, round: int) -> Tensor:
-        """The public inputs asked in one round ``[query, *shape]``."""
-        proxy = self.game.scenario.proxy
-        return proxy[self.transcript.exchanges[round].queries.to(proxy.device)]
+    @property
+    def last_starts(self) -> tuple[nn.Module, ...]:
+        """The students of each architecture that were last distilled from a teacher on public data alone."""
+        return next(task.starts for task in reversed(self.tasks) if task.starts)
 
-    def baseline(self, round: int) -> Tensor:
-        """The published teacher's probabilities on the round's queries ``[query, class]``."""
-        return F.softmax(logits_of(self.transcript.exchanges[round].teacher, self.queries(round)), dim=-1)
+    def question(self, round: int) -> Question:
+        """What was asked in one round."""
+        return self.tasks[round].question
 
     def replay(
         self,
@@ -227,18 +224,19 @@ class DeviceSide:
             report: see `Report`.
             places: equal ones share one random stream. ``None``: their place in ``shards``.
         """
-        fleet = self._fleet(shards, range(len(shards)) if places is None else places)
+        replayed = _devices(shards, range(len(shards)) if places is None else places)
+        simulation = Simulation(replayed, self.run.config.student)
         students: list[nn.Module] = []
         answers = []
-        for round in range(self.rounds):
-            if not students or self.game.config.student.start == "teacher":
-                starts = self.starts[round]
-                students = [starts[device % len(starts)] for device in devices]
-            students = self._train(fleet, students, round, (seed, role), report)
-            logits = fleet.answer(students, self.queries(round))
-            kind = self.game.config.channel.sends
-            answers.append(bounded_answers(logits, self.baseline(round), kind).cpu())
+        for round, task in enumerate(self.tasks):
+            starts = task.dealt(devices, students)
+            done = partial(self._done, round, len(shards), report)
+            students = simulation.train(task, starts, _draws(seed, role, round), done)
+            answers.append(simulation.respond(students, task.question).cpu())
         return Replayed(tuple(students), torch.stack(answers, dim=1))
+
+    def _done(self, round: int, devices: int, report: Report, finished: int) -> None:
+        report(round * devices + finished, self.rounds * devices)
 
     def beside(self, others: Sequence[int], answers: Tensor) -> Tensor:
         """Of what the ``others`` would send, what reaches the channel beside the audited device.
@@ -250,11 +248,12 @@ class DeviceSide:
             others: the numbers of all devices but the audited one.
             answers: theirs, ``[other, round, query, class]``.
         """
-        names, exchanges = self.game.fleet.names, self.transcript.exchanges
-        fewest = min(len(exchange.devices) for exchange in exchanges) - 1
+        names = self.run.simulation.names
+        contributors = [exchange.release.devices for exchange in self.transcript.exchanges]
+        fewest = min(len(devices) for devices in contributors) - 1
         rounds = []
-        for round, exchange in enumerate(exchanges):
-            present = [row for row, number in enumerate(others) if names[number] in exchange.devices]
+        for round, devices in enumerate(contributors):
+            present = [row for row, number in enumerate(others) if names[number] in devices]
             rounds.append(answers[present[:fewest], round])
         return torch.stack(rounds, dim=1)
 
@@ -263,35 +262,20 @@ class DeviceSide:
         """Logits of students of one architecture on the CPU ``[student, record, class]``."""
         return cohort_answers(students, inputs).cpu()
 
-    def _train(
-        self,
-        fleet: Fleet,
-        students: Sequence[nn.Module],
-        round: int,
-        stream: tuple[int, str],
-        report: Report,
-    ) -> list[nn.Module]:
-        seed, role = stream
-        targets = fleet.teach(self.transcript.exchanges[round].teacher)
-        count = len(fleet.devices)
-        mechanism = self.game.mechanism
 
-        def done(finished: int) -> None:
-            report(round * count + finished, self.rounds * count)
+def _devices(shards: Sequence[LabelledSet], places: Sequence[int]) -> tuple[Device, ...]:
+    return tuple(
+        Device(f"replay-{place:04d}", shard, shard) for place, shard in zip(places, shards, strict=True)
+    )
 
-        def randomness(name: str) -> Randomness:
-            return SeededRandomness(seed, "audit", role, name, round)
 
-        if mechanism is None:
-            fit = self.game.config.student.private_fit
-            return fleet.fit(students, targets, fit, derive_seed(seed, "audit", role, round), done)
-        return fleet.train_private(students, targets, mechanism, randomness, done)
+def _draws(seed: int, role: str, round: int) -> Draws:
+    """What replays of one ``role`` draw in one round."""
 
-    def _fleet(self, shards: Sequence[LabelledSet], places: Sequence[int]) -> Fleet:
-        devices = tuple(
-            Device(f"replay-{place:04d}", shard, shard) for place, shard in zip(places, shards, strict=True)
-        )
-        return Fleet(devices, self.game.config.student)
+    def randomness(name: str) -> Randomness:
+        return SeededRandomness(seed, "audit", role, name, round)
+
+    return Draws(randomness, derive_seed(seed, "audit", role, round))
 
 
 _FORMAT = 3
@@ -354,7 +338,7 @@ class Cache:
         return json.dumps(rounds, sort_keys=True)
 
 
-def traces(side: DeviceSide, pool: Pool, cache: Cache, role: Role, models: int, report: Report) -> Traces:
+def traces(side: ReplayContext, pool: Pool, cache: Cache, role: Role, models: int, report: Report) -> Traces:
     """Replay ``models`` devices on halves of the pool, or read them back."""
     seed = cache.key.seed
     draw = flip_coins if role == "target" else draw_halves
@@ -375,12 +359,12 @@ def traces(side: DeviceSide, pool: Pool, cache: Cache, role: Role, models: int, 
     return Traces(inside, found["answers"], _floats(found["candidates"]), _floats(found["population"]))
 
 
-def others_answers(side: DeviceSide, cache: Cache, report: Report) -> Tensor:
+def others_answers(side: ReplayContext, cache: Cache, report: Report) -> Tensor:
     """What the run's other devices send in a replay on their own records ``[other, round, query, class]``.
 
-    Of those that fell silent in a round there is nothing in it: see `DeviceSide.beside`.
+    Of those that fell silent in a round there is nothing in it: see `ReplayContext.beside`.
     """
-    devices = side.game.scenario.devices
+    devices = side.run.scenario.devices
     chosen = [number for number in range(len(devices)) if number != cache.key.device]
 
     def compute() -> dict[str, Tensor]:
@@ -388,9 +372,7 @@ def others_answers(side: DeviceSide, cache: Cache, report: Report) -> Tensor:
         return {"answers": side.replay(shards, chosen, cache.key.seed, "other", report).answers}
 
     if not chosen:
-        exchanges = side.transcript.exchanges
-        query, classes = len(exchanges[0].queries), side.game.scenario.classes
-        return torch.zeros((0, len(exchanges), query, classes))
+        return torch.zeros((0, side.rounds, *side.question(0).prior.shape))
     records = _digest(*(devices[number].train for number in chosen))
     answers = cache.tensors({"what": "others", "records": records}, compute)["answers"]
     return side.beside(chosen, answers)

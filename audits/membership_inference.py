@@ -17,19 +17,18 @@ from audits.estimators import (
     tpr_at_fpr,
 )
 from audits.estimators.validation import Floats
-from audits.game import DEPLOYED, Cache, DeviceSide, GameKey, draw_pool, traces
+from audits.game import DEPLOYED, Cache, GameKey, ReplayContext, draw_pool, traces
 from audits.mechanisms.canaries import Scores, bound_many_trials, bound_one_run, dirac_scores
 from audits.requests import WIRES, MembershipRequest, attacks_of
 from audits.scoring import Signals, evidence_on_models, scores_of
 from audits.verdict import Finding, Refused
 from audits.views import LabelFinding, Replays, Wires
 from privkd.errors import ConfigError, InputError
-from privkd.federation import Game
+from privkd.prepared import Prepared, reopen_simulation
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
 from privkd.progress import Progress
-from privkd.reopening import reopened_simulation
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 from privkd.training.vectorised import train_cohort
@@ -68,8 +67,8 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
         InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
             lacks the view, or has too few records.
     """
-    game = reopened_simulation(folder, DEPLOYED)
-    views = views_of(game, request.view)
+    run = reopen_simulation(folder, DEPLOYED)
+    views = views_of(run, request.view)
     wanted = [
         (view, attack) for view in views for attack in attacks_of(view) if request.attack in ("all", attack)
     ]
@@ -78,35 +77,35 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
         known = {attack for view in views for attack in attacks_of(view)}
         known |= {LABELS for view in views if view in WIRES}
         raise ConfigError(f"attack={request.attack!r}: view {request.view} takes one of {sorted(known)}")
-    transcript = load_transcript(folder, game.blank()[0])
+    transcript = load_transcript(folder, run.cloud.untrained_teacher())
     if not transcript.exchanges:
         raise InputError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
     ledger = Ledger.load(folder.ledger_path)
     progress.stage("audit: distilling public students")
-    side = DeviceSide.of(game, transcript)
+    side = ReplayContext.of(run, transcript)
     audit = _Audit(side, folder, request, progress, each=1 - (1 - request.confidence) / max(1, len(wanted)))
     upper = ledger.spent(Unit.RECORD).high
     scored = tuple(audit.scored(view, attack) for view, attack in wanted)
     return MembershipReport(
         str(folder.path),
-        game.config.channel.kind,
+        run.config.channel.kind,
         tuple(audit.finding(scores, upper) for scores in scored),
         scored,
         tuple(audit.labels(view, ledger.spent(Unit.DEVICE).high) for view in guessed),
     )
 
 
-def views_of(game: Game, view: str) -> tuple[str, ...]:
+def views_of(run: Prepared, view: str) -> tuple[str, ...]:
     """The views asked for that the run has.
 
     Raises:
         ConfigError: the run does not have it.
     """
-    channel = game.config.channel.kind
+    channel = run.config.channel.kind
     wires = ("secure_sum", "secure_sum_colluding") if channel == "secure" else ("per_client_logits",)
-    if game.plan.votes is not None:
-        return _views_of_votes(game, view)
-    steps = () if game.mechanism is None else ("gradient",)
+    if run.plan.votes is not None:
+        return _views_of_votes(run, view)
+    steps = () if run.mechanism is None else ("gradient",)
     if view == "all":
         return (*wires, "student", *steps)
     if view in (*wires, "teacher", "student", *steps):
@@ -119,9 +118,9 @@ def views_of(game: Game, view: str) -> tuple[str, ...]:
     raise ConfigError(f"view={view!r}: {reason}")
 
 
-def _views_of_votes(game: Game, view: str) -> tuple[str, ...]:
+def _views_of_votes(run: Prepared, view: str) -> tuple[str, ...]:
     """What a vote shows is not replayed, nor what the teacher learned from it."""
-    views = ("student",) if game.mechanism is None else ("student", "gradient")
+    views = ("student",) if run.mechanism is None else ("student", "gradient")
     if view == "all":
         return views
     if view in views:
@@ -133,7 +132,12 @@ class _Audit:
     """One audit under way: what several views need is computed once."""
 
     def __init__(
-        self, side: DeviceSide, folder: RunFolder, request: MembershipRequest, progress: Progress, each: float
+        self,
+        side: ReplayContext,
+        folder: RunFolder,
+        request: MembershipRequest,
+        progress: Progress,
+        each: float,
     ) -> None:
         self._side = side
         self._request = request
@@ -161,7 +165,7 @@ class _Audit:
     def labels(self, view: str, upper: float) -> LabelFinding:
         """How much a view of the channel tells about devices' class histograms."""
         request = self._request
-        pool = draw_pool(self._side.game.scenario, request.device, "natural", request.seed)
+        pool = draw_pool(self._side.run.scenario, request.device, "natural", request.seed)
         return self._wires.labels(view, pool, request.targets, upper)
 
     def _replay_finding(self, scored: Scored, upper: float) -> Finding:
@@ -184,7 +188,7 @@ class _Audit:
     def _gradient(self, attack: str) -> Scored:
         """White box: gradient canaries through the run's own mechanism, over all of its steps."""
         self._progress.stage(f"audit: gradient ({attack})")
-        plan, mechanism = self._side.game.plan, self._side.game.mechanism
+        plan, mechanism = self._side.run.plan, self._side.run.mechanism
         assert mechanism is not None
         scores = dirac_scores(
             train_cohort,
@@ -198,7 +202,7 @@ class _Audit:
 
     def _gradient_finding(self, scored: Scored, upper: float) -> Finding:
         """The bound of the canaries' own game: one run, or each canary as a trial."""
-        scores, rate = Scores(scored.values, scored.inside), self._side.game.plan.sampling_rate
+        scores, rate = Scores(scored.values, scored.inside), self._side.run.plan.sampling_rate
         if scored.attack == ONE_RUN:
             lower = bound_one_run(scores, sampling_rate=rate, delta=self._delta, confidence=self._each)
             return self._finding(scored, lower, upper, "f_dp_one_run" if rate == 1 else "one_run")
@@ -231,14 +235,14 @@ class _Audit:
         if view == "teacher":
             signals, public = self._wires.teacher_signals(replays), side.transcript.exchanges[-1].teacher
         else:
-            starts = side.starts[-1]
+            starts = side.last_starts
             signals, public = _student_signals(replays), starts[self._request.device % len(starts)]
         return evidence_on_models(signals, replays.pool, public)
 
     @cached_property
     def _replays(self) -> Replays:
         request, side, advance = self._request, self._side, self._progress.advance
-        pool = draw_pool(side.game.scenario, request.device, request.canaries, request.seed)
+        pool = draw_pool(side.run.scenario, request.device, request.canaries, request.seed)
         self._progress.stage("audit: replaying the audited device")
         targets = traces(side, pool, self._cache, "target", request.targets, advance)
         self._progress.stage("audit: shadow devices")
@@ -247,7 +251,7 @@ class _Audit:
 
     @property
     def _delta(self) -> float:
-        return self._side.game.plan.delta
+        return self._side.run.plan.delta
 
 
 def _student_signals(replays: Replays) -> Signals:

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attacks.evidence import ChannelEvidence
 from attacks.release import label_distribution, label_divergence
 from audits.estimators.rates import mean_of
 from audits.estimators.validation import Floats
-from audits.game import Cache, DeviceSide, Pool, Report, Role, Traces, others_answers, shard_of
+from audits.game import Cache, Pool, ReplayContext, Report, Role, Traces, others_answers, shard_of
 from audits.scoring import Released, Signals
-from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel, Release, noise_variance
-from privkd.cloud import Knowledge, absorb, aggregate, project_on_simplex, targets_of
+from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel, noise_variance
+from privkd.cloud import project_on_simplex
 from privkd.config import FitConfig
 from privkd.data.scenario import LabelledSet
+from privkd.messages import Release
 from privkd.plan import Plan
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.randomness import derive_seed, seeded_generator
@@ -151,12 +151,18 @@ def _stacked(releases: Sequence[Release]) -> Floats:
     return np.stack([release.answers.numpy().astype(np.float64) for release in releases], axis=1)
 
 
-def absorbed_logits(
-    side: DeviceSide, released: Released, others: Floats, pool: Pool, cache: Cache, role: str, report: Report
+def learned_logits(
+    side: ReplayContext,
+    released: Released,
+    others: Floats,
+    pool: Pool,
+    cache: Cache,
+    role: str,
+    report: Report,
 ) -> tuple[Floats, Floats]:
     """Logits of each model's teacher after the last round ``[model, record, class]``.
 
-    Each teacher is the one that the run published in its last round, after it absorbed that round's
+    Each teacher is the one that the run published in its last round, after it learned from that round's
     release of the replayed device and of the others, with the run's releases of the rounds before in its
     memory. The teacher before is the same for all models and public. ``others`` are what the other devices
     released on their own ``[other, round, query, class]``, if the channel shows that.
@@ -168,7 +174,7 @@ def absorbed_logits(
     def compute() -> dict[str, Tensor]:
         candidates, population = [], []
         for model in range(len(released.answers)):
-            teacher = _absorb(side, _knowledge(side, released, others, model))
+            teacher = _learned(side, _last_release(side, released, others, model))
             candidates.append(logits_of(teacher, pool.candidates.inputs).cpu())
             population.append(logits_of(teacher, pool.population.inputs).cpu())
             report(model + 1, len(released.answers))
@@ -182,38 +188,22 @@ def _floats(values: Tensor) -> Floats:
     return np.asarray(values.to(torch.float64).numpy(), dtype=np.float64)
 
 
-def _absorb(side: DeviceSide, knowledge: Knowledge) -> nn.Module:
-    game, last = side.game, side.rounds - 1
+def _learned(side: ReplayContext, release: Release) -> nn.Module:
+    """The teacher after the last round, had ``release`` been what the channel released in it."""
+    last = side.rounds - 1
     teacher = copy.deepcopy(side.transcript.exchanges[last].teacher)
-    buffer = [*(_published(side, round) for round in range(last)), knowledge]
-    prior = F.softmax(logits_of(teacher, game.scenario.proxy), dim=-1)
-    targets = targets_of(buffer, prior, game.config.reverse)
-    generator = seeded_generator(game.config.seed, "absorb", last)
-    return absorb(teacher, targets, game.data, game.config.reverse, generator).teacher
+    before = [exchange.release for exchange in side.transcript.exchanges[:last]]
+    cloud = side.run.cloud
+    return cloud.update(teacher, cloud.targets(teacher, [*before, release]), last).teacher
 
 
-def _knowledge(side: DeviceSide, released: Released, others: Floats, model: int) -> Knowledge:
+def _last_release(side: ReplayContext, released: Released, others: Floats, model: int) -> Release:
+    """What the channel would have released in the last round with a replayed device in it."""
     last = side.rounds - 1
     answers = released.answers[model, last]
     if released.view == "per_client_logits":
         answers = np.concatenate([answers[None], others[:, last]])
-    return _learned(side, last, torch.from_numpy(answers), released.noise_std)
-
-
-def _published(side: DeviceSide, round: int) -> Knowledge:
-    """The run's own release of an earlier round."""
-    exchange = side.transcript.exchanges[round]
-    return _learned(side, round, exchange.answers, exchange.noise_std)
-
-
-def _learned(side: DeviceSide, round: int, answers: Tensor, noise_std: float) -> Knowledge:
-    found = aggregate(answers + _baseline(side, round), noise_std, side.game.config.reverse.aggregation)
-    return Knowledge(side.transcript.exchanges[round].queries, found.answers, found.noise_std)
-
-
-def _baseline(side: DeviceSide, round: int) -> Tensor:
-    baseline = side.baseline(round).cpu()
-    return baseline if side.game.config.channel.answers == "residuals" else torch.zeros_like(baseline)
+    return Release.to(side.question(last), torch.from_numpy(answers), released.noise_std, ())
 
 
 _FIT = FitConfig(steps=300, batch_size=64, learning_rate=5e-3)
@@ -227,7 +217,7 @@ FLOOR = 1e-4
 
 
 def surrogate_logits(
-    side: DeviceSide, released: Released, inputs: Tensor, seed: int, report: Callable[[int], None]
+    side: ReplayContext, released: Released, inputs: Tensor, seed: int, report: Callable[[int], None]
 ) -> Tensor:
     """Logits of one surrogate for each model ``[model, record, class]`` on ``inputs``, float32 on the CPU.
 
@@ -235,10 +225,10 @@ def surrogate_logits(
     ``KL(released || surrogate)``. All are trained as one vectorised program. Without noise it learns the last
     round's answers alone, which are one student's; noise is worth averaging over the students of all rounds.
     """
-    start = side.starts[-1][0]
+    start = side.last_starts[0]
     noisy = released.noise_std > 0
     rounds = range(side.rounds) if noisy else range(side.rounds - 1, side.rounds)
-    queries = torch.cat([side.queries(round) for round in rounds])
+    queries = torch.cat([side.question(round).inputs for round in rounds])
     unlabelled = torch.zeros(len(queries), dtype=torch.int64, device=inputs.device)
     logs = log_probabilities(side, released, FLOOR if noisy else released.resolution)
     targets = list(logs[:, list(rounds)].flatten(1, 2).to(inputs.device, torch.float32))
@@ -255,11 +245,10 @@ def surrogate_logits(
     return cohort_answers(models, inputs).cpu()
 
 
-def log_probabilities(side: DeviceSide, released: Released, floor: float) -> Tensor:
+def log_probabilities(side: ReplayContext, released: Released, floor: float) -> Tensor:
     """The releases' log-probabilities, at least ``log(floor)``: float64 ``[model, round, query, class]``."""
     answers = torch.from_numpy(released.answers)
-    if side.game.config.channel.answers == "residuals":
-        answers = answers + torch.stack([side.baseline(round).cpu() for round in range(side.rounds)])
+    answers = answers + torch.stack([side.question(round).baseline for round in range(side.rounds)])
     return project_on_simplex(answers).clamp_min(floor).log()
 
 
@@ -310,11 +299,11 @@ class UnevenDevices:
 
 
 def uneven_devices(
-    side: DeviceSide, pool: Pool, cache: Cache, role: str, devices: int, report: Report
+    side: ReplayContext, pool: Pool, cache: Cache, role: str, devices: int, report: Report
 ) -> UnevenDevices:
     """Replay devices whose class shares are drawn evenly from the simplex (Dirichlet's law, alpha 1)."""
     labels = pool.candidates.labels.cpu().numpy()
-    classes, seed = side.game.scenario.classes, derive_seed(cache.key.seed, "audit", "labels", role)
+    classes, seed = side.run.scenario.classes, derive_seed(cache.key.seed, "audit", "labels", role)
     inside = draw_uneven(labels, classes, devices, seed)
 
     def compute() -> dict[str, Tensor]:
@@ -393,7 +382,7 @@ class Replays:
 class Wires:
     """What the channel's views show; the other devices are replayed once for all of them."""
 
-    def __init__(self, side: DeviceSide, cache: Cache, progress: Progress) -> None:
+    def __init__(self, side: ReplayContext, cache: Cache, progress: Progress) -> None:
         self._side = side
         self._cache = cache
         self._seed = cache.key.seed
@@ -432,15 +421,15 @@ class Wires:
 
     def teacher_signals(self, replays: Replays) -> Signals:
         """The teacher after it learned from each replay's release."""
-        plan, root = self._side.game.plan, NoiseRoot.from_seed(derive_seed(self._seed, "audit", "rest"))
+        plan, root = self._side.run.plan, NoiseRoot.from_seed(derive_seed(self._seed, "audit", "rest"))
         rest = per_client(self._others, plan, root).answers if len(self._others) else self._others.numpy()
-        secure = self._side.game.config.channel.kind == "secure"
+        secure = self._side.run.config.channel.kind == "secure"
         view = "secure_sum" if secure else "per_client_logits"
 
         def absorbed(role: Role, models: Traces) -> tuple[Floats, Floats]:
             released = self._released(view, models.answers, role)
             self._progress.stage(f"audit: teachers of the {role}s")
-            return absorbed_logits(
+            return learned_logits(
                 self._side, released, rest, replays.pool, self._cache, role, self._progress.advance
             )
 
@@ -451,12 +440,12 @@ class Wires:
         return Signals(targets, shadows, seen, there, replays.shadows.inside)
 
     def _released(self, view: str, answers: Tensor, role: str) -> Released:
-        game = self._side.game
+        run = self._side.run
         root = NoiseRoot.from_seed(derive_seed(self._seed, "audit", "channel", role))
         if view == "per_client_logits":
-            return per_client(answers, game.plan, root, game.config.channel.kind)
+            return per_client(answers, run.plan, root, run.config.channel.kind)
         others = self._others[None].expand(len(answers), *self._others.shape)
-        crowd = Crowd(game.plan, game.config.channel.aggregators, others)
+        crowd = Crowd(run.plan, run.config.channel.aggregators, others)
         total = crowd.secure_sum(answers, root)
         return total if view == "secure_sum" else crowd.colluding(answers, total)
 

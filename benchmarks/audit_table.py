@@ -18,7 +18,7 @@ from audits.membership_inference import MembershipReport, audit_membership  # no
 from audits.report import report_tree  # noqa: E402
 from audits.requests import MembershipRequest  # noqa: E402
 from audits.verdict import Finding, Refused  # noqa: E402
-from privkd.config import RunConfig, load_config  # noqa: E402
+from privkd.config import Config, load_config  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
 from privkd.result import train  # noqa: E402
 from privkd.runs.folder import RunFolder  # noqa: E402
@@ -29,7 +29,7 @@ _BEST_KNOWN = {"student": "lira-online", "gradient": "canaries-many-trials"}
 """The attack whose rates a row shows; elsewhere it is distillation LiRA. Chosen after small runs."""
 
 
-def config_of(args: argparse.Namespace, channel: str, epsilon: str) -> RunConfig:
+def config_of(args: argparse.Namespace, channel: str, epsilon: str) -> Config:
     """The settings of one run."""
     settings = {
         "data.source": args.data,

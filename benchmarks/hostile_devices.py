@@ -5,11 +5,10 @@ past any clipping of their own. The table holds the teacher's accuracy on the te
 """
 
 import argparse
-import hashlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,12 +17,18 @@ from torch.nn import functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from privkd.channels.channel import ChannelBase, PlainChannel, Release  # noqa: E402
+from privkd.channels.channel import Channel, PlainChannel  # noqa: E402
 from privkd.cloud import RULES  # noqa: E402
 from privkd.config import load_config  # noqa: E402
-from privkd.federation import Game, open_game  # noqa: E402
+from privkd.federation import Federation  # noqa: E402
+from privkd.messages import Question, Release, Task  # noqa: E402
+from privkd.plan import budgets  # noqa: E402
+from privkd.prepared import prepare  # noqa: E402
 from privkd.privacy.events import PrivacyEvent  # noqa: E402
+from privkd.privacy.ledger import Ledger  # noqa: E402
+from privkd.progress import Silent  # noqa: E402
 from privkd.runs.checkpoint import State  # noqa: E402
+from privkd.runs.fingerprints import UNKEPT  # noqa: E402
 
 
 def wrong(honest: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ ATTACKS: Mapping[str, Attack] = {
 }
 
 
-class HostileChannel(ChannelBase):
+class HostileChannel(Channel):
     """The plain channel, with the blocks of the last ``hostile`` devices replaced on the wire."""
 
     def __init__(self, clip_norm: float, attack: Attack, hostile: int) -> None:
@@ -71,9 +76,9 @@ class HostileChannel(ChannelBase):
         """As of the plain channel."""
         return self._inner.event
 
-    def release(self, answers: Tensor, *, devices: Sequence[str], round: int) -> Release:
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[str]) -> Release:
         """What the cloud receives."""
-        found = self._inner.release(answers, devices=devices, round=round)
+        found = self._inner.carry(question, answers, devices)
         if not self._hostile:
             return found
         honest = found.answers[: len(devices) - self._hostile]
@@ -82,46 +87,47 @@ class HostileChannel(ChannelBase):
 
 
 @dataclass(frozen=True)
-class Remembering(Game):
-    """The same rounds; students of a teacher that was published before are not trained again."""
+class Remembering(Federation):
+    """The same rounds; students of a task that was published before are not trained again."""
 
-    known: dict[tuple[int, bytes], list[nn.Module]] = field(default_factory=dict)
+    known: dict[str, list[nn.Module]] = field(default_factory=dict)
 
-    def _train_students(self, teacher: nn.Module, before: Sequence[nn.Module], round: int) -> list[nn.Module]:
-        weights = b"".join(tensor.numpy().tobytes() for tensor in teacher.state_dict().values())
-        key = round, hashlib.sha256(weights).digest()
-        if key not in self.known:
-            self.known[key] = super()._train_students(teacher, before, round)
-        return self.known[key]
+    def _train(self, task: Task, before: Sequence[nn.Module]) -> list[nn.Module]:
+        if task.digest not in self.known:
+            self.known[task.digest] = super()._train(task, before)
+        return self.known[task.digest]
 
 
 @dataclass(frozen=True)
 class Seed:
-    """One seed's game, and its state before the first round."""
+    """One seed's run, and its state before the first round."""
 
-    game: Remembering
+    run: Remembering
     begun: State
 
     @classmethod
     def of(cls, seed: int, asked: argparse.Namespace) -> "Seed":
-        """Open the game, and train the teacher on public data."""
+        """Prepare the run, and train the teacher on public data."""
         settings = ["channel.kind=plain", "data.device_test_records=0", f"privacy.epsilon={asked.epsilon}",
                     f"teacher.model={asked.teacher}"]  # fmt: skip
         sizes = {"seed": seed, "data.devices": asked.devices, "rounds": asked.rounds}
         config = load_config(None, settings, sizes)
-        opened = open_game(config)
-        game = Remembering(**{each.name: getattr(opened, each.name) for each in fields(opened)})
-        return cls(game, game.begin())
+        prepared = prepare(config)
+        channel, ledger = PlainChannel(prepared.plan.clip_norm), Ledger(None, budgets(config))
+        run = Remembering(prepared, ledger, channel, Silent(), UNKEPT)
+        return cls(run, run.begin())
 
     def accuracies(self, rule: str, attack: Attack, share: float) -> tuple[float, float]:
         """Of the teacher and of the control with zero devices, after all rounds."""
-        config, plan = self.game.config, self.game.plan
-        reverse = config.reverse.model_copy(update={"aggregation": rule})
+        prepared = self.run.prepared
+        cloud, plan = prepared.cloud, prepared.plan
+        reverse = cloud.config.reverse.model_copy(update={"aggregation": rule})
+        cloud = replace(cloud, config=cloud.config.model_copy(update={"reverse": reverse}))
         channel = HostileChannel(plan.clip_norm, attack, round(share * plan.devices))
-        game = replace(self.game, config=config.model_copy(update={"reverse": reverse}), channel=channel)
-        state = self.begun
+        run = replace(self.run, prepared=replace(prepared, cloud=cloud), channel=channel)
+        state, students = self.begun, tuple[nn.Module, ...]()
         for _ in range(plan.rounds):
-            state = game.play(state)
+            state, students = run.play(state, students)
         return state.figures[-1].teacher, state.figures[-1].control
 
 

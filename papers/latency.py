@@ -9,9 +9,8 @@ from torch import nn
 from privkd.export.export import Artefact, export_model, raw_of
 from privkd.export.formats import format_named, suffix_of
 from privkd.latency import latencies_ms
-from privkd.reopening import reopened_simulation
+from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 from privkd.runs.folder import RunFolder
-from privkd.students import HELD_BY_DEVICES, finished_state
 
 _TURNS = 501
 
@@ -23,15 +22,15 @@ def latency_figures(folder: RunFolder, form: str) -> Mapping[str, float]:
         PrivkdError: as `privkd.export.export.export_student` does.
     """
     writer = format_named(form)
-    game = reopened_simulation(folder, HELD_BY_DEVICES)
-    state = finished_state(game, folder)
-    records, divisor = game.scenario.public.inputs, game.scenario.divisor
+    prepared = reopen_simulation(folder, HELD_BY_DEVICES)
+    done = finished(prepared, folder)
+    records, divisor = prepared.scenario.public.inputs, prepared.scenario.divisor
     with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
 
         def exported(name: str, model: nn.Module) -> Artefact:
             return export_model(model, records, divisor, form, Path(place) / f"{name}{suffix_of(form)}")
 
-        student, teacher = exported("student", state.students[0]), exported("teacher", state.teacher)
+        student, teacher = exported("student", done.students[0]), exported("teacher", done.state.teacher)
         raw = raw_of(records[:1].cpu(), divisor)
         student_ms, teacher_ms = latencies_ms(
             *((writer.load(Path(artefact.file)), raw) for artefact in (student, teacher)), turns=_TURNS

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from privkd.data.scenario import Device
-from privkd.delivery import deliver
 from privkd.errors import RunError
+from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 from privkd.privacy.randomness import seeded_layers
 from privkd.progress import Silent
-from privkd.reopening import reopened_simulation
 from privkd.runs.folder import RunFolder
-from privkd.students import HELD_BY_DEVICES, finished_state
 from privkd.training.fit import accuracy
 
 
@@ -27,16 +25,17 @@ def personal_figures(folder: RunFolder) -> Mapping[str, float]:
     Raises:
         RunError: the run is not finished, or no device has test records.
     """
-    game = reopened_simulation(folder, HELD_BY_DEVICES)
-    state = finished_state(game, folder)
-    devices = [number for number, device in enumerate(game.scenario.devices) if len(device.test)]
+    prepared = reopen_simulation(folder, HELD_BY_DEVICES)
+    done = finished(prepared, folder)
+    state = done.state
+    devices = [number for number, device in enumerate(prepared.scenario.devices) if len(device.test)]
     if not devices:
         raise RunError(f"{folder.path}: no device has test records; set data.device_test_records")
-    tested = [game.scenario.devices[number] for number in devices]
-    own = _accuracies(deliver(game, state, devices, Silent()), tested)
-    trained = _accuracies([state.students[number] for number in devices], tested)
-    with seeded_layers(game.config.seed, "global"):
-        shared = game.public_students(state.teacher, round=state.round)[0]
+    tested = [prepared.scenario.devices[number] for number in devices]
+    own = _accuracies(prepared.personalised(done, devices, Silent()), tested)
+    trained = _accuracies([done.students[number] for number in devices], tested)
+    with seeded_layers(prepared.config.seed, "global"):
+        shared = prepared.cloud.public_students(state.teacher, round=state.round)[0]
     return {
         "personal.student": statistics.fmean(own),
         "personal.trained": statistics.fmean(trained),

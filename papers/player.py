@@ -12,9 +12,9 @@ import tomli_w
 
 from papers.probes import Effort, Probe
 from papers.study import Case, Scale
-from privkd.config import RunConfig, config_tree, load_config
+from privkd.config import Config, config_tree, load_config
 from privkd.errors import RunError
-from privkd.federation import open_game
+from privkd.prepared import prepare
 from privkd.progress import Progress
 from privkd.result import plain, train
 from privkd.runs.fingerprints import check_files
@@ -71,7 +71,7 @@ class Player:
         return figures
 
 
-def config_of(case: Case, scale: Scale, seed: int, data_dir: Path | None) -> RunConfig:
+def config_of(case: Case, scale: Scale, seed: int, data_dir: Path | None) -> Config:
     """The settings of one run.
 
     Raises:
@@ -83,7 +83,7 @@ def config_of(case: Case, scale: Scale, seed: int, data_dir: Path | None) -> Run
     return load_config(None, case.settings_on(scale), settings)
 
 
-def folder_name(config: RunConfig) -> str:
+def folder_name(config: Config) -> str:
     """A name that equal settings share."""
     digest = hashlib.sha256(tomli_w.dumps(config_tree(config)).encode()).hexdigest()[:_DIGEST]
     return f"{Path(config.data.source).name}-seed{config.seed}-{digest}"
@@ -110,12 +110,12 @@ def flat(tree: Any, prefix: str = "") -> Mapping[str, float]:
     return found
 
 
-def _opened(path: Path, config: RunConfig) -> RunFolder:
+def _opened(path: Path, config: Config) -> RunFolder:
     if (path / "journal.jsonl").is_file() and (path / "config.toml").is_file():
         return RunFolder.resume(path)
     # Bad data or models fail here, and a lack of CrypTen, before a run folder exists.
     check_channel(config.channel)
-    open_game(config)
+    prepare(config)
     return RunFolder.create(path, config)
 
 

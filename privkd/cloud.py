@@ -14,39 +14,27 @@ between honest answers as long as fewer than half of the devices are hostile.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.config import FitConfig, ReverseConfig
+from privkd.config import Config, FitConfig, ModelConfig, ReverseConfig
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ChannelError, InputError
+from privkd.messages import Question, Release, Task
 from privkd.models.features import Parted
+from privkd.models.zoo import build
+from privkd.plan import Plan
 from privkd.plugins import Registry
+from privkd.privacy.randomness import derive_seed, seeded_generator, seeded_layers
+from privkd.training.dpsgd import Mechanism, check_records_apart, check_trainable, with_capped_learning_rate
 from privkd.training.fit import accuracy, fit, logits_of
 from privkd.training.losses import ReverseWeights, divergence, reverse_loss, soft_targets
-
-AnswerKind = Literal["probabilities", "votes", "residuals"]
-
-
-def bounded_answers(logits: Tensor, teacher_probabilities: Tensor, kind: AnswerKind) -> Tensor:
-    """What each device sends, bounded: a row's L2 norm is at most 1, or sqrt(2) for residuals.
-
-    Args:
-        logits: the students', ``[device, query, class]``.
-        teacher_probabilities: the published teacher's, ``[query, class]``.
-        kind: ``probabilities``, ``votes`` (one-hot first choices) or ``residuals`` (probabilities less
-            the teacher's).
-    """
-    if kind == "votes":
-        votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float32)
-        # As a probability would: a channel then sends zeros for the device.
-        return torch.where(logits.isfinite().all(-1, keepdim=True), votes, torch.nan)
-    probabilities = F.softmax(logits, dim=-1)
-    return probabilities - teacher_probabilities if kind == "residuals" else probabilities
+from privkd.training.proof import Probe, check_apart
 
 
 def choose_queries(
@@ -99,22 +87,6 @@ def shrink(noisy: Tensor, prior: Tensor, noise_variance: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """One release as the cloud keeps it: re-using it is free.
-
-    Attributes:
-        queries: proxy indices, int64 ``[query]``.
-        answers: noisy mean probabilities, unbounded under noise, or labels, ``[query, class]``. A row of
-            zeros is a query that was not answered: a vote without consensus.
-        noise_std: known standard deviation of the noise on each entry.
-    """
-
-    queries: Tensor
-    answers: Tensor
-    noise_std: float
-
-
-@dataclass(frozen=True)
 class Targets:
     """What the teacher is asked to learn.
 
@@ -131,12 +103,12 @@ class Targets:
     prior: Tensor
 
 
-def targets_of(buffer: Sequence[Knowledge], prior: Tensor, config: ReverseConfig) -> Targets:
+def targets_of(buffer: Sequence[Release], prior: Tensor, config: ReverseConfig) -> Targets:
     """Combine the releases in ``buffer``, oldest first, into targets.
 
-    Per query the releases are averaged with weights ``memory ** age``, shrunk toward ``prior`` by the
-    known noise variance, projected on the simplex, and only then sharpened: sharpening first would
-    amplify the noise.
+    Of each release the devices' answers are aggregated first: see `aggregate`, which raises. Per query the
+    releases are averaged with weights ``memory ** age``, shrunk toward ``prior`` by the known noise variance,
+    projected on the simplex, and only then sharpened: sharpening first would amplify the noise.
 
     Args:
         buffer: at least one release.
@@ -149,14 +121,14 @@ def targets_of(buffer: Sequence[Knowledge], prior: Tensor, config: ReverseConfig
     total = torch.zeros(len(prior), dtype=torch.float64)
     sums = torch.zeros(prior.shape, dtype=torch.float64)
     variances = torch.zeros(len(prior), dtype=torch.float64)
-    for age, knowledge in zip(range(len(buffer) - 1, -1, -1), buffer, strict=True):
+    for age, release in zip(range(len(buffer) - 1, -1, -1), buffer, strict=True):
         weight = config.memory**age
-        answers = knowledge.answers.to("cpu", torch.float64)
-        answered = (answers != 0).any(-1)
-        queries = knowledge.queries[answered]
+        found = aggregate(release.answers + release.baseline, release.noise_std, config.aggregation)
+        answered = (found.answers != 0).any(-1)
+        queries = release.queries[answered]
         total[queries] += weight
-        sums[queries] += weight * answers[answered]
-        variances[queries] += (weight * knowledge.noise_std) ** 2
+        sums[queries] += weight * found.answers[answered]
+        variances[queries] += (weight * found.noise_std) ** 2
     queries = torch.nonzero(total > 0).flatten()
     noise_variance = variances[queries] / total[queries].square()
     prior_there = prior.to("cpu", torch.float64)[queries]
@@ -201,7 +173,7 @@ _SHARES = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
-class Absorbed:
+class Update:
     """A teacher after an update, and the share of the update that the gate let through, 0 for none."""
 
     teacher: nn.Module
@@ -244,19 +216,19 @@ def distil_public(
     return parted.rejoined(fit(parted.rest, loss, records=len(inputs), config=config, generator=generator))
 
 
-def absorb(
+def learn(
     teacher: nn.Module,
     targets: Targets,
     data: PublicData,
     config: ReverseConfig,
     generator: torch.Generator,
-) -> Absorbed:
+) -> Update:
     """The teacher after learning ``targets``, unless its public validation accuracy would fall.
 
     Without any targets the teacher stays as it is.
     """
     if not len(targets.queries):
-        return Absorbed(teacher, 0.0)
+        return Update(teacher, 0.0)
     weights = ReverseWeights(config.trust, config.anchor)
     device = data.train.labels.device
 
@@ -278,7 +250,7 @@ def absorb(
     return gate(teacher, proposal, data.validation, config.tolerance)
 
 
-def gate(old: nn.Module, proposal: nn.Module, validation: LabelledSet, tolerance: float) -> Absorbed:
+def gate(old: nn.Module, proposal: nn.Module, validation: LabelledSet, tolerance: float) -> Update:
     """The largest part of an update that does not lower the public validation accuracy, or none of it.
 
     Tried are the whole update, then the halfway and quarter-way points between the old weights and the
@@ -291,13 +263,13 @@ def gate(old: nn.Module, proposal: nn.Module, validation: LabelledSet, tolerance
         tolerance: a fall in accuracy that is still accepted.
     """
     if not len(validation):
-        return Absorbed(proposal, 1.0)
+        return Update(proposal, 1.0)
     before = accuracy(old, validation.inputs, validation.labels)
     for share in _SHARES:
         candidate = between(old, proposal, share)
         if accuracy(candidate, validation.inputs, validation.labels) >= before - tolerance - 1e-9:
-            return Absorbed(candidate, share)
-    return Absorbed(old, 0.0)
+            return Update(candidate, share)
+    return Update(old, 0.0)
 
 
 @torch.no_grad()
@@ -410,3 +382,142 @@ def register(name: str) -> Callable[[R], R]:
         return rule
 
     return enter
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The cloud's side of a run: all that it holds is public, but what was released to it.
+
+    Attributes:
+        config: of the run.
+        plan: of the run.
+        data: all that it holds.
+        probe: public records on which models are proved.
+        classes: number of classes.
+    """
+
+    config: Config
+    plan: Plan
+    data: PublicData
+    probe: Probe
+    classes: int
+    _distilled: dict[int, tuple[nn.Module, tuple[nn.Module, ...]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def untrained_teacher(self) -> nn.Module:
+        """A teacher as it is before it learned anything."""
+        return self._build(self.config.teacher.model, "teacher")
+
+    def untrained_students(self) -> list[nn.Module]:
+        """A student of each architecture that is dealt, as it is before it learned anything."""
+        models = self.config.student.models[: self.plan.devices]
+        return [self._build(model, "student", number) for number, model in enumerate(models)]
+
+    def check_models(self) -> None:
+        """Prove that the teacher can be built and every student trained privately, before anything is spent.
+
+        Raises:
+            ConfigError: a name is unknown.
+            ModelError: a model cannot be built, or a layer is unsupported; the message names the cure.
+        """
+        teacher = self.untrained_teacher()
+        if self.config.student.alpha and self.mechanism is not None:
+            check_apart(teacher.eval(), self.probe, "teacher")
+        for student in self.untrained_students():
+            check_trainable(
+                student,
+                input_shape=self.input_shape,
+                classes=self.classes,
+                recipe=self.config.student.dp,
+                probe=self.probe,
+            )
+
+    def check_records_apart(self, task: Task) -> None:
+        """Prove once more, at a round's weights, that neither its teacher nor its students mix records.
+
+        Raises:
+            ModelError: one does.
+        """
+        if self.config.student.alpha:
+            check_apart(copy.deepcopy(task.teacher).eval(), self.probe, "teacher")
+        for student in task.starts:
+            check_records_apart(student, self.config.student.dp.part, self.probe)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the record axis."""
+        return tuple(self.data.train.inputs.shape[1:])
+
+    @cached_property
+    def mechanism(self) -> Mechanism | None:
+        """DP-SGD of one round, or ``None`` where the run asks for no DP."""
+        plan, student = self.plan, self.config.student
+        if plan.noise_multiplier == 0:
+            return None
+        return Mechanism(
+            with_capped_learning_rate(student.dp, plan.noise_multiplier, plan.expected_batch_size),
+            plan.noise_multiplier,
+            plan.expected_batch_size,
+            student.alpha,
+            student.temperature,
+            self.probe,
+        )
+
+    def trained_teacher(self) -> nn.Module:
+        """The first teacher, trained on public labelled data."""
+        fit, generator = self.config.teacher.fit, self._generator("teacher")
+        return train_teacher(self.untrained_teacher(), self.data.train, fit, generator)
+
+    def public_students(self, teacher: nn.Module, *, round: int) -> tuple[nn.Module, ...]:
+        """A student of each architecture, distilled on public data from the ``teacher`` of ``round``.
+
+        The last ones are kept for who asks again.
+        """
+        known = self._distilled.get(round)
+        if known is None or known[0] is not teacher:
+            student, generator = self.config.student, partial(self._generator, "distil", round)
+            with seeded_layers(self.config.seed, "distil", round):
+                students = tuple(
+                    distil_public(
+                        fresh, teacher, self.data, student.temperature, student.public_fit, generator(number)
+                    )
+                    for number, fresh in enumerate(self.untrained_students())
+                )
+            self._distilled.clear()
+            known = self._distilled[round] = (teacher, students)
+        return copy.deepcopy(known[1])
+
+    def publish(self, teacher: nn.Module, round: int) -> Task:
+        """What all devices are to do in ``round``: learn from ``teacher``, and answer.
+
+        Where devices go on with their own students, they are given new ones in the first round alone.
+        """
+        given = round == 0 or self.config.student.start == "teacher"
+        starts = self.public_students(teacher, round=round) if given else ()
+        return Task(teacher, starts, self.config.student, self.mechanism, self.question(teacher, round))
+
+    def question(self, teacher: nn.Module, round: int) -> Question:
+        """What the devices are asked about, chosen by the teacher's own answers alone."""
+        reverse, logits = self.config.reverse, logits_of(teacher, self.data.proxy)
+        generator = self._generator("queries", round)
+        queries = choose_queries(logits, self.plan.queries, reverse.selection, generator)
+        prior = F.softmax(logits[queries], dim=-1)
+        return Question(round, queries, self.data.proxy[queries], prior, self.config.channel.sends)
+
+    def targets(self, teacher: nn.Module, releases: Sequence[Release]) -> Targets:
+        """What ``teacher`` is asked to learn of all releases so far; raises as `aggregate`."""
+        prior = F.softmax(logits_of(teacher, self.data.proxy), dim=-1)
+        return targets_of(releases, prior, self.config.reverse)
+
+    def update(self, teacher: nn.Module, targets: Targets, round: int) -> Update:
+        """``teacher`` after learning ``targets`` in ``round``."""
+        return learn(teacher, targets, self.data, self.config.reverse, self._generator("absorb", round))
+
+    def _build(self, model: ModelConfig, *purpose: str | int) -> nn.Module:
+        seed = derive_seed(self.config.seed, "init", *purpose)
+        built = build(model, input_shape=self.input_shape, classes=self.classes, seed=seed)
+        return built.to(self.data.proxy.device)
+
+    def _generator(self, *purpose: str | int) -> torch.Generator:
+        return seeded_generator(self.config.seed, *purpose)

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.errors import ConfigError
 from privkd.plugins import load_plugins
 from privkd.secure.installed import check_channel
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.federation import ClosingAudit, Game
+    from privkd.federation import ClosingAudit
+    from privkd.prepared import Prepared
     from privkd.runs.folder import RunFolder
 
 
@@ -55,20 +56,20 @@ def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
     _start(config, request, audit)
 
 
-def _start(config: RunConfig, request: TrainRequest, audit: "ClosingAudit") -> None:
+def _start(config: Config, request: TrainRequest, audit: "ClosingAudit") -> None:
     check_channel(config.channel)
     from privkd.console import print_folder, print_taken
     from privkd.data.constants import PUBLIC_SOURCES
-    from privkd.federation import open_game
+    from privkd.prepared import prepare
     from privkd.runs.folder import RunFolder, default_folder
 
     # Bad data, models or budgets fail here, before a run folder exists.
-    game = open_game(config)
+    prepared = prepare(config)
     with RunFolder.create(request.out or default_folder(), config) as folder:
         print_folder(folder.path)
         if config.data.source not in PUBLIC_SOURCES:
-            print_taken(game.plan.taken)
-        _run(folder, game, audit, as_json=request.json)
+            print_taken(prepared.plan.taken)
+        _run(folder, prepared, audit, as_json=request.json)
 
 
 def _resume(request: TrainRequest, path: Path, audit: "ClosingAudit") -> None:
@@ -82,15 +83,17 @@ def _resume(request: TrainRequest, path: Path, audit: "ClosingAudit") -> None:
         _run(folder, None, audit, as_json=request.json)
 
 
-def _run(folder: "RunFolder", game: "Game | None", audit: "ClosingAudit", *, as_json: bool) -> None:
-    """Start ``game``, or go on with the folder's run where there is none."""
+def _run(folder: "RunFolder", prepared: "Prepared | None", audit: "ClosingAudit", *, as_json: bool) -> None:
+    """Start ``prepared``, or go on with the folder's run where there is none."""
     from privkd.console import print_result, progress_on_stderr
     from privkd.result import raise_crossed, result_tree
     from privkd.result import train as run_training
 
     with progress_on_stderr() as progress:
-        resumed = game is None
-        result = run_training(folder.config, folder, progress, resumed=resumed, game=game, audit=audit)
+        resumed = prepared is None
+        result = run_training(
+            folder.config, folder, progress, resumed=resumed, prepared=prepared, audit=audit
+        )
     if as_json:
         print_json(result_tree(result))
     else:
@@ -98,9 +101,9 @@ def _run(folder: "RunFolder", game: "Game | None", audit: "ClosingAudit", *, as_
     raise_crossed(result)
 
 
-def _forecast(config: RunConfig, *, as_json: bool) -> None:
+def _forecast(config: Config, *, as_json: bool) -> None:
     from privkd.console import print_forecast
-    from privkd.forecast import forecast
+    from privkd.prepared import forecast
     from privkd.result import plain
 
     found = forecast(config)

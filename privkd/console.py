@@ -11,7 +11,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from privkd.forecast import Forecast
+from privkd.prepared import Forecast
 from privkd.privacy.events import Unit
 from privkd.progress import Progress
 from privkd.result import Result

@@ -6,20 +6,18 @@ beside the run itself, so their figures are not covered by its ledger, and a dep
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.cloud import PublicData, Targets, absorb
-from privkd.config import ReverseConfig
+from privkd.cloud import Cloud, Targets
 from privkd.data.scenario import Device, LabelledSet
-from privkd.engines.simulation import Fleet
+from privkd.engines.simulation import Simulation
 from privkd.privacy.randomness import SeededRandomness, derive_seed
 from privkd.progress import Progress
-from privkd.training.dpsgd import Mechanism, quieted
+from privkd.training.dpsgd import Mechanism, with_capped_learning_rate
 from privkd.training.fit import accuracy, logits_of
 
 _MEASURED = 20
@@ -38,7 +36,7 @@ class Controls:
 
 
 def measure_controls(
-    fleet: Fleet,
+    simulation: Simulation,
     fresh: Sequence[nn.Module],
     mechanism: Mechanism | None,
     *,
@@ -50,7 +48,7 @@ def measure_controls(
     """Train each device's student from scratch, directly on its labels.
 
     Args:
-        fleet: the devices.
+        simulation: the devices.
         fresh: untrained students, one for each device.
         mechanism: of one round of the run, whose noise multiplier and samples are spent over all
             ``rounds`` at once; ``None`` without DP.
@@ -60,10 +58,10 @@ def measure_controls(
         seed: of the batches, samples and noise.
         progress: told of each device.
     """
-    total = len(fleet.devices)
+    total = len(simulation.devices)
     progress.stage("control: students trained directly")
-    once = fleet.config.private_fit
-    direct = fleet.fit(
+    once = simulation.config.private_fit
+    direct = simulation.fit(
         fresh,
         None,
         once.model_copy(update={"steps": once.steps * rounds}),
@@ -74,18 +72,20 @@ def measure_controls(
     if mechanism is None:
         return Controls(direct_accuracy, None)
     progress.stage("control: students trained directly with DP-SGD")
-    recipe = fleet.config.direct_dp.model_copy(
+    recipe = simulation.config.direct_dp.model_copy(
         update={
             "steps": mechanism.recipe.steps * rounds,
             "sampling_rate": mechanism.recipe.sampling_rate,
         }
     )
-    private = fleet.train_private(
+    private = simulation.train_private(
         fresh,
         None,
         replace(
             mechanism,
-            recipe=quieted(recipe, mechanism.noise_multiplier, mechanism.expected_batch_size),
+            recipe=with_capped_learning_rate(
+                recipe, mechanism.noise_multiplier, mechanism.expected_batch_size
+            ),
         ),
         lambda name: SeededRandomness(seed, "direct", name),
         lambda n: progress.advance(n, total),
@@ -120,7 +120,7 @@ def personal_accuracy(students: Sequence[nn.Module], devices: Sequence[Device]) 
 
 
 @dataclass(frozen=True)
-class ZeroDevices:
+class NoDeviceTeachers:
     """Two teachers that learn as long as the run's, on the same batches and behind the same gate, but from no
     device.
 
@@ -136,25 +136,18 @@ class ZeroDevices:
     self_distilled: nn.Module
     labels_only: nn.Module
 
-    def after(
-        self,
-        queries: Tensor,
-        data: PublicData,
-        config: ReverseConfig,
-        generator: Callable[[], torch.Generator],
-    ) -> "ZeroDevices":
-        """Both after one more update.
+    def after(self, cloud: Cloud, queries: Tensor, round: int) -> "NoDeviceTeachers":
+        """Both after one more update, in ``round``.
 
         Args:
+            cloud: that of the run.
             queries: proxy indices that the run's teacher learns from, int64 ``[query]``.
-            data: all that the cloud holds.
-            config: as for the run's teacher.
-            generator: gives the update's batches, each time from their beginning.
+            round: from 0.
         """
 
         def learned(teacher: nn.Module, weight: float) -> nn.Module:
-            own = F.softmax(logits_of(teacher, data.proxy[queries]), dim=-1)
+            own = F.softmax(logits_of(teacher, cloud.data.proxy[queries]), dim=-1)
             targets = Targets(queries, own, own.new_full((len(queries),), weight), own)
-            return absorb(teacher, targets, data, config, generator()).teacher
+            return cloud.update(teacher, targets, round).teacher
 
-        return ZeroDevices(learned(self.self_distilled, 1.0), learned(self.labels_only, 0.0))
+        return NoDeviceTeachers(learned(self.self_distilled, 1.0), learned(self.labels_only, 0.0))

@@ -2,7 +2,7 @@
 
 import os
 
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.votes import VoteRule
@@ -10,7 +10,7 @@ from privkd.runs.folder import RunFolder
 from privkd.secure.remote import ServiceOptions
 
 
-def noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:
+def noise_root(config: Config, folder: RunFolder) -> NoiseRoot:
     """Where the run's protective noise comes from: the seed in a simulation, else a secret of the folder.
 
     Raises:
@@ -22,7 +22,7 @@ def noise_root(config: RunConfig, folder: RunFolder) -> NoiseRoot:
 
 
 def service_options(
-    config: RunConfig, folder: RunFolder, roster: tuple[PartyId, ...], votes: VoteRule | None = None
+    config: Config, folder: RunFolder, roster: tuple[PartyId, ...], votes: VoteRule | None = None
 ) -> ServiceOptions | None:
     """How to reach the secure channel's services, if the run goes through any. Raises as `noise_root`.
 

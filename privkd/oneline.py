@@ -1,11 +1,16 @@
-"""The command line's manners: errors in one line with an exit code and no traceback, help, the version."""
+"""The command line's manners: errors in one line with an exit code and no traceback, options that are
+settings, help, the version."""
 
+import inspect
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from privkd.options import OPTIONS
 
 _INTERRUPTED = 130
 
@@ -26,6 +31,39 @@ class OneLineErrors(TyperGroup):
         if code == _INTERRUPTED:
             _say("stopped; nothing more was spent, and --resume goes on with the run")
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these short names where its parameter ``settings`` stands.
+
+    That parameter gets what was typed of them, as text by dotted name.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def typed(**given: Any) -> None:
+            settings = {OPTIONS[name].setting: given.pop(name) for name in names}
+            command(settings={name: text for name, text in settings.items() if text is not None}, **given)
+
+        signature = inspect.signature(command)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            parameters += map(_parameter, names) if parameter.name == "settings" else [parameter]
+        typed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return typed
+
+    return decorated
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    option = OPTIONS[name]
+    typed = list[str] if option.many else str
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Option(None, option.flag, help=option.help),
+        annotation=typed | None,
+    )
 
 
 def help_alone(context: typer.Context) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
 from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
@@ -95,7 +95,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
 
-def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
+def make_plan(config: Config, facts: PublicFacts) -> Plan:
     """Calibrate the noise so that the whole run, all rounds together, stays within its budgets.
 
     Raises:
@@ -152,7 +152,7 @@ def make_plan(config: RunConfig, facts: PublicFacts) -> Plan:
     )
 
 
-def budgets(config: RunConfig) -> tuple[Budget, Budget]:
+def budgets(config: Config) -> tuple[Budget, Budget]:
     """The most that one device's records, and one device, may spend over the whole run."""
     privacy = config.privacy
     device = math.inf if privacy.device_epsilon is None else privacy.device_epsilon
@@ -166,14 +166,14 @@ _NO_NOISE = {
 }
 
 
-def _rho(config: RunConfig) -> float | None:
+def _rho(config: Config) -> float | None:
     epsilon = config.privacy.device_epsilon
     if epsilon is None or math.isinf(epsilon):
         return None
     return calibrate_rho(epsilon=epsilon, delta=config.privacy.delta, releases=config.rounds)
 
 
-def _check_false_alarms(config: RunConfig, rho: float | None) -> None:
+def _check_false_alarms(config: Config, rho: float | None) -> None:
     """Raise `ConfigError` where the norm check's false alarms, which no charge covers, come near delta."""
     if rho is None or not config.channel.norm_projections:
         return
@@ -186,7 +186,7 @@ def _check_false_alarms(config: RunConfig, rho: float | None) -> None:
         )
 
 
-def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:
+def _queries(config: Config, rho: float | None, facts: PublicFacts) -> int:
     if config.reverse.queries is not None:
         return config.reverse.queries
     if rho is None:
@@ -203,7 +203,7 @@ def _queries(config: RunConfig, rho: float | None, facts: PublicFacts) -> int:
     return min(max(_FEWEST_UNDER_NOISE, clear), _MOST_UNDER_NOISE)
 
 
-def _clear_means(config: RunConfig, rho: float, devices: int) -> int:
+def _clear_means(config: Config, rho: float, devices: int) -> int:
     """The most queries for which the known noise on an entry of the mean answer has a standard deviation of
     at most 0.17, so that it seldom turns a first choice that the devices agree on."""
     channel, fewest = config.channel, _fewest(config, devices)
@@ -214,12 +214,12 @@ def _clear_means(config: RunConfig, rho: float, devices: int) -> int:
     return math.floor(2 * rho / draws * (_CLEAR * fewest / channel.row_clip) ** 2)
 
 
-def _fewest(config: RunConfig, devices: int) -> int:
+def _fewest(config: Config, devices: int) -> int:
     """Over how many of ``devices`` a release is made at least."""
     return config.channel.minimum_devices or devices - config.silent_devices
 
 
-def _votes(config: RunConfig, rho: float | None, devices: int, queries: int) -> VoteRule | None:
+def _votes(config: Config, rho: float | None, devices: int, queries: int) -> VoteRule | None:
     channel = config.channel
     if channel.aggregation != "votes":
         return None

@@ -8,22 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
-from privkd.delivery import deliver
 from privkd.errors import AuditAlarm
-from privkd.federation import ClosingAudit, Game, Run, open_game, run
+from privkd.federation import ClosingAudit, Run, run
 from privkd.latency import latencies_ms
 from privkd.models.zoo import parameter_count
+from privkd.prepared import Finished, Prepared, finished, prepare, reopen
 from privkd.privacy.bounds import Check, LowerBound, raise_failed
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Statement
 from privkd.progress import Progress
-from privkd.reopening import reopened
-from privkd.runs.checkpoint import RoundFigures, State
+from privkd.runs.checkpoint import RoundFigures
 from privkd.runs.folder import RunFolder
-from privkd.students import with_students
 
 
 @dataclass(frozen=True)
@@ -99,24 +97,24 @@ class Result:
 
 
 def train(
-    config: RunConfig,
+    config: Config,
     folder: RunFolder,
     progress: Progress,
     *,
     resumed: bool = False,
-    game: Game | None = None,
+    prepared: Prepared | None = None,
     audit: ClosingAudit | None = None,
 ) -> Result:
     """Run ``config`` in ``folder``, audit it, and write ``result.json`` there.
 
-    ``game`` is that of ``config``, if it is open already. Raises as `open_game` and `federation.run` do;
+    ``prepared`` is that of ``config``, if there is one already. Raises as `prepare` and `federation.run` do;
     bounds that cross are the caller's to raise, by `raise_crossed`.
     """
     start = time.monotonic()
-    game = game or (reopened(folder) if resumed else open_game(config))
-    finished = run(game, folder, progress, resumed=resumed, audit=audit)
-    left_with = _delivered(game, folder, finished.state, progress)
-    result = _result(finished, left_with, config, folder.path, start)
+    prepared = prepared or (reopen(folder) if resumed else prepare(config))
+    done = run(prepared, folder, progress, resumed=resumed, audit=audit)
+    left_with = _left_with(prepared, folder, done, progress)
+    result = _result(done, left_with, config, folder.path, start)
     folder.write_json("result.json", result_tree(result))
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
     return result
@@ -158,30 +156,27 @@ class _LeftWith:
     personal: float
 
 
-def _delivered(game: Game, folder: RunFolder, state: State, progress: Progress) -> _LeftWith:
+def _left_with(prepared: Prepared, folder: RunFolder, done: Run, progress: Progress) -> _LeftWith:
     """NaN in a deployment, where no budget of a device covers them."""
-    if not game.simulated:
+    if not prepared.simulated:
         return _LeftWith(math.nan, math.nan)
-    if not state.students:
-        state = with_students(game, folder, state)
-    devices = game.scenario.devices
+    ended = Finished(done.state, done.students) if done.students else finished(prepared, folder)
+    devices = prepared.scenario.devices
     numbers = measured_devices(len(devices))
-    students = deliver(game, state, numbers, progress)
+    students = prepared.personalised(ended, numbers, progress)
     personal = personal_accuracy(students, [devices[number] for number in numbers])
-    return _LeftWith(mean_accuracy(students, game.scenario.test), personal)
+    return _LeftWith(mean_accuracy(students, prepared.scenario.test), personal)
 
 
 def _result(
-    finished: Run,
+    done: Run,
     left_with: _LeftWith,
-    config: RunConfig,
+    config: Config,
     path: Path,
     start: float,
 ) -> Result:
-    state, controls, figures = finished.state, finished.controls, finished.state.figures
-    teacher_ms, student_ms = latencies_ms(
-        (state.teacher, finished.example), (finished.student, finished.example)
-    )
+    state, controls, figures = done.state, done.controls, done.state.figures
+    teacher_ms, student_ms = latencies_ms((state.teacher, done.example), (done.student, done.example))
     teacher = TeacherResult(
         before=figures[0].teacher,
         after=figures[-1].teacher,
@@ -197,24 +192,24 @@ def _result(
         trained=figures[-1].students,
         direct=controls.direct,
         direct_private=controls.direct_private,
-        public_only=finished.public_only,
+        public_only=done.public_only,
         latency_ms=student_ms,
-        parameters=parameter_count(finished.student),
+        parameters=parameter_count(done.student),
     )
     return Result(
         run=str(path),
         seed=config.seed,
         channel=config.channel.kind,
-        test=_test_set(finished.test),
+        test=_test_set(done.test),
         teacher=teacher,
         student=student,
-        ledger=finished.ledger.statement(),
-        lower_bounds=finished.audited.bounds,
-        checks=finished.audited.checks,
+        ledger=done.ledger.statement(),
+        lower_bounds=done.audited.bounds,
+        checks=done.audited.checks,
         rounds=figures,
         noise=config.privacy.noise,
-        warnings=finished.plan.warnings,
-        taken=finished.plan.taken,
+        warnings=done.plan.warnings,
+        taken=done.plan.taken,
         seconds=time.monotonic() - start,
     )
 

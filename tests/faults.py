@@ -260,7 +260,7 @@ def _warm_up() -> None:
         "audits.membership_inference",
         "audits.report",
         "privkd.console",
-        "privkd.forecast",
+        "privkd.prepared",
     ):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:

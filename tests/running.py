@@ -10,11 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from privkd.channels.channel import PlainChannel, Release
-from privkd.config import RunConfig, load_config
-from privkd.federation import Game
+from privkd.channels.channel import Channel, PlainChannel
+from privkd.config import Config, load_config
+from privkd.engines.simulation import Simulation
+from privkd.federation import Federation
+from privkd.messages import Question, Release
+from privkd.plan import budgets
+from privkd.prepared import Prepared
+from privkd.privacy.ledger import Ledger
 from privkd.progress import Silent
 from privkd.result import Result, train
+from privkd.runs.fingerprints import UNKEPT
 from privkd.runs.folder import RunFolder
 
 SMALL = (
@@ -38,7 +44,7 @@ SMALL = (
 """Everything is accepted by the gate, so that every round leaves its mark on the teacher."""
 
 
-def small(*overrides: str) -> RunConfig:
+def small(*overrides: str) -> Config:
     """Settings of a run of about a second."""
     return load_config(None, [*SMALL, *overrides])
 
@@ -86,20 +92,25 @@ def outcome(path: Path) -> dict[str, Any]:
     return found
 
 
+def federation_of(prepared: Prepared, channel: Channel) -> Federation:
+    """A run with a ledger that is on no disk."""
+    return Federation(prepared, Ledger(None, budgets(prepared.config)), channel, Silent(), UNKEPT)
+
+
 class Watching:
     """A channel that notes what the ledger on the disk says at the moment of each release."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[int, list[dict[str, Any]]]] = []
         self.answers: list[Tensor] = []
-        inner = PlainChannel.release
+        inner = PlainChannel.carry
 
-        def release(channel: PlainChannel, answers: Tensor, **named: Any) -> Release:
-            self.seen.append((named["round"], charges(path)))
+        def carry(channel: PlainChannel, question: Question, answers: Tensor, devices: Any) -> Release:
+            self.seen.append((question.round, charges(path)))
             self.answers.append(answers)
-            return inner(channel, answers, **named)
+            return inner(channel, question, answers, devices)
 
-        monkeypatch.setattr(PlainChannel, "release", release)
+        monkeypatch.setattr(PlainChannel, "carry", carry)
 
 
 class Trained:
@@ -107,14 +118,14 @@ class Trained:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rounds: list[list[dict[str, Tensor]]] = []
-        inner = Game._train_students
+        inner = Simulation.train
 
-        def train_students(game: Game, *arguments: Any) -> list[nn.Module]:
-            students = inner(game, *arguments)
+        def train(simulation: Simulation, *arguments: Any) -> list[nn.Module]:
+            students = inner(simulation, *arguments)
             self.rounds.append([copy.deepcopy(student.state_dict()) for student in students])
             return students
 
-        monkeypatch.setattr(Game, "_train_students", train_students)
+        monkeypatch.setattr(Simulation, "train", train)
 
     def values(self, round: int) -> Tensor:
         """All weights of all students after a round, in one row."""

@@ -45,9 +45,9 @@ from cli import app
 from privkd.channels.channel import NoisedChannel
 from privkd.config import DpSgdConfig, load_config
 from privkd.data.scenario import LabelledSet
-from privkd.engines.simulation import Fleet
+from privkd.engines.simulation import Simulation
 from privkd.errors import AuditAlarm, ModelError
-from privkd.federation import Game, open_game
+from privkd.prepared import Prepared, prepare
 from privkd.privacy.accounting import calibrate_noise_multiplier, price
 from privkd.privacy.events import DpSgd, Unit
 from privkd.privacy.noise import NoiseRoot
@@ -241,7 +241,7 @@ def test_a_sound_dp_sgd_passes(
     step: DpSgdStep, game: DpSgdGame, install: Callable[[DpSgdStep], None]
 ) -> None:
     install(step)
-    run = open_game(load_config(None, [f"privacy.noise={game.noise}"]))
+    run = prepare(load_config(None, [f"privacy.noise={game.noise}"]))
     finding = audit_dp_sgd(observed(run.randomness_of), game, "sound", LEVEL, seed=1)
     assert finding.verdict == "within bound"
 
@@ -381,22 +381,22 @@ def scaled_noise(source: type[SeededRandomness | SystemRandomness], factor: floa
 
 def fleet_of(change: Callable[[Mechanism], Mechanism]) -> Any:
     """The devices are trained under another mechanism than the claimed one."""
-    trained = Fleet.train_private
+    trained = Simulation.train_private
 
-    def train(self: Fleet, students: Any, targets: Any, mechanism: Mechanism, *rest: Any) -> Any:
+    def train(self: Simulation, students: Any, targets: Any, mechanism: Mechanism, *rest: Any) -> Any:
         return trained(self, students, targets, change(mechanism), *rest)
 
-    return Fleet, "train_private", train
+    return Simulation, "train_private", train
 
 
 def one_source(of_round: bool) -> Any:
     """The same for all rounds, or for all devices."""
 
-    def randomness(self: Game, device: str, round: int) -> Randomness:
+    def randomness(self: Prepared, device: str, round: int) -> Randomness:
         label = (device,) if of_round else (round,)
         return SeededRandomness(self.config.seed, "device", *label)
 
-    return Game, "_randomness", randomness
+    return Prepared, "_randomness", randomness
 
 
 def in_turn(self: SystemRandomness, steps: int, records: int, sampling_rate: float) -> Tensor:

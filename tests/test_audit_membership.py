@@ -16,7 +16,17 @@ from typer.testing import CliRunner
 import audits.membership_inference
 from attacks import rescaled_logit
 from audits.curves import draw, roc
-from audits.game import Cache, DeviceSide, GameKey, Pool, draw_halves, draw_pool, flip_coins, shard_of, traces
+from audits.game import (
+    Cache,
+    GameKey,
+    Pool,
+    ReplayContext,
+    draw_halves,
+    draw_pool,
+    flip_coins,
+    shard_of,
+    traces,
+)
 from audits.latest import latest
 from audits.membership_inference import audit_membership, views_of
 from audits.requests import MembershipRequest, attacks_of
@@ -26,7 +36,7 @@ from audits.views import Crowd, draw_uneven, infer_labels, per_client, ring_mean
 from cli import app
 from privkd.config import load_config
 from privkd.errors import AuditAlarm, ConfigError, DataError, RunError
-from privkd.federation import open_game
+from privkd.prepared import prepare
 from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent
 from privkd.result import train
@@ -71,10 +81,10 @@ def _finished(kind: str, path: Path) -> Path:
 
 
 @pytest.fixture
-def side(plain: Path) -> Iterator[tuple[RunFolder, DeviceSide]]:
+def side(plain: Path) -> Iterator[tuple[RunFolder, ReplayContext]]:
     with RunFolder.resume(plain) as folder:
-        game = open_game(folder.config)
-        yield folder, DeviceSide.of(game, load_transcript(folder, game.blank()[0]))
+        game = prepare(folder.config)
+        yield folder, ReplayContext.of(game, load_transcript(folder, game.cloud.untrained_teacher()))
 
 
 def test_coins_are_fair_and_do_not_depend_on_how_many_models_there_are() -> None:
@@ -92,7 +102,7 @@ def test_every_candidate_is_in_half_of_the_shadows() -> None:
 
 @pytest.mark.parametrize("kind", ["natural", "mislabelled", "crafted"])
 def test_pools_hold_what_their_kind_says(kind: str) -> None:
-    scenario = open_game(load_config(None, (), SMALL)).scenario
+    scenario = prepare(load_config(None, (), SMALL)).scenario
     pool = draw_pool(scenario, 1, kind, seed=0)
     own = scenario.devices[1].train
     assert len(pool.candidates) == (2 if kind == "natural" else 1) * len(own)
@@ -107,7 +117,7 @@ def test_pools_hold_what_their_kind_says(kind: str) -> None:
 
 
 def test_pools_refuse_what_cannot_be_played() -> None:
-    scenario = open_game(load_config(None, (), SMALL)).scenario
+    scenario = prepare(load_config(None, (), SMALL)).scenario
     with pytest.raises(ConfigError, match="device=7"):
         draw_pool(scenario, 7, "natural", 0)
     with pytest.raises(ConfigError, match="canaries='odd'"):
@@ -118,7 +128,7 @@ def test_pools_refuse_what_cannot_be_played() -> None:
 
 
 def test_a_shard_is_what_the_coins_say() -> None:
-    pool = draw_pool(open_game(load_config(None, (), SMALL)).scenario, 0, "mislabelled", 0)
+    pool = draw_pool(prepare(load_config(None, (), SMALL)).scenario, 0, "mislabelled", 0)
     inside = np.zeros(len(pool.candidates), dtype=bool)
     inside[3] = True
     shard = shard_of(pool, inside)
@@ -126,9 +136,9 @@ def test_a_shard_is_what_the_coins_say() -> None:
     assert torch.equal(shard.inputs[-1], pool.candidates.inputs[3])
 
 
-def test_shadows_are_never_trained_twice(side: tuple[RunFolder, DeviceSide]) -> None:
+def test_shadows_are_never_trained_twice(side: tuple[RunFolder, ReplayContext]) -> None:
     folder, device = side
-    pool = draw_pool(device.game.scenario, 0, "natural", 0)
+    pool = draw_pool(device.run.scenario, 0, "natural", 0)
     calls: list[int] = []
     cache = Cache(folder, GameKey("natural", 0, 0))
     first = traces(device, pool, cache, "shadow", 3, lambda done, of: calls.append(done))
@@ -143,10 +153,10 @@ def test_shadows_are_never_trained_twice(side: tuple[RunFolder, DeviceSide]) -> 
 
 
 def test_the_cache_knows_the_records_and_the_libraries(
-    side: tuple[RunFolder, DeviceSide], monkeypatch: pytest.MonkeyPatch
+    side: tuple[RunFolder, ReplayContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, device = side
-    pool = draw_pool(device.game.scenario, 0, "natural", 0)
+    pool = draw_pool(device.run.scenario, 0, "natural", 0)
     cache = Cache(folder, GameKey("natural", 0, 7))
     calls: list[int] = []
 
@@ -163,9 +173,9 @@ def test_the_cache_knows_the_records_and_the_libraries(
     assert trained(pool)
 
 
-def test_a_damaged_cache_is_computed_again(side: tuple[RunFolder, DeviceSide]) -> None:
+def test_a_damaged_cache_is_computed_again(side: tuple[RunFolder, ReplayContext]) -> None:
     folder, device = side
-    pool = draw_pool(device.game.scenario, 0, "natural", 5)
+    pool = draw_pool(device.run.scenario, 0, "natural", 5)
     cache = Cache(folder, GameKey("natural", 0, 5))
     first = traces(device, pool, cache, "target", 2, lambda done, of: None)
     for path in (folder.path / "audit").glob("target-*.safetensors"):
@@ -180,20 +190,20 @@ def test_silent_devices_are_no_part_of_a_round(tmp_path: Path, audited: int) -> 
     silent = SMALL | SETTINGS["plain"] | {"data.devices": 4, "channel.dropout": 0.3, "rounds": 4}
     with RunFolder.create(tmp_path / "run", load_config(None, (), silent)) as folder:
         train(folder.config, folder, Silent())
-        game = open_game(folder.config)
-        side = DeviceSide.of(game, load_transcript(folder, game.blank()[0]))
+        game = prepare(folder.config)
+        side = ReplayContext.of(game, load_transcript(folder, game.cloud.untrained_teacher()))
     others = [number for number in range(4) if number != audited]
     answers = torch.tensor(others)[:, None, None, None].expand(3, 4, 30, 10)
     beside = side.beside(others, answers)
     assert beside.shape == (2, 4, 30, 10), "with the audited device three of four"
-    assert len({exchange.devices for exchange in side.transcript.exchanges}) > 1
+    assert len({exchange.release.devices for exchange in side.transcript.exchanges}) > 1
     for round, exchange in enumerate(side.transcript.exchanges):
-        sent = {game.fleet.names[int(number)] for number in beside[:, round, 0, 0]}
-        assert sent <= set(exchange.devices) - {game.fleet.names[audited]}
+        sent = {game.simulation.names[int(number)] for number in beside[:, round, 0, 0]}
+        assert sent <= set(exchange.release.devices) - {game.simulation.names[audited]}
 
 
 def test_views_agree_about_the_same_answers() -> None:
-    game = open_game(load_config(None, (), SMALL | SETTINGS["plain"]))
+    game = prepare(load_config(None, (), SMALL | SETTINGS["plain"]))
     generator = torch.Generator().manual_seed(0)
     blocks = torch.rand((2, 1, 30, 10), generator=generator)
     others = torch.rand((2, 2, 1, 30, 10), generator=generator)
@@ -261,7 +271,7 @@ def test_a_bad_request_is_one_line(given: dict[str, Any], named: str) -> None:
 
 
 def test_a_view_that_the_run_lacks_is_refused() -> None:
-    game = open_game(load_config(None, (), SMALL | SETTINGS["plain"]))
+    game = prepare(load_config(None, (), SMALL | SETTINGS["plain"]))
     with pytest.raises(ConfigError, match="plain channel the cloud sees per_client_logits"):
         views_of(game, "secure_sum")
     with pytest.raises(ConfigError, match="without DP-SGD"):
@@ -311,11 +321,11 @@ def test_the_table_keeps_its_verdicts_in_a_pipe(plain: Path) -> None:
     assert all(row.rstrip().endswith("no bound") for row in rows)
 
 
-def test_quantile_regression_reads_public_features_alone(side: tuple[RunFolder, DeviceSide]) -> None:
+def test_quantile_regression_reads_public_features_alone(side: tuple[RunFolder, ReplayContext]) -> None:
     _, device = side
-    pool = draw_pool(device.game.scenario, 0, "natural", 0)
+    pool = draw_pool(device.run.scenario, 0, "natural", 0)
     features = features_of(device.starts[-1][0], pool)
-    classes = device.game.scenario.classes
+    classes = device.run.scenario.classes
     assert features.candidates.shape == (len(pool.candidates), 2 * classes + 1)
     assert features.population.shape == (len(pool.population), 2 * classes + 1)
     labels = pool.candidates.labels.numpy()

@@ -17,9 +17,10 @@ from audits.mechanisms.audit import CHANNELS, Examined, Level, audit_devices
 from audits.mechanisms.on_channel import audit_releases, check_sum
 from audits.views import ring_mean
 from cli import app
-from privkd.channels.channel import ChannelBase, Release
+from privkd.channels.channel import Channel
 from privkd.errors import AuditAlarm
-from privkd.federation import Game
+from privkd.messages import Question, Release
+from privkd.prepared import Prepared
 from privkd.privacy.bounds import Check, raise_failed
 from privkd.privacy.events import PartyId, PrivacyEvent, ZCdp
 from privkd.privacy.noise import NoiseRoot
@@ -29,7 +30,7 @@ LEVEL = Level(confidence=0.999)
 CLIP_NORM, AGGREGATORS, RHO = 2.0, 2, 0.5
 
 
-class RingChannel(ChannelBase):
+class RingChannel(Channel):
     """The secure channel's arithmetic in this process; ``flaw`` is what a release goes through instead.
 
     No aggregator tells its noise.
@@ -49,8 +50,8 @@ class RingChannel(ChannelBase):
     def unknown_noise(self) -> float:
         return float(AGGREGATORS)
 
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        return Release(self._flaw(self, answers, round).float(), tuple(devices), 0.0, self.event)
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
+        return Release.to(question, self._flaw(self, answers, question.round).float(), 0.0, devices)
 
     def mean(self, answers: Tensor, rho: float | None, root: NoiseRoot, silent: int = 0) -> Tensor:
         """Noised under ``root``, by all aggregators but ``silent`` ones."""
@@ -153,8 +154,8 @@ class Repeating(RingChannel):
         super().__init__(*given)  # type: ignore[arg-type]
         self.kept: dict[int, Release] = {}
 
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        return self.kept.setdefault(round, super().release(answers, devices=devices, round=round))
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
+        return self.kept.setdefault(question.round, super().carry(question, answers, devices))
 
 
 def test_a_release_that_is_only_repeated_passes() -> None:
@@ -168,8 +169,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[Flaw], Examined]:
     monkeypatch.setattr(audits.mechanisms.audit, "_TRIALS", {"processes": 1000})
 
     def examined(flaw: Flaw) -> Examined:
-        def opened(game: Game, rho: float | None) -> ChannelBase:
-            return RingChannel(game.plan.clip_norm, rho, game.root, flaw)
+        def opened(run: Prepared, rho: float | None) -> Channel:
+            return RingChannel(run.plan.clip_norm, rho, run.root, flaw)
 
         monkeypatch.setattr(audits.mechanisms.audit, "opened", opened)
         return audit_devices("secure, processes", LEVEL, seed=0)

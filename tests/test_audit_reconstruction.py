@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import audits.reconstructions.audit
-from audits.game import DeviceSide
+from audits.game import ReplayContext
 from audits.reconstructions.audit import audit_reconstruction, draw_grid, plan_attacks
 from audits.reconstructions.drawings import Drawn, paired_answers
 from audits.reconstructions.finding import ReconstructionFinding, Success, raise_reconstruction_alarm
@@ -24,7 +24,7 @@ from audits.reconstructions.request import ReconstructionRequest
 from cli import app
 from privkd.config import load_config
 from privkd.errors import AuditAlarm, ConfigError, DataError
-from privkd.federation import Game, open_game
+from privkd.prepared import Prepared, prepare
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
 from privkd.result import train
@@ -75,13 +75,13 @@ def _finished(kind: str, path: Path, **more: Any) -> Path:
 @pytest.fixture
 def replays(plain: Path) -> Iterator[Replays]:
     with RunFolder.resume(plain) as folder:
-        game = open_game(folder.config)
-        side = DeviceSide.of(game, load_transcript(folder, game.blank()[0]))
+        game = prepare(folder.config)
+        side = ReplayContext.of(game, load_transcript(folder, game.cloud.untrained_teacher()))
         yield Replays(side, folder, FEW, Silent())
 
 
-def game(**more: Any) -> Game:
-    return open_game(load_config(None, (), SMALL | SETTINGS["plain"] | more))
+def game(**more: Any) -> Prepared:
+    return prepare(load_config(None, (), SMALL | SETTINGS["plain"] | more))
 
 
 def test_the_secret_class_is_filed_under_one_label_and_drawn_fairly() -> None:
@@ -160,7 +160,7 @@ def test_equal_candidates_meet_equal_randomness(replays: Replays) -> None:
 def test_replays_are_read_back(replays: Replays, monkeypatch: pytest.MonkeyPatch) -> None:
     first = replays.record_trials
     again = Replays(replays.side, replays.cache.folder, FEW, Silent())
-    monkeypatch.setattr(DeviceSide, "replay", None)
+    monkeypatch.setattr(ReplayContext, "replay", None)
     assert torch.equal(again.record_trials.answers, first.answers)
 
 

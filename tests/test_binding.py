@@ -27,9 +27,9 @@ from privkd.config import DataConfig
 from privkd.data.sources import data_files
 from privkd.errors import RunError
 from privkd.export.export import export_student
-from privkd.federation import open_game
 from privkd.journal import Journal
 from privkd.own_code import own_code
+from privkd.prepared import prepare
 from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent
 from privkd.runs.binding import Binding, binding_of
@@ -396,7 +396,7 @@ class TestDeployment:
         digests = [*noted.data.values(), noted.records, noted.classes]
         assert all(digest.startswith("hmac-sha256:") for digest in digests)
         plain = Fingerprints(None)
-        scenario = open_game(small(data)).scenario
+        scenario = prepare(small(data)).scenario
         known = [*plain.of_data(DataConfig(source=str(tmp_path / "t.csv"))).values()]
         known += [plain.of_classes(scenario), plain.of_records(scenario)]
         text = (tmp_path / "run" / "journal.jsonl").read_text()
@@ -557,7 +557,7 @@ class TestUnbound:
     def test_one_that_did_not_begin_is_bound_now(self, tmp_path: Path) -> None:
         config = small("rounds=1")
         with RunFolder.create(tmp_path / "run", config) as folder:
-            game = open_game(config)
+            game = prepare(config)
             check_bound(folder, game.scenario)
             bind(folder, game.scenario, NoiseRoot.from_seed(0))
             assert binding(tmp_path / "run").data == {}

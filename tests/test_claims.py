@@ -13,8 +13,8 @@ from audits.dossier.tree import run_tree
 from audits.evidence.reading import read_run
 from privkd.console import print_forecast, print_result
 from privkd.errors import ConfigError
-from privkd.forecast import forecast
 from privkd.plan import PublicFacts, make_plan
+from privkd.prepared import forecast
 from privkd.privacy.claims import LARGEST_DELTA, certainty, check_delta, warnings_on
 from privkd.privacy.events import Unit
 

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +18,13 @@ from rich.console import Console
 from running import SMALL, StopAt, play, same
 
 import privkd.doctor
-import privkd.federation
+import privkd.prepared
+from audits.evidence.command import command_of
 from cli import app
+from privkd.config import Config, load_config
 from privkd.console import LiveProgress, progress_on_stderr
 from privkd.errors import ChannelError
+from privkd.options import OPTIONS
 
 SMALL_RUN = [word for setting in SMALL for word in ("--set", setting)]
 
@@ -96,6 +101,54 @@ class TestHelp:
             "--config", "--set", "--out", "--resume", "--dry-run", "--json",
         ):  # fmt: skip
             assert option in out
+
+
+class TestOptionsAreSettings:
+    @pytest.mark.parametrize(
+        ("name", "place", "shared"),
+        [
+            ("train", "privkd.commands.train_command", list(OPTIONS)),
+            (
+                "curve",
+                "audits.tradeoff.commands.curve_command",
+                ["data", "data_dir", "label", "drop", "devices"],
+            ),
+        ],
+    )
+    def test_each_gives_its_own(
+        self, command: Command, monkeypatch: pytest.MonkeyPatch, name: str, place: str, shared: list[str]
+    ) -> None:
+        asked: list[Any] = []
+        monkeypatch.setattr(place, lambda request, *_: asked.append(request))
+        for option in map(OPTIONS.__getitem__, shared):
+            assert command(name, option.flag, "x").code == 0
+            assert asked.pop().settings == {option.setting: ["x"] if option.many else "x"}
+        assert command(name).code == 0
+        assert asked.pop().settings == {}
+
+    def test_the_command_of_settings_gives_them(
+        self, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = Config(
+            data="a b.csv", data_dir="d", label="3", drop=["a", "b"], devices=3, rounds=2,
+            partition="classes", epsilon="inf", delta=1e-6, device_epsilon=9, aggregators=3, dropout=0.0,
+            aggregation="votes", aggregator_url=["http://a", "http://b"], student="mlp,cnn",
+            teacher="cnn", seed=4, device="cpu", reverse={"queries": 7},
+        )  # fmt: skip
+        asked: list[Any] = []
+        monkeypatch.setattr("privkd.commands.train_command", lambda request, *_: asked.append(request))
+        _, *words = shlex.split(command_of(config))
+        assert command(*words).code == 0
+        assert load_config(None, asked[0].overrides, asked[0].settings) == config
+
+    def test_completion_knows_them(self, tmp_path: Path) -> None:
+        environment = os.environ | {
+            "_PRIVKD_COMPLETE": "complete_bash", "COMP_WORDS": "privkd train --agg", "COMP_CWORD": "2",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "privkd"], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["--aggregators", "--aggregation", "--aggregator-url"]
 
 
 def damaged(folder: Path) -> None:
@@ -303,7 +356,7 @@ class TestTrain:
         def stop(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("privkd.federation.Game.play", stop)
+        monkeypatch.setattr("privkd.federation.Federation.play", stop)
         answer = command("train", *SMALL_RUN, "--out", "run")
         assert answer.code == 130
         assert answer.err.splitlines()[0] == "run folder: run"
@@ -314,7 +367,7 @@ class TestTrain:
         def fail(*_: object, **__: object) -> None:
             raise ChannelError("aggregator-1 was killed by SIGKILL; nothing was released")
 
-        monkeypatch.setattr("privkd.federation.Game.play", fail)
+        monkeypatch.setattr("privkd.federation.Federation.play", fail)
         answer = command("train", *SMALL_RUN, "--out", "run")
         assert answer.code == 1
         assert answer.err.splitlines()[-1].startswith("privkd: aggregator-1 was killed by SIGKILL")
@@ -443,6 +496,6 @@ def test_the_data_are_read_once_a_start(command: Command, monkeypatch: pytest.Mo
         reads.append(given)
         return real(*given, **named)
 
-    monkeypatch.setattr(privkd.federation, "build_scenario", counted)
+    monkeypatch.setattr(privkd.prepared, "build_scenario", counted)
     assert command("train", *SMALL_RUN, "--out", "run").code == 0
     assert len(reads) == 1

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from running import SMALL, small
+from running import SMALL, federation_of, small
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -29,10 +29,10 @@ from audits.mechanisms.canaries import LOUD, log_ratio
 from audits.mechanisms.on_channel import ReleaseAudit, audit_releases
 from audits.mechanisms.on_device import audit_training
 from cli import app
-from privkd.channels.channel import ChannelBase, NoisedChannel
-from privkd.config import RunConfig
-from privkd.engines.simulation import Fleet
-from privkd.federation import Game, open_game
+from privkd.channels.channel import Channel, NoisedChannel
+from privkd.config import Config
+from privkd.engines.simulation import Simulation
+from privkd.prepared import Prepared, prepare
 from privkd.privacy.bounds import Audited, LowerBound
 from privkd.privacy.events import Unit
 from privkd.privacy.noise import NoiseRoot
@@ -48,7 +48,7 @@ SECURE = ("channel.kind=secure", "privacy.device_epsilon=8")
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer canaries than a run has."""
 
-    def releases(channel: ChannelBase, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
+    def releases(channel: Channel, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
         fewer = 2_000 if isinstance(channel, NoisedChannel) else 600
         return audit_releases(channel, rounds, seed, most=min(fewer, most))
 
@@ -56,12 +56,12 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audits.mechanisms.audit, "audit_releases", releases)
 
 
-def audited(config: RunConfig, game: Game | None = None) -> Audited:
+def audited(config: Config, game: Prepared | None = None) -> Audited:
     """The audit of a run that ends before its first round, with its channel open."""
-    game = game or open_game(config)
-    state = game.begin()
+    game = game or prepare(config)
     with opened(game, game.plan.rho) as channel:
-        return closing_audit(replace(game, channel=channel), state, Silent())
+        federation = federation_of(game, channel)
+        return closing_audit(federation, federation.begin(), Silent())
 
 
 def sound_bounds(*settings: str) -> dict[Unit, LowerBound]:
@@ -155,7 +155,7 @@ class TestScores:
 
     def test_of_devices(self) -> None:
         """What a canary's score is made of: each round's own entry, and the Gaussians' ratio at it."""
-        plan = open_game(small(*NOISED)).plan
+        plan = prepare(small(*NOISED)).plan
         assert plan.rho is not None
         channel = NoisedChannel(plan.clip_norm, plan.rho, NoiseRoot.from_seed(0))
         scores = audit_releases(channel, plan.rounds, 5, most=4_000).scores
@@ -175,12 +175,12 @@ class TestScores:
         assert apart == pytest.approx(math.sqrt(2 * plan.rho * plan.rounds), rel=0.1)
 
     def test_of_a_long_run_rest_on_fewer_canaries(self) -> None:
-        game = open_game(small("student.dp={sampling_rate=0.5, steps=200}"))
-        teacher, students = game.blank()
+        game = prepare(small("student.dp={sampling_rate=0.5, steps=200}"))
+        teacher, students = game.cloud.untrained_teacher(), game.cloud.untrained_students()
         assert len(audit_training(game, teacher, students[:1], 0).scores.values) < 4_000
 
 
-def too_quiet(game: Game) -> Game:
+def too_quiet(game: Prepared) -> Prepared:
     """A channel whose releases cost four times what the ledger is told."""
     assert game.plan.rho is not None
     return replace(game, plan=replace(game.plan, rho=4 * game.plan.rho))
@@ -197,7 +197,7 @@ class TestBrokenTwins:
     @pytest.mark.parametrize("channel", [NOISED, SECURE], ids=["noised", "secure"])
     def test_of_devices_are_found(self, channel: tuple[str, ...]) -> None:
         config = small(*channel, "privacy.epsilon=inf")
-        (bound,) = audited(config, too_quiet(open_game(config))).bounds
+        (bound,) = audited(config, too_quiet(prepare(config))).bounds
         assert bound.unit is Unit.DEVICE
         assert bound.epsilon > 8
 
@@ -247,17 +247,17 @@ class TestCommand:
 def test_the_devices_are_trained_as_the_runs_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the run's own call, with its clip norm, noise, sampling rate and part; its steps, its randomness."""
     asked: list[tuple[Any, Sequence[str]]] = []
-    trained = Fleet.train_private
+    trained = Simulation.train_private
 
     def noted(
-        fleet: Fleet, students: Any, targets: list[Tensor], mechanism: Any, randomness: Any, *rest: Any
+        devices: Simulation, students: Any, targets: list[Tensor], mechanism: Any, randomness: Any, *rest: Any
     ) -> Any:
-        drawn = [getattr(randomness(name), "_source", None) for name in fleet.names[:1]]
+        drawn = [getattr(randomness(name), "_source", None) for name in devices.names[:1]]
         asked.append((mechanism, [type(source).__name__ for source in drawn]))
-        return trained(fleet, students, targets, mechanism, randomness, *rest)
+        return trained(devices, students, targets, mechanism, randomness, *rest)
 
-    monkeypatch.setattr(Fleet, "train_private", noted)
-    game = open_game(small("privacy.noise=system"))
+    monkeypatch.setattr(Simulation, "train_private", noted)
+    game = prepare(small("privacy.noise=system"))
     audited(small(), game)
     own = game.mechanism
     assert own is not None

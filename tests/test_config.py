@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from privkd.config import ModelConfig, RunConfig, config_tree, load_config, parse_config
+from privkd.config import (
+    Config,
+    DataConfig,
+    DpSgdConfig,
+    ModelConfig,
+    PrivacyConfig,
+    StudentConfig,
+    TeacherConfig,
+    config_tree,
+    load_config,
+    parse_config,
+)
 from privkd.errors import ConfigError
+from privkd.options import OPTIONS, Option, put
 
 
 def message_of(*overrides: str, **settings: Any) -> str:
@@ -25,7 +38,7 @@ def message_of(*overrides: str, **settings: Any) -> str:
     return message
 
 
-def refusal_of(load: Callable[[], RunConfig]) -> str | None:
+def refusal_of(load: Callable[[], Config]) -> str | None:
     """The message, or ``None`` where the settings are accepted, and then TOML can spell them."""
     try:
         config = load()
@@ -59,7 +72,7 @@ def flat(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-LEAVES = leaves(RunConfig)
+LEAVES = leaves(Config)
 OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
     "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, True, [1], ["cnn"],
@@ -92,7 +105,7 @@ class TestDefaults:
             load_config().privacy.epsilon = 100.0  # type: ignore[misc]
 
     def test_nothing_given_is_the_default(self) -> None:
-        assert load_config() == RunConfig() == parse_config({})
+        assert load_config() == Config() == parse_config({})
 
 
 class TestPrecedence:
@@ -131,7 +144,7 @@ class TestPartOfAGroup:
     """A group's defaults may differ from its class's: naming one member must not reset the others."""
 
     def test_every_other_setting_stays(self) -> None:
-        before = flat(RunConfig())
+        before = flat(Config())
         for name, value in before.items():
             for other in (*OTHERS, not value):
                 try:
@@ -147,7 +160,7 @@ class TestPartOfAGroup:
         path = tmp_path / "run.toml"
         path.write_text("[student.dp]\nsteps = 123\n[teacher]\nmodel = 'mlp'\n")
         config = load_config(path)
-        default = RunConfig()
+        default = Config()
         assert config.student.dp == default.student.dp.model_copy(update={"steps": 123})
         assert config.teacher.model == default.teacher.model.model_copy(update={"name": "mlp"})
         assert config.teacher.fit == default.teacher.fit
@@ -344,13 +357,13 @@ class TestModelsByName:
             None, ['student.models=["mlp", {name = "cnn", width = 8}]', "teacher.model=resnet"]
         )
         assert config.student.models == (ModelConfig(name="mlp"), ModelConfig(name="cnn", width=8))
-        assert config.teacher.model == RunConfig().teacher.model.model_copy(update={"name": "resnet"})
+        assert config.teacher.model == Config().teacher.model.model_copy(update={"name": "resnet"})
 
     def test_from_the_command_line(self) -> None:
         config = load_config(None, (), {"student.models": "mlp, cnn ", "teacher.model.name": "mlp"})
         assert [model.name for model in config.student.models] == ["mlp", "cnn"]
         assert config.student == load_config(None, ["student.models=mlp,cnn"]).student
-        assert config.teacher.model.width == RunConfig().teacher.model.width, "the name alone is changed"
+        assert config.teacher.model.width == Config().teacher.model.width, "the name alone is changed"
 
 
 class TestClasses:
@@ -401,11 +414,192 @@ def _values() -> dict[str, st.SearchStrategy[Any]]:
     }
 
 
+@cache
+def _all_values() -> dict[str, st.SearchStrategy[Any]]:
+    """For every setting, values that it takes, if need be beside others."""
+
+    def taken(name: str, value: Any) -> bool:
+        return isinstance(outcome(lambda: load_config(None, COMPANIONS.get(name, ()), {name: value})), Config)
+
+    others = {name: [value for value in OTHERS if taken(name, value)] for name in LEAVES}
+    return {name: st.sampled_from(values) for name, values in others.items()} | _values()
+
+
+@st.composite
+def _chosen(draw: st.DrawFn) -> dict[str, Any]:
+    """Values that are good in themselves, of any settings at all, by dotted name."""
+    names = draw(st.lists(st.sampled_from(sorted(LEAVES)), unique=True, max_size=12))
+    return {name: draw(_all_values()[name]) for name in names}
+
+
+def outcome(load: Callable[[], Config]) -> Config | str:
+    """The settings, or the line in which they are refused."""
+    try:
+        return load()
+    except ConfigError as error:
+        return str(error)
+
+
+def tree_of(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names as a tree."""
+    tree: dict[str, Any] = {}
+    for name, value in chosen.items():
+        tree = put(tree, name, value)
+    return tree
+
+
+def override(name: str, value: Any) -> str:
+    """As ``--set`` takes it."""
+    return f"{name}={tomli_w.dumps({'value': value}).partition('=')[2]}"
+
+
+def objects(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """The members of a group, those that are groups built as objects."""
+    kinds = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {
+        name: kinds[name](**objects(kinds[name], value)) if isinstance(value, dict) else value  # type: ignore[misc, arg-type]
+        for name, value in tree.items()
+    }
+
+
+def doors(tree: dict[str, Any], folder: Path) -> dict[str, Config | str]:
+    """What a tree gives, however it is spelled; ``--set`` gets each member of a group on its own."""
+    path = folder / "run.toml"
+    path.write_bytes(tomli_w.dumps(tree).encode())
+    named = flat_tree(tree)
+    return {
+        "keywords": outcome(lambda: Config(**tree)),
+        "model_validate": outcome(lambda: Config.model_validate(tree)),
+        "parse_config": outcome(lambda: parse_config(tree)),
+        "TOML": outcome(lambda: load_config(path)),
+        "--set": outcome(lambda: load_config(None, [override(*one) for one in named.items()])),
+        "options": outcome(lambda: load_config(None, (), named)),
+    }
+
+
+def flat_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= (
+            flat_tree(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        )
+    return found
+
+
+class TestEveryDoorGivesTheSame:
+    @pytest.fixture(autouse=True, scope="class")
+    def _values_are_known(self) -> None:
+        """Before hypothesis looks at the clock."""
+        _all_values()
+
+    @given(chosen=_chosen())
+    def test_any_tree(self, tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any]) -> None:
+        tree = tree_of(chosen)
+        found = doors(tree, tmp_path_factory.mktemp("doors"))
+        config = found.pop("keywords")
+        assert set(map(repr, found.values())) == {repr(config)}
+        if isinstance(config, str):
+            assert len(config.splitlines()) == 1
+            return
+        assert all(one == config for one in found.values())
+        assert Config(**objects(Config, tree)) == config, "objects are tables"
+        assert Config(**dict(config)) == config == Config.model_validate(config_tree(config))
+        after, before = flat(config), flat(Config())
+        assert all(after[name] == before[name] for name in LEAVES if name not in chosen), (
+            "the rest is as it was"
+        )
+
+    @given(
+        chosen=_chosen(),
+        name=st.sampled_from(sorted(LEAVES)),
+        value=st.sampled_from([*OTHERS, -1, math.nan, {}]),
+    )
+    def test_a_bad_value_too(
+        self, tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any], name: str, value: Any
+    ) -> None:  # fmt: skip
+        found = doors(tree_of(chosen | {name: value}), tmp_path_factory.mktemp("doors"))
+        if value == {}:
+            found = {door: one for door, one in found.items() if door not in ("--set", "options")}
+        assert len(set(map(repr, found.values()))) == 1
+
+    def test_a_group_of_a_few_members(self) -> None:
+        config = Config.model_validate(
+            {"student": {"dp": {"steps": 10}}, "teacher": {"model": {"name": "mlp"}}}
+        )
+        assert config.student.dp.part == "head"
+        assert (config.teacher.model.width, config.teacher.model.activation) == (128, "relu")
+
+    def test_an_object_keeps_what_it_sets_and_takes_the_rest_from_the_field(self) -> None:
+        config = Config(
+            student=StudentConfig(dp=DpSgdConfig(steps=7), direct_dp=DpSgdConfig(step_noise=0.2)),
+            teacher=TeacherConfig(model=ModelConfig(name="mlp", activation="tanh")),
+        )
+        assert (config.student.dp.steps, config.student.dp.part) == (7, "head")
+        assert config.student.direct_dp.step_noise == 0.2, "set, though it is what its class has"
+        assert config.teacher.model == ModelConfig(name="mlp", width=128, activation="tanh")
+
+    def test_an_object_of_another_group_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"^student=TeacherConfig.*expected a valid .*StudentConfig$"):
+            Config(student=TeacherConfig())
+
+    def test_nothing_of_the_callers_is_changed(self) -> None:
+        data = {"source": "mnist"}
+        tree = {"data": data, "devices": 3}
+        assert Config(**tree).data.devices == 3
+        assert (data, list(tree)) == ({"source": "mnist"}, ["data", "devices"])
+
+
+class TestShortNames:
+    @pytest.mark.parametrize("option", OPTIONS.values(), ids=list(OPTIONS))
+    def test_are_their_settings(self, option: Option, tmp_path: Path) -> None:
+        values = [
+            value for value in (*OTHERS, "3", "inf", "x") if isinstance(value, str) or not option.names_group
+        ]
+        expected = [outcome(partial(load_config, None, (), {option.setting: value})) for value in values]
+        for value, one in zip(values, expected, strict=True):
+            found = doors({option.name: value}, tmp_path)
+            assert found == dict.fromkeys(found, one)
+        assert len(set(map(repr, expected))) > 1
+
+    def test_of_the_main_job(self) -> None:
+        config = Config(data="mnist", devices=20, epsilon="inf", channel="secure", rounds=3, teacher="mlp")
+        assert config == parse_config(
+            {
+                "data": {"source": "mnist", "devices": 20},
+                "privacy": {"epsilon": math.inf},
+                "teacher": {"model": {"name": "mlp"}},
+            }
+        )
+
+    def test_join_a_group(self) -> None:
+        for group in ({"source": "mnist"}, DataConfig(source="mnist")):
+            config = Config(data=group, devices=20)
+            assert (config.data.source, config.data.devices) == ("mnist", 20)
+
+    @pytest.mark.parametrize("group", [{"epsilon": 3.0}, PrivacyConfig(epsilon=3.0)])
+    def test_both_names_of_one_setting_are_refused(self, group: Any) -> None:
+        with pytest.raises(
+            ConfigError, match=r"^epsilon and privacy\.epsilon are one setting: give one of them$"
+        ):
+            Config(epsilon=3.0, privacy=group)
+
+    def test_the_later_wins_under_either_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.toml"
+        path.write_text("epsilon = 7.0\ndata = 'mnist'\ndevices = 9\n")
+        assert load_config(path, ["privacy.epsilon=8", "data.devices=8"]).privacy.epsilon == 8
+        config = load_config(path, ["privacy.epsilon=8", "epsilon=9", "data=cifar10"], {"data.devices": "4"})
+        assert (config.privacy.epsilon, config.data.source, config.data.devices) == (9, "cifar10", 4)
+
+    def test_are_suggested(self) -> None:
+        assert message_of("epsilom=3") == "epsilom: unknown setting; did you mean 'epsilon'?"
+
+
 class TestRoundTrip:
     def test_defaults(self, tmp_path: Path) -> None:
         path = tmp_path / "run.toml"
-        path.write_text(tomli_w.dumps(config_tree(RunConfig())))
-        assert load_config(path) == RunConfig()
+        path.write_text(tomli_w.dumps(config_tree(Config())))
+        assert load_config(path) == Config()
 
     @given(chosen=st.fixed_dictionaries({}, optional=_values()))
     def test_any_settings(self, tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any]) -> None:

@@ -13,13 +13,12 @@ from torch import Tensor
 
 import privkd.federation
 from privkd.errors import RunError
-from privkd.federation import open_game
+from privkd.prepared import prepare
 from privkd.privacy.events import Unit
 from privkd.privacy.noise import Keystream, NoiseRoot
 from privkd.result import Result, epsilon_of
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
-from privkd.runs.transcript import Adversary, view
 
 Secure = tuple[Path, Result, Path, list[Tensor]]
 
@@ -59,12 +58,12 @@ class TestSecure:
 
     def test_the_transcript_shows_the_sum_alone(self, secure: Secure) -> None:
         path, _, plain, _ = secure
-        for folder, name in ((path, "secure_sum"), (plain, "per_client_logits")):
+        for folder, axes in ((path, 2), (plain, 3)):
             with RunFolder.resume(folder) as opened:
-                game = open_game(opened.config)
-                seen = view(load_transcript(opened, game.blank()[0]), Adversary.CLOUD)
-            assert seen.name == name
-            assert len(seen.teachers) == 2
+                game = prepare(opened.config)
+                seen = load_transcript(opened, game.cloud.untrained_teacher()).exchanges
+            assert all(each.release.answers.ndim == axes for each in seen)
+            assert len(seen) == 1
 
 
 class TestDeployment:

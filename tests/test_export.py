@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from cli import app
 from privkd.controls import mean_accuracy
-from privkd.delivery import deliver
 from privkd.errors import ModelError
 from privkd.export import export as exporting
 from privkd.export.artefact import TOLERANCE, Deployable, check_equal
 from privkd.export.export import export_student, raw_of
 from privkd.export.formats import format_named, suffix_of
-from privkd.federation import open_game
+from privkd.prepared import finished, prepare
 from privkd.progress import Silent
 from privkd.runs.folder import RunFolder
-from privkd.students import finished_state
+from privkd.training.vectorised import cohort_answers
 
 NEEDED = {"torch": "torch", "onnx": "onnxruntime", "executorch": "executorch"}
 
@@ -57,8 +56,8 @@ def code_of(*arguments: object) -> int:
 
 def student_of(run: Path, device: int) -> nn.Module:
     with RunFolder.resume(run) as folder:
-        game = open_game(folder.config)
-        return deliver(game, finished_state(game, folder), [device], Silent())[0]
+        game = prepare(folder.config)
+        return game.personalised(finished(game, folder), [device], Silent())[0]
 
 
 class TestAnswers:
@@ -69,7 +68,7 @@ class TestAnswers:
         with RunFolder.resume(run) as folder:
             out = tmp_path / f"s{suffix_of(form)}"
             exported = export_student(folder, form, device, out)
-            records = open_game(folder.config).scenario.test.inputs[:50]
+            records = prepare(folder.config).scenario.test.inputs[:50]
         with torch.no_grad():
             answers = format_named(form).load(out)((records * 16).round())
         student = student_of(run, device)
@@ -133,18 +132,18 @@ class TestStudents:
         for start in ("teacher", "own"):
             result = play(tmp_path / start, f"student.start={start}")
             with RunFolder.resume(tmp_path / start) as folder:
-                game = open_game(folder.config)
-                students = finished_state(game, folder).students
+                game = prepare(folder.config)
+                students = finished(game, folder).students
             assert mean_accuracy(students, game.scenario.test) == result.student.trained
 
     def test_were_the_ones_that_answered(self, run: Path) -> None:
         """Over the plain channel the last release is what the students of the last round said."""
         with RunFolder.resume(run) as folder:
-            game = open_game(folder.config)
-            state = finished_state(game, folder)
-        wire = state.wires[-1]
-        answers = game.fleet.answer(state.students, game.scenario.proxy[wire.queries]).softmax(-1)
-        assert torch.allclose(answers, wire.answers, atol=1e-4)
+            game = prepare(folder.config)
+            state = finished(game, folder)
+        release = state.state.releases[-1]
+        answers = cohort_answers(state.students, game.scenario.proxy[release.queries]).softmax(-1)
+        assert torch.allclose(answers, release.answers, atol=1e-4)
 
 
 class TestPreprocessing:
@@ -236,7 +235,9 @@ class TestRefusals:
         assert "numbered from 0" in self.one_line(capsys, run, "--device-index=-1")
 
     def test_an_unknown_format(self, capsys: pytest.CaptureFixture[str], run: Path) -> None:
-        assert "expected one of ['executorch', 'onnx', 'torch']" in self.one_line(capsys, run, "--format", "pickle")
+        assert "expected one of ['executorch', 'onnx', 'torch']" in self.one_line(
+            capsys, run, "--format", "pickle"
+        )
 
     def test_a_file_of_another_kind(self, capsys: pytest.CaptureFixture[str], run: Path) -> None:
         assert ".pt2 file" in self.one_line(capsys, run, "--out", "student.onnx")

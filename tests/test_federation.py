@@ -16,9 +16,8 @@ from privkd.channels.channel import NoisedChannel
 from privkd.cloud import distil_public
 from privkd.data import build_scenario
 from privkd.errors import BudgetError, ConfigError, DataError, ModelError, TrainingError
-from privkd.federation import open_game
-from privkd.forecast import forecast
 from privkd.plan import facts_of, make_plan
+from privkd.prepared import forecast, prepare
 from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, Unit, ZCdp
 from privkd.privacy.ledger import Ledger
 from privkd.result import epsilon_of
@@ -86,7 +85,7 @@ class TestSeed:
             calls.append(arguments)
             return distil_public(*arguments)
 
-        monkeypatch.setattr("privkd.federation.distil_public", counted)
+        monkeypatch.setattr("privkd.cloud.distil_public", counted)
         play(tmp_path / "run", "rounds=2")
         assert len(calls) == 3, "one for each round, and the last to be delivered"
 
@@ -378,12 +377,12 @@ class TestRefusals:
     def test_bad_settings(self, override: str, kind: type[Exception], expected: str) -> None:
         more = ["data.partition=classes"] if "classes" in override else []
         with pytest.raises(kind, match=expected):
-            open_game(small(override, *more))
+            prepare(small(override, *more))
 
     def test_no_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ConfigError, match="has no CUDA device; take cpu or auto"):
-            open_game(small("device=cuda"))
+            prepare(small("device=cuda"))
 
     @pytest.mark.parametrize("place", ["teacher.fit", "student.public_fit", "reverse.fit"])
     def test_public_training_that_diverges(self, tmp_path: Path, place: str) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 import privkd.doctor
 from cli import app
-from privkd.config import RunConfig, Settings, config_tree, load_config
+from privkd.config import Config, Settings, config_tree, load_config
 from privkd.config.reference import documented, settings_reference
 from privkd.errors import ConfigError, InputError
+from privkd.options import OPTIONS, Option
 from privkd.secure import installed
 from privkd.siblings import SIBLINGS, load_siblings
 
@@ -180,15 +181,25 @@ class TestSettings:
         listed = settings_reference()
         assert len({one.name for one in listed}) == len(listed)
         assert {one.name: one.default for one in listed if one.default is not None} == leaves(
-            config_tree(RunConfig())
+            config_tree(Config())
         )
         for one in listed:
             if one.default is None:
                 *groups, field = one.name.split(".")
-                value: Any = RunConfig()
+                value: Any = Config()
                 for group in groups:
                     value = getattr(value, group)
                 assert getattr(value, field) is None
+
+    @pytest.mark.parametrize("option", OPTIONS.values(), ids=list(OPTIONS))
+    def test_an_option_is_a_setting_and_shows_its_default(self, option: Option) -> None:
+        shown = re.search(r"\[(.*)\]$", option.help)
+        default = settings_reference(option.setting)
+        assert [one.name for one in default] in ([option.setting], ["student.models"])
+        if shown is None or shown[1] in ("none", "by its name"):
+            assert default[0].default in (None, [])
+        else:
+            assert Config(**{option.name: shown[1]}) == Config()
 
     def test_every_field_of_every_group_has_a_meaning(self) -> None:
         def groups(kind: type[Settings]) -> set[type[Settings]]:
@@ -196,7 +207,7 @@ class TestSettings:
             found = {one for one in below if isinstance(one, type) and issubclass(one, Settings)}
             return {kind}.union(*(groups(one) for one in found))
 
-        for kind in groups(RunConfig):
+        for kind in groups(Config):
             assert list(documented(kind)) == list(kind.model_fields), kind
             assert all(documented(kind).values())
 
@@ -250,7 +261,7 @@ class TestCryptenMissing:
         urls = 'channel.aggregator_urls=["https://a:1", "https://b:1"]'
         installed.check_channel(load_config(None, [urls]).channel)
         with pytest.raises(ConfigError):
-            installed.check_channel(RunConfig().channel)
+            installed.check_channel(Config().channel)
 
     def test_doctor_fix_runs_the_command_it_shows(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

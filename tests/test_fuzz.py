@@ -31,9 +31,9 @@ from PIL import Image
 from reading import Read, read
 from running import SMALL, StopAt, play
 
-from privkd.config import RunConfig, config_tree, load_config, parse_config
+from privkd import prepared
+from privkd.config import Config, config_tree, load_config, parse_config
 from privkd.errors import ChannelError, ConfigError, DataError, PrivkdError, RunError
-from privkd.federation import open_game
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
@@ -183,12 +183,12 @@ def names_of(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-NAMES = names_of(config_tree(RunConfig()))
+NAMES = names_of(config_tree(Config()))
 
 
 class TestConfiguration:
     def test_damaged_files(self, folder: Path) -> None:
-        path, whole = folder / "run.toml", tomli_w.dumps(config_tree(RunConfig())).encode()
+        path, whole = folder / "run.toml", tomli_w.dumps(config_tree(Config())).encode()
 
         @fuzzed()
         @given(damaged(whole))
@@ -219,7 +219,9 @@ class TestConfiguration:
         @given(st.dictionaries(st.sampled_from(names), numbers, min_size=1, max_size=2))
         def opens(settings: dict[str, Any]) -> None:
             attempt(
-                "settings, up to the plan", PrivkdError, lambda: open_game(load_config(None, SMALL, settings))
+                "settings, up to the plan",
+                PrivkdError,
+                lambda: prepared.prepare(load_config(None, SMALL, settings)),
             )
 
         opens()
@@ -254,7 +256,7 @@ class TestCheckpoints:
         shutil.copytree(run, copy)
         whole, journal = (run / name).read_bytes(), (run / "journal.jsonl").read_bytes()
         with RunFolder.resume(copy) as opened:
-            teacher = open_game(opened.config).blank()[0]
+            teacher = prepared.prepare(opened.config).cloud.untrained_teacher()
         spent = Ledger.load(copy / "ledger.jsonl").spent(Unit.RECORD).high
 
         def read() -> None:

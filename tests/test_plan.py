@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_ndtr
 
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.errors import BudgetError, ConfigError
 from privkd.plan import PublicFacts, budgets, make_plan
 from privkd.privacy.accounting import price
@@ -21,12 +21,12 @@ from privkd.privacy.ledger import Charge, Ledger
 FACTS = PublicFacts(devices=5, records_per_device=140, proxy=360, classes=10)
 
 
-def config(**changes: Any) -> RunConfig:
+def config(**changes: Any) -> Config:
     given_as = {name.replace("__", "."): value for name, value in changes.items()}
     return load_config(None, (), given_as)
 
 
-def dp(epsilon: float, rounds: int, rate: float, **more: Any) -> RunConfig:
+def dp(epsilon: float, rounds: int, rate: float, **more: Any) -> Config:
     return config(
         privacy__epsilon=epsilon,
         rounds=rounds,

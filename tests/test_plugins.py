@@ -22,7 +22,7 @@ from audits.tradeoff.commands import CurveOptions, curve_command
 from audits.tradeoff.play import _write
 from audits.tradeoff.request import CurveRequest
 from privkd.cloud import RULES, Aggregate, aggregate
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.config.reference import settings_reference
 from privkd.errors import ConfigError, InputError, RunError
 from privkd.export.formats import FORMATS, check_installed
@@ -253,7 +253,7 @@ class TestLoading:
 
     def test_settings_name_each_once(self) -> None:
         assert load_config(None, ["plugins=a.b, c.py"]).plugins == ("a.b", "c.py")
-        assert RunConfig().plugins == ()
+        assert Config().plugins == ()
         with pytest.raises(ConfigError, match="two are called the same"):
             load_config(None, ["plugins=a/x.py,b/x.py"])
 
@@ -380,7 +380,7 @@ class TestTheFrontDoorOfTheAttacks:
 
 def test_the_settings_name_our_rules() -> None:
     (rule,) = settings_reference("reverse.aggregation")
-    assert rule.takes == f"{' | '.join(name for name in RULES if RULES.module(name) is None)}, or a plug-in's"
+    assert rule.takes == f"{', '.join(name for name in RULES if RULES.module(name) is None)}, or a plug-in's"
 
 
 def test_an_unknown_rule_is_refused_before_there_is_a_folder(commands: Commands, tmp_path: Path) -> None:

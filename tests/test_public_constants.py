@@ -17,15 +17,16 @@ from running import SMALL, play
 from typer.testing import CliRunner
 
 from cli import app
-from privkd.config import DataConfig, RunConfig, load_config
+from privkd.config import Config, DataConfig, load_config
 from privkd.data import Scenario, load, scenario_from, split_indices
 from privkd.data import scenario as splitting
 from privkd.data.constants import find_constants, grey, in_words, label_space, numbered
 from privkd.data.dataset import RawSet, make_source
 from privkd.data.public_sets import Stream, choose_gap_classes, draw_public_sets, public_sizes
 from privkd.errors import ConfigError, DataError
-from privkd.federation import Game, open_game
+from privkd.federation import Federation
 from privkd.plan import facts_of, make_plan
+from privkd.prepared import prepare
 
 SIZES = {
     "records_per_device": 20, "public_records": 20, "validation_records": 10, "proxy_records": 20,
@@ -53,7 +54,7 @@ def shown(scenario: Scenario) -> dict[str, Any]:
         "classes": scenario.classes,
         "divisor": scenario.divisor,
         "gap": scenario.gap_classes,
-        "plan": asdict(make_plan(RunConfig(), facts_of(scenario))),
+        "plan": asdict(make_plan(Config(), facts_of(scenario))),
     }
 
 
@@ -214,7 +215,7 @@ class TestRun:
             raise InterruptedError
 
         classes = f"data.classes={','.join(form.labels)}"
-        monkeypatch.setattr(Game, "_debit", debit)
+        monkeypatch.setattr(Federation, "_debit", debit)
         with pytest.raises(InterruptedError):
             play(path, *self.DEPLOYED, classes, f"data.source={source}")
         files = {
@@ -364,7 +365,7 @@ class TestDeployment:
         form = FORMS["csv"]
         source = form.write(tmp_path, form.records(0))
         with pytest.raises(ConfigError) as caught:
-            open_game(load_config(None, [*SMALL[2:3], "privacy.noise=system", f"data.source={source}"]))
+            prepare(load_config(None, [*SMALL[2:3], "privacy.noise=system", f"data.source={source}"]))
         words = str(caught.value)
         assert "\n" not in words
         for name in ("records_per_device", "public_records", "validation_records", "proxy_records"):

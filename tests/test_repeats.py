@@ -15,10 +15,12 @@ import torch
 from running import StopAt, Watching, charges, play, resume, same
 from torch import Tensor
 
+import privkd.engines.simulation
 import privkd.federation
-from privkd.channels.channel import ChannelBase, Release
-from privkd.cloud import bounded_answers
+from privkd.channels.channel import Channel
+from privkd.device import responses
 from privkd.errors import RunError
+from privkd.messages import Question, Release
 from privkd.privacy.events import NoPrivacy, PrivacyEvent, ZCdp
 from privkd.privacy.noise import NoiseRoot
 from privkd.runs.fingerprints import UNKEPT, check_repeats
@@ -39,18 +41,18 @@ def notes(path: Path) -> list[dict[str, Any]]:
 def nudged(patch: pytest.MonkeyPatch) -> None:
     """One entry of one device's answers comes out by its last bit otherwise; a vote goes to another class."""
 
-    def answers(logits: Tensor, prior: Tensor, kind: Any) -> Tensor:
-        found = bounded_answers(logits, prior, kind).clone()
-        if kind == "votes":
+    def answers(logits: Tensor, question: Question) -> Tensor:
+        found = responses(logits, question).clone()
+        if question.kind == "votes":
             found[0, 0] = found[0, 0].roll(1)
         else:
             found[0, 0, 0] = torch.nextafter(found[0, 0, 0], torch.tensor(2.0))
         return found
 
-    patch.setattr(privkd.federation, "bounded_answers", answers)
+    patch.setattr(privkd.engines.simulation, "responses", answers)
 
 
-class Counted(ChannelBase):
+class Counted(Channel):
     """Stands for any channel: it counts the releases that are begun, and never finishes one."""
 
     begun: int = 0
@@ -59,7 +61,7 @@ class Counted(ChannelBase):
     def event(self) -> PrivacyEvent:
         return NoPrivacy("a test") if self.rho is None else ZCdp(self.rho)
 
-    def release(self, answers: Tensor, *, devices: Sequence[str], round: int) -> Release:
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[str]) -> Release:
         type(self).begun += 1
         raise KeyboardInterrupt
 
@@ -157,11 +159,11 @@ class TestTheNote:
     def test_is_on_the_disk_before_the_release(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[int] = []
 
-        def release(channel: Counted, answers: Tensor, **_: Any) -> Release:
+        def carry(channel: Counted, *_: Any) -> Release:
             seen.append(len(notes(tmp_path / "run")))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Counted, "release", release)
+        monkeypatch.setattr(Counted, "carry", carry)
         monkeypatch.setattr(privkd.federation, "open_channel", opened)
         with pytest.raises(KeyboardInterrupt):
             play(tmp_path / "run")

@@ -12,8 +12,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from privkd.cloud import (
-    Knowledge,
-    bounded_answers,
     choose_queries,
     project_on_simplex,
     shrink,
@@ -21,6 +19,8 @@ from privkd.cloud import (
     trust,
 )
 from privkd.config import ReverseConfig
+from privkd.device import responses
+from privkd.messages import AnswerKind, Question, Release
 
 CONFIG = ReverseConfig(memory=0.5, sharpen=1.0, margin=2.0, confident=1.0)
 
@@ -159,33 +159,37 @@ class TestShrink:
         assert float(error) == pytest.approx(optimal, rel=0.1), "the posterior variance of the two normals"
 
 
-class TestBoundedAnswers:
+def bounded(logits: Tensor, prior: Tensor, kind: AnswerKind) -> Tensor:
+    return responses(logits, Question(0, torch.arange(len(prior)), prior[:, :0], prior, kind))
+
+
+class TestResponses:
     @pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
     def test_norms(self, scale: float) -> None:
         logits, teacher = normal(4, 50, 6, scale=scale), probabilities(50, 6, seed=1, scale=scale)
         for kind, bound in (("probabilities", 1.0), ("votes", 1.0), ("residuals", math.sqrt(2))):
-            answers = bounded_answers(logits, teacher, kind)  # type: ignore[arg-type]
+            answers = bounded(logits, teacher, kind)  # type: ignore[arg-type]
             assert answers.shape == (4, 50, 6)
             assert answers.norm(dim=-1).max() <= bound + 1e-6
 
     def test_what_they_are(self) -> None:
         logits, teacher = normal(2, 3, 4), probabilities(3, 4, seed=1)
-        p = bounded_answers(logits, teacher, "probabilities")
+        p = bounded(logits, teacher, "probabilities")
         torch.testing.assert_close(p, logits.softmax(-1))
-        torch.testing.assert_close(bounded_answers(logits, teacher, "residuals") + teacher, p)
-        votes = bounded_answers(logits, teacher, "votes")
+        torch.testing.assert_close(bounded(logits, teacher, "residuals") + teacher, p)
+        votes = bounded(logits, teacher, "votes")
         assert torch.equal(votes.argmax(-1), logits.argmax(-1))
         assert torch.equal(votes.sum(-1), torch.ones(2, 3))
         assert set(votes.unique().tolist()) == {0.0, 1.0}
 
     def test_a_residual_is_bounded_by_sqrt_2_and_may_reach_it(self) -> None:
         logits = torch.tensor([[[100.0, -100.0]]])
-        answers = bounded_answers(logits, torch.tensor([[0.0, 1.0]]), "residuals")
+        answers = bounded(logits, torch.tensor([[0.0, 1.0]]), "residuals")
         assert float(answers.norm()) == pytest.approx(math.sqrt(2))
 
     @pytest.mark.parametrize("kind", ["probabilities", "votes", "residuals"])
     def test_float32_whatever_goes_in_is_releasable(self, kind: str) -> None:
-        answers = bounded_answers(normal(2, 3, 4).float(), probabilities(3, 4).float(), kind)  # type: ignore[arg-type]
+        answers = bounded(normal(2, 3, 4).float(), probabilities(3, 4).float(), kind)  # type: ignore[arg-type]
         assert answers.dtype == torch.float32
 
 
@@ -223,7 +227,11 @@ class TestChooseQueries:
         assert sorted(set(draw(1))) == draw(1), "ascending, without repetition"
 
 
-def naive_targets(buffer: list[Knowledge], prior: Tensor, config: ReverseConfig) -> dict[int, list[float]]:
+def mean_release(queries: Tensor, answers: Tensor, noise_std: float) -> Release:
+    return Release(queries, answers, torch.zeros_like(answers), noise_std, ())
+
+
+def naive_targets(buffer: list[Release], prior: Tensor, config: ReverseConfig) -> dict[int, list[float]]:
     """Query by query: the weighted mean, its shrinkage, its projection, its sharpening."""
     means: dict[int, list[float]] = {}
     noise: dict[int, float] = {}
@@ -255,14 +263,14 @@ def naive_targets(buffer: list[Knowledge], prior: Tensor, config: ReverseConfig)
 
 
 class TestTargetsOf:
-    def buffer(self, *, noise: tuple[float, ...] = (0.3, 0.1, 0.2)) -> list[Knowledge]:
+    def buffer(self, *, noise: tuple[float, ...] = (0.3, 0.1, 0.2)) -> list[Release]:
         """Three rounds that asked different queries."""
         asked = ([0, 1, 2, 3], [2, 3, 7], [0, 3, 8, 9, 4])
         rounds = []
         for number, (queries, std) in enumerate(zip(asked, noise, strict=True)):
             drawn = normal(len(queries), 4, seed=10 + number, scale=std)
             answers = probabilities(len(queries), 4, seed=number) + drawn
-            rounds.append(Knowledge(torch.tensor(queries), answers, std))
+            rounds.append(mean_release(torch.tensor(queries), answers, std))
         return rounds
 
     @pytest.mark.parametrize("memory", [0.0, 0.5, 1.0])
@@ -281,7 +289,7 @@ class TestTargetsOf:
 
     def test_a_single_exact_release_is_learned_as_it_is(self) -> None:
         answers, prior = probabilities(5, 3, seed=1), probabilities(5, 3, seed=2)
-        ours = targets_of([Knowledge(torch.arange(5), answers, 0.0)], prior, CONFIG)
+        ours = targets_of([mean_release(torch.arange(5), answers, 0.0)], prior, CONFIG)
         torch.testing.assert_close(ours.probabilities, answers)
         assert ours.weights.tolist() == [1.0] * 5
 
@@ -300,17 +308,17 @@ class TestTargetsOf:
         true = probabilities(4, 3, seed=5)
         queries = torch.arange(4)
         config = CONFIG.model_copy(update={"memory": 1.0})
-        repeated = [Knowledge(queries, true, 1.0) for _ in range(25)]
+        repeated = [mean_release(queries, true, 1.0) for _ in range(25)]
         torch.testing.assert_close(
             targets_of(repeated, prior, config).probabilities,
-            targets_of([Knowledge(queries, true, 0.2)], prior, config).probabilities,
+            targets_of([mean_release(queries, true, 0.2)], prior, config).probabilities,
         )
 
     @pytest.mark.parametrize("sharpen", [1e-3, 1.0, 50.0, 1e6])
     def test_any_sharpening_leaves_probabilities(self, sharpen: float) -> None:
         config = CONFIG.model_copy(update={"sharpen": sharpen})
         answers = torch.tensor([[0.26, 0.25, 0.25, 0.24], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
-        ours = targets_of([Knowledge(torch.arange(3), answers, 0.0)], torch.full((3, 4), 0.25), config)
+        ours = targets_of([mean_release(torch.arange(3), answers, 0.0)], torch.full((3, 4), 0.25), config)
         assert ours.probabilities.isfinite().all()
         torch.testing.assert_close(ours.probabilities.sum(-1), torch.ones(3))
         assert ours.probabilities.argmax(-1)[0] == 0

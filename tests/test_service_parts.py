@@ -360,7 +360,7 @@ def test_the_channel_through_services_equals_the_one_through_processes(
     if rho is None:
         assert torch.equal(release.answers, exact.answers)
         return
-    assert release.event == ZCdp(rho)
+    assert channel.event == ZCdp(rho)
     assert release.noise_std == pytest.approx(30 * math.sqrt(5 / 4) / 5, rel=1e-5)
     residual = (release.answers - exact.answers).numpy() / release.noise_std
     assert 5e-7 < stats.chi2.cdf((residual**2).sum(), residual.size) < 1 - 5e-7
@@ -381,7 +381,7 @@ def test_whoever_falls_silent_the_mean_is_over_those_who_stay(noise: str) -> Non
         with pytest.raises(ChannelError, match="stranger is not on the roster"):
             channel.release(answers[:2], devices=("stranger", roster[0]), round=1)
     assert release.devices == stay
-    assert release.event == ZCdp(0.5)
+    assert channel.event == ZCdp(0.5)
     on_sum = release.noise_std * 3
     assert on_sum == pytest.approx(30 * math.sqrt(2 if noise == "aggregators" else 3 / 2), rel=1e-5)
     blocks = answers.double().reshape(3, -1)

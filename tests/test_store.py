@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from privkd.config import RunConfig, load_config
+from privkd.config import Config, load_config
 from privkd.errors import RunError
 from privkd.journal import Journal
 from privkd.privacy.noise import NoiseRoot
@@ -247,11 +247,11 @@ class TestDiskFailures:
         import resource, signal, sys
         from pathlib import Path
         import torch
-        from privkd.config import RunConfig
+        from privkd.config import Config
         from privkd.errors import RunError
         from privkd.runs.folder import RunFolder
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        folder = RunFolder.create(Path(sys.argv[1]), RunConfig())
+        folder = RunFolder.create(Path(sys.argv[1]), Config())
         resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
         def attempt(step):
             try:
@@ -260,7 +260,7 @@ class TestDiskFailures:
                 print(error)
         attempt(lambda: folder.save("rounds/000/cloud.safetensors", {"x": torch.zeros(10_000)}))
         attempt(lambda: folder.journal.append({"step": "round", "x": "y" * 5000}))
-        attempt(lambda: RunFolder.create(Path(sys.argv[1] + "2"), RunConfig(data={"source": "x" * 5000})))
+        attempt(lambda: RunFolder.create(Path(sys.argv[1] + "2"), Config(data={"source": "x" * 5000})))
     """
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ class TestForgedJournals:
 
     def test_defaults_are_written_out(self, tmp_path: Path) -> None:
         """A run is resumed with the settings it had, whatever the defaults of a later version."""
-        with RunFolder.create(tmp_path / "run", RunConfig()) as folder:
+        with RunFolder.create(tmp_path / "run", Config()) as folder:
             text = (folder.path / "config.toml").read_text()
         for name in ("rounds", "epsilon", "learning_rate", "sampling_rate", "clip_norm", "memory"):
             assert f"{name} = " in text

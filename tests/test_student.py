@@ -24,10 +24,10 @@ from privkd.training.dpsgd import (
     TailAverage,
     check_trainable,
     fastest_mode,
-    quieted,
     seconds_per_step,
     train_private,
     train_unprotected,
+    with_capped_learning_rate,
 )
 from privkd.training.losses import forward_loss
 from privkd.training.vectorised import train_cohort
@@ -281,18 +281,18 @@ class TestQuieted:
     def test_noise_limits_the_step(self) -> None:
         """Lowered until learning rate x noise multiplier x clip norm / expected batch is the limit."""
         wild = recipe(learning_rate=8.0, step_noise=0.2, clip_norm=0.5)
-        quiet = quieted(wild, noise_multiplier=10.0, expected_batch_size=5.0)
+        quiet = with_capped_learning_rate(wild, noise_multiplier=10.0, expected_batch_size=5.0)
         assert quiet.learning_rate * 10.0 * 0.5 / 5.0 == pytest.approx(0.2)
         assert quiet.model_copy(update={"learning_rate": 8.0}) == wild
 
     def test_and_leaves_quiet_steps_alone(self) -> None:
         gentle = recipe(learning_rate=0.1, step_noise=0.2, clip_norm=0.5)
-        assert quieted(gentle, noise_multiplier=1.0, expected_batch_size=5.0) == gentle
-        assert quieted(gentle, noise_multiplier=0.0, expected_batch_size=5.0) == gentle
+        assert with_capped_learning_rate(gentle, noise_multiplier=1.0, expected_batch_size=5.0) == gentle
+        assert with_capped_learning_rate(gentle, noise_multiplier=0.0, expected_batch_size=5.0) == gentle
 
     def test_and_adam(self) -> None:
         adam = recipe(learning_rate=8.0, step_noise=1e-3, optimizer="adam")
-        assert quieted(adam, noise_multiplier=10.0, expected_batch_size=5.0) == adam
+        assert with_capped_learning_rate(adam, noise_multiplier=10.0, expected_batch_size=5.0) == adam
 
 
 class TestWhatItLeavesAlone:

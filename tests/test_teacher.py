@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from privkd.cloud import (
     PublicData,
     Targets,
-    absorb,
     between,
     distil_public,
     gate,
+    learn,
     train_teacher,
 )
 from privkd.config import FitConfig, ReverseConfig
@@ -196,7 +196,7 @@ class TestAbsorb:
     def test_learns_what_the_release_knows(self) -> None:
         teacher, data, targets, test = self.scene()
         before = accuracy(teacher, test.inputs, test.labels)
-        absorbed = absorb(teacher, targets, data, self.CONFIG, generator(2))
+        absorbed = learn(teacher, targets, data, self.CONFIG, generator(2))
         after = accuracy(absorbed.teacher, test.inputs, test.labels)
         assert before < 0.8
         assert after > 0.95
@@ -205,7 +205,7 @@ class TestAbsorb:
     def test_untrusted_targets_are_not_learned(self) -> None:
         teacher, data, targets, test = self.scene()
         untrusted = replace(targets, weights=torch.zeros(100))
-        absorbed = absorb(teacher, untrusted, data, self.CONFIG, generator(2))
+        absorbed = learn(teacher, untrusted, data, self.CONFIG, generator(2))
         assert accuracy(absorbed.teacher, test.inputs, test.labels) < 0.8
 
     def test_some_queries_only(self) -> None:
@@ -213,14 +213,14 @@ class TestAbsorb:
         teacher, data, targets, test = self.scene()
         asked = torch.arange(1, 100, 2)
         part = Targets(asked, targets.probabilities[asked], torch.ones(len(asked)), targets.prior[asked])
-        absorbed = absorb(teacher, part, data, self.CONFIG, generator(2))
+        absorbed = learn(teacher, part, data, self.CONFIG, generator(2))
         assert accuracy(absorbed.teacher, test.inputs, test.labels) > 0.95
 
     def test_a_lie_is_rolled_back(self) -> None:
         teacher, data, targets, _ = self.scene()
         lies = replace(targets, probabilities=targets.probabilities.roll(1, dims=1))
         config = self.CONFIG.model_copy(update={"trust": 1000.0})
-        absorbed = absorb(teacher, lies, data, config, generator(2))
+        absorbed = learn(teacher, lies, data, config, generator(2))
         validation = data.validation
         before = accuracy(teacher, validation.inputs, validation.labels)
         assert accuracy(absorbed.teacher, validation.inputs, validation.labels) >= before
@@ -232,7 +232,7 @@ class TestAbsorb:
 
         def moved(anchor: float) -> float:
             config = self.CONFIG.model_copy(update={"anchor": anchor})
-            new = absorb(teacher, targets, data, config, generator(2)).teacher
+            new = learn(teacher, targets, data, config, generator(2)).teacher
             return float((F.softmax(logits_of(new, data.proxy), dim=-1) - old).abs().sum())
 
         assert moved(100.0) < 0.2 * moved(0.0)
@@ -240,5 +240,5 @@ class TestAbsorb:
     def test_leaves_the_old_teacher_alone(self) -> None:
         teacher, data, targets, _ = self.scene()
         before = copy.deepcopy(teacher.state_dict())
-        absorb(teacher, targets, data, self.CONFIG, generator(2))
+        learn(teacher, targets, data, self.CONFIG, generator(2))
         assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())

@@ -114,7 +114,15 @@ def test_bad_grids_are_refused(fields: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=3", "privacy.epsilon=2", "privacy={epsilon=2}", "channel.kind='plain'"]
+    "override",
+    [
+        "seed=3",
+        "privacy.epsilon=2",
+        "privacy={epsilon=2}",
+        "epsilon=2",
+        "channel.kind='plain'",
+        "channel=plain",
+    ],
 )
 def test_what_a_curve_varies_cannot_be_set(override: str) -> None:
     with pytest.raises(ConfigError, match="a curve varies it"):

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from audits.membership_inference import views_of
+from privkd import prepared
 from privkd.channels.channel import open_channel
 from privkd.errors import ChannelError, ConfigError
-from privkd.federation import open_game
 from privkd.privacy.events import NoPrivacy, ZCdp
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import VoteRule, tally, vote_rule
@@ -214,7 +214,7 @@ def test_a_party_holds_votes_to_its_own_price(tmp_path: Path) -> None:
 
 
 def test_an_audit_knows_what_a_vote_shows() -> None:
-    game = open_game(small("channel.kind=secure", "channel.aggregation=votes"))
+    game = prepared.prepare(small("channel.kind=secure", "channel.aggregation=votes"))
     assert views_of(game, "all") == ("student", "gradient")
     assert views_of(game, "student") == ("student",)
     for view in ("secure_sum", "teacher"):
@@ -295,7 +295,7 @@ def test_the_channel_releases_labels_and_its_price() -> None:
     rule = vote_rule(devices=6, queries=40, rho=None, threshold=0.5, threshold_share=0.5)
     with open_channel("secure", clip_norm=1.0, root=ROOT, services=ServiceOptions(votes=rule)) as channel:
         release = channel.release(votes, devices=devices, round=0)
-        assert isinstance(release.event, NoPrivacy)
+        assert isinstance(channel.event, NoPrivacy)
         counts = votes.sum(0)
         clear = counts.amax(-1) >= 3
         assert torch.equal(release.answers.sum(-1) > 0, clear)

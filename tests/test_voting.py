@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
-from privkd.cloud import Knowledge, targets_of
+from privkd.cloud import learn, targets_of
 from privkd.config import ReverseConfig, load_config
 from privkd.errors import ConfigError
+from privkd.messages import Release
 from privkd.plan import PublicFacts, make_plan
 from privkd.privacy.events import ZCdp
 from privkd.privacy.votes import (
@@ -252,11 +254,15 @@ def test_settings_that_make_no_vote_are_refused(changes: dict[str, Any], words: 
 # ---- what the teacher learns ------------------------------------------------------------------------
 
 
+def mean_release(queries: Tensor, answers: Tensor, noise_std: float) -> Release:
+    return Release(queries, answers, torch.zeros_like(answers), noise_std, ())
+
+
 def test_only_answered_queries_are_learned() -> None:
     prior = torch.full((6, 3), 1 / 3)
     label = torch.eye(3)
-    first = Knowledge(torch.tensor([0, 2, 5]), torch.stack([label[1], torch.zeros(3), label[2]]), 0.0)
-    second = Knowledge(torch.tensor([2, 5]), torch.stack([torch.zeros(3), label[0]]), 0.0)
+    first = mean_release(torch.tensor([0, 2, 5]), torch.stack([label[1], torch.zeros(3), label[2]]), 0.0)
+    second = mean_release(torch.tensor([2, 5]), torch.stack([torch.zeros(3), label[0]]), 0.0)
     targets = targets_of([first, second], prior, ReverseConfig(memory=0.5, margin=2.0))
     assert targets.queries.tolist() == [0, 5]
     assert targets.probabilities.argmax(-1).tolist() == [1, 0], "the later label weighs more"
@@ -265,15 +271,15 @@ def test_only_answered_queries_are_learned() -> None:
 
 
 def test_where_nothing_was_answered_nothing_is_learned() -> None:
-    from privkd.cloud import PublicData, absorb
+    from privkd.cloud import PublicData
     from privkd.data.scenario import LabelledSet
 
-    silent = Knowledge(torch.tensor([0, 1]), torch.zeros(2, 3), 0.0)
+    silent = mean_release(torch.tensor([0, 1]), torch.zeros(2, 3), 0.0)
     targets = targets_of([silent], torch.full((4, 3), 1 / 3), ReverseConfig())
     assert len(targets.queries) == len(targets.probabilities) == len(targets.weights) == 0
     teacher = torch.nn.Linear(2, 3)
     records = LabelledSet(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
     data = PublicData(records, records, torch.zeros(4, 2))
-    absorbed = absorb(teacher, targets, data, ReverseConfig(), torch.Generator())
+    absorbed = learn(teacher, targets, data, ReverseConfig(), torch.Generator())
     assert absorbed.teacher is teacher
     assert absorbed.accepted == 0.0

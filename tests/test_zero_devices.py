@@ -1,24 +1,24 @@
 """The control of the reverse flow: what a teacher becomes without devices, and what devices must beat."""
 
-import functools
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.cloud import PublicData, Targets, absorb, train_teacher
-from privkd.config import FitConfig, ReverseConfig
-from privkd.controls import ZeroDevices
+from privkd.cloud import Cloud, PublicData, Targets, train_teacher
+from privkd.config import Config, FitConfig, ReverseConfig
+from privkd.controls import NoDeviceTeachers
 from privkd.data.scenario import LabelledSet
-from privkd.privacy.randomness import seeded_generator
+from privkd.plan import Plan
 from privkd.training.fit import accuracy
+from privkd.training.proof import Probe
 
 FIT = FitConfig(steps=120, batch_size=32, learning_rate=0.01)
 CONFIG = ReverseConfig(fit=FIT, trust=2.0, anchor=0.1, tolerance=0.0)
 QUERIES = torch.arange(1, 100, 2)
-BATCHES = functools.partial(seeded_generator, 0, "absorb", 0)
 
 
 def blobs(number: int, seed: int) -> LabelledSet:
@@ -48,8 +48,13 @@ def teacher(public: PublicData) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def idle(teacher: nn.Module, public: PublicData) -> ZeroDevices:
-    return ZeroDevices(teacher, teacher).after(QUERIES, public, CONFIG, BATCHES)
+def idle(teacher: nn.Module, public: PublicData) -> NoDeviceTeachers:
+    return NoDeviceTeachers(teacher, teacher).after(cloud(public), QUERIES, 0)
+
+
+def cloud(public: PublicData) -> Cloud:
+    """A cloud that holds ``public``; what it plans is of no matter here."""
+    return Cloud(Config(reverse=CONFIG), cast(Plan, None), public, Probe.of(public.proxy, 4), 4)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -59,18 +64,18 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def absorbed(teacher: nn.Module, probabilities: Tensor, weight: float, public: PublicData) -> nn.Module:
     prior = F.softmax(teacher(public.proxy[QUERIES]), dim=-1).detach()
     targets = Targets(QUERIES, probabilities, torch.full((len(QUERIES),), weight), prior)
-    return absorb(teacher, targets, public, CONFIG, BATCHES()).teacher
+    return cloud(public).update(teacher, targets, 0).teacher
 
 
 def test_self_distillation_is_the_update_on_the_teachers_own_answers(
-    idle: ZeroDevices, teacher: nn.Module, public: PublicData
+    idle: NoDeviceTeachers, teacher: nn.Module, public: PublicData
 ) -> None:
     own = F.softmax(teacher(public.proxy[QUERIES]), dim=-1).detach()
     assert same(idle.self_distilled, absorbed(teacher, own, 1.0, public))
 
 
 def test_labels_only_is_the_update_that_trusts_nothing(
-    idle: ZeroDevices, teacher: nn.Module, public: PublicData
+    idle: NoDeviceTeachers, teacher: nn.Module, public: PublicData
 ) -> None:
     """To the bit: so a release of which nothing is trusted shows no gain."""
     anything = torch.rand(len(QUERIES), 4).softmax(-1)
@@ -79,7 +84,7 @@ def test_labels_only_is_the_update_that_trusts_nothing(
 
 
 def test_neither_finds_what_only_devices_know(
-    idle: ZeroDevices, teacher: nn.Module, public: PublicData
+    idle: NoDeviceTeachers, teacher: nn.Module, public: PublicData
 ) -> None:
     test = blobs(200, 4)
     told = F.one_hot(blobs(100, 3).labels[QUERIES], 4) * 0.9 + 0.025
@@ -90,5 +95,5 @@ def test_neither_finds_what_only_devices_know(
 
 def test_without_queries_nothing_moves(teacher: nn.Module, public: PublicData) -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    after = ZeroDevices(teacher, teacher).after(none, public, CONFIG, BATCHES)
-    assert after == ZeroDevices(teacher, teacher)
+    after = NoDeviceTeachers(teacher, teacher).after(cloud(public), none, 0)
+    assert after == NoDeviceTeachers(teacher, teacher)

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from audits.evidence.command import settings_of
 from audits.evidence.wording import epsilon_text
-from privkd.config import RunConfig
+from privkd.config import Config
 
 Trusted: TypeAlias = Literal["none", "part", "full"]
 _MOST_DRAWN = 4
@@ -40,7 +40,7 @@ class Trust:
     words: tuple[str, ...]
 
 
-def trust_of(config: RunConfig) -> Trust:
+def trust_of(config: Config) -> Trust:
     """The trust model of a run's channel."""
     budget = config.privacy.device_epsilon
     noisy = budget is not None and math.isfinite(budget)
@@ -51,7 +51,7 @@ def trust_of(config: RunConfig) -> Trust:
     return _plain(config) if not noisy else _noised(config, noise)
 
 
-def _devices(config: RunConfig, *extra: str) -> Box:
+def _devices(config: Config, *extra: str) -> Box:
     dp = math.isfinite(config.privacy.epsilon)
     lines = (
         "records stay here, a student learns",
@@ -64,7 +64,7 @@ def _devices(config: RunConfig, *extra: str) -> Box:
     )
 
 
-def _plain(config: RunConfig) -> Trust:
+def _plain(config: Config) -> Trust:
     cloud = Box(
         "Cloud", ("sees each device's answers", "trains the teacher on them"), "full", "must be trusted", 1
     )
@@ -79,7 +79,7 @@ def _plain(config: RunConfig) -> Trust:
     )
 
 
-def _noised(config: RunConfig, noise: str) -> Trust:
+def _noised(config: Config, noise: str) -> Trust:
     cloud = Box(
         "Cloud",
         ("sees each device's noised answers", "trains the teacher on them"),
@@ -98,7 +98,7 @@ def _noised(config: RunConfig, noise: str) -> Trust:
     )
 
 
-def _secure(config: RunConfig, noise: str) -> Trust:
+def _secure(config: Config, noise: str) -> Trust:
     count = config.channel.aggregators
     shown = _shown(config)
     by_devices = config.channel.noise_from == "devices"
@@ -139,7 +139,7 @@ def _secure(config: RunConfig, noise: str) -> Trust:
     )
 
 
-def _shown(config: RunConfig) -> str:
+def _shown(config: Config) -> str:
     """What the aggregators make of the answers."""
     votes = settings_of(config).get("channel.aggregation") == "votes"
     return "the class that won" if votes else "the sum"

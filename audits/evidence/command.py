@@ -6,34 +6,25 @@ from typing import Any
 
 import tomli_w
 
-from privkd.config import RunConfig, config_tree
+from privkd.config import Config, config_tree
+from privkd.options import OPTIONS
 
-_FLAGS = {
-    "privacy.epsilon": "--epsilon",
-    "privacy.delta": "--delta",
-    "privacy.device_epsilon": "--device-epsilon",
-    "data.source": "--data",
-    "data.data_dir": "--data-dir",
-    "data.devices": "--devices",
-    "data.partition": "--partition",
-    "channel.kind": "--channel",
-    "rounds": "--rounds",
-    "seed": "--seed",
-}
+_FLAGS = {option.setting: option.flag for option in OPTIONS.values()}
 
 
-def command_of(config: RunConfig) -> str:
+def command_of(config: Config) -> str:
     """``privkd train`` with all that differs from its defaults; budget, channel and seed in any case."""
-    given, usual = dict(_leaves(config_tree(config))), dict(_leaves(config_tree(RunConfig())))
+    given, usual = dict(_leaves(config_tree(config))), dict(_leaves(config_tree(Config())))
     stated = ("privacy.epsilon", "channel.kind", "seed")
     words = ["privkd", "train"]
     for name, value in given.items():
         if value != usual.get(name) or name in stated:
-            words += [_FLAGS[name], _bare(value)] if name in _FLAGS else ["--set", f"{name}={_toml(value)}"]
+            flagged = name in _FLAGS and not isinstance(value, list)
+            words += [_FLAGS[name], _bare(value)] if flagged else ["--set", f"{name}={_toml(value)}"]
     return shlex.join(words)
 
 
-def settings_of(config: RunConfig) -> dict[str, str]:
+def settings_of(config: Config) -> dict[str, str]:
     """Every setting by its dotted name, as text."""
     return {name: _bare(value) for name, value in _leaves(config_tree(config))}
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from audits.estimators.rates import Interval, difference
 from audits.verdict import Finding, Verdict
-from privkd.config import RunConfig
+from privkd.config import Config
 from privkd.privacy.bounds import Audited, LowerBound
 from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Statement
@@ -236,7 +236,7 @@ class RunFacts:
     """
 
     path: Path
-    config: RunConfig
+    config: Config
     command: str
     rounds: tuple[RoundFacts, ...]
     statements: tuple[Statement, ...]

@@ -41,9 +41,10 @@ from audits.mechanisms.neighbours import (
 from audits.mechanisms.on_channel import audit_releases
 from audits.mechanisms.on_device import audit_training
 from audits.verdict import Finding
-from privkd.channels.channel import Channel, ChannelBase, open_channel
+from privkd.channels.channel import Channel, open_channel
 from privkd.config import load_config
-from privkd.federation import Game, open_game
+from privkd.federation import Federation
+from privkd.prepared import Prepared, prepare
 from privkd.privacy.accounting import price
 from privkd.privacy.bounds import Audited, Check, LowerBound
 from privkd.privacy.events import DpSgd, PrivacyEvent, Unit, ZCdp
@@ -158,16 +159,15 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
     Raises:
         InputError: no run can have these settings.
     """
-    game = open_game(load_config(None, [*_SHORT, *settings, f"seed={seed}"]))
-    plan, student = game.plan, game.config.student
-    teacher, students = game.blank()
-    # The devices' students are all of one architecture.
+    run = prepare(load_config(None, [*_SHORT, *settings, f"seed={seed}"]))
+    plan, student = run.plan, run.config.student
+    teacher, students = run.cloud.untrained_teacher(), run.cloud.untrained_students()
     audit = on_device.audit_training(
-        game, teacher, students[:1], derive_seed(seed, "mechanism", *settings), most=_TRIALS[student.engine]
+        run, teacher, students[:1], derive_seed(seed, "mechanism", *settings), most=_TRIALS[student.engine]
     )
     bounded = _bounded(audit.scores, plan.sampling_rate, level, seed)
     part = "all layers" if student.dp.part == "all" else f"the {student.dp.part.replace('_', ' ')}"
-    crafted = f"{part}, q={plan.sampling_rate:g}, {game.config.privacy.noise}"
+    crafted = f"{part}, q={plan.sampling_rate:g}, {run.config.privacy.noise}"
     estimator = "gaussian" if plan.sampling_rate == 1 else "clopper_pearson"
     claim = [plan.record_event] * plan.rounds
     name = f"DP-SGD, {student.engine}"
@@ -176,36 +176,36 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
 
 def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
     """Worst-case devices through the channel ``name`` of `CHANNELS`, over all rounds of its run."""
-    game = _with_device_budget(CHANNELS[name], seed)
-    plan, settings = game.plan, game.config.channel
+    run = _with_device_budget(CHANNELS[name], seed)
+    plan, settings = run.plan, run.config.channel
     coins = derive_seed(seed, "mechanism", name)
     most = _TRIALS[settings.parties if settings.kind == "secure" else settings.kind]
-    with opened(game, plan.rho) as channel:
+    with opened(run, plan.rho) as channel:
         audit = on_channel.audit_releases(channel.for_audit(), plan.rounds, coins, most=most)
     bounded = _bounded(audit.scores, 1.0, level, seed)
     claim = [plan.device_event] * plan.rounds
     finding = _finding(name, "devices side by side", Unit.DEVICE, claim, bounded, level, "gaussian")
-    return Examined(finding, (*audit.checks, *_exact_sum(game, coins)))
+    return Examined(finding, (*audit.checks, *_exact_sum(run, coins)))
 
 
-def _with_device_budget(settings: Settings, seed: int) -> Game:
-    return open_game(load_config(None, [*_DEVICE_BUDGET, *settings, f"seed={seed}"]))
+def _with_device_budget(settings: Settings, seed: int) -> Prepared:
+    return prepare(load_config(None, [*_DEVICE_BUDGET, *settings, f"seed={seed}"]))
 
 
-def _exact_sum(game: Game, seed: int) -> Iterator[Check]:
+def _exact_sum(run: Prepared, seed: int) -> Iterator[Check]:
     """What a secure channel releases where it adds no noise."""
-    if game.config.channel.kind == "secure":
-        with opened(game, None) as channel:
+    if run.config.channel.kind == "secure":
+        with opened(run, None) as channel:
             yield on_channel.check_sum(channel.for_audit(), seed)
 
 
-def opened(game: Game, rho: float | None) -> Channel:
-    """The channel as a run of ``game`` opens it, at the price ``rho`` of a release; to be closed."""
-    settings = game.config.channel
+def opened(run: Prepared, rho: float | None) -> Channel:
+    """The channel as ``run`` opens it, at the price ``rho`` of a release; to be closed."""
+    settings = run.config.channel
     return open_channel(
         settings.kind,
-        clip_norm=game.plan.clip_norm,
-        root=game.root,
+        clip_norm=run.plan.clip_norm,
+        root=run.root,
         rho=rho,
         aggregators=settings.aggregators,
         deadline=settings.deadline,
@@ -214,7 +214,7 @@ def opened(game: Game, rho: float | None) -> Channel:
 
 
 def _audit_worlds(game: DpSgdGame, level: Level, *, seed: int) -> Examined:
-    run = open_game(load_config(None, [f"privacy.noise={game.noise}", f"seed={seed}"]))
+    run = prepare(load_config(None, [f"privacy.noise={game.noise}", f"seed={seed}"]))
     return Examined(audit_dp_sgd(observed(run.randomness_of), game, "DP-SGD, cohort", level, seed))
 
 
@@ -232,10 +232,10 @@ def audit_dp_sgd(observe: ObserveSums, game: DpSgdGame, name: str, level: Level,
 
 
 def _audit_noised_worlds(level: Level, *, seed: int) -> Examined:
-    game = _with_device_budget(_NOISED, seed)
-    plan = game.plan
+    run = _with_device_budget(_NOISED, seed)
+    plan = run.plan
     assert plan.rho is not None
-    with opened(game, plan.rho) as channel:
+    with opened(run, plan.rho) as channel:
         release, runs = released_by(channel), _TRIALS["noised"]
         return Examined(
             audit_channel(release, "noised", level, seed, runs=runs, clip_norm=plan.clip_norm, rho=plan.rho)
@@ -303,39 +303,40 @@ _UPLOADS = {"noised": 40_000, "processes": 9_000, "services": 2_000}
 """Of canary devices, all rounds together: some seconds of the channel's time."""
 
 
-def closing_audit(game: Game, state: State, progress: Progress) -> Audited:
+def closing_audit(federation: Federation, state: State, progress: Progress) -> Audited:
     """A lower bound for each unit that the run protects, and checks of its mechanisms.
 
     There is no bound for a unit without protection, for votes, and for noise that the devices add together.
     Neighbouring relations are the ledger's: add or remove one record, zero out one device.
 
     Args:
-        game: the run, its channel open.
+        federation: the run, its channel open.
         state: its end; canary devices begin from students that are distilled from its teacher.
         progress: told of the audit.
     """
+    run = federation.prepared
     progress.stage("audit: canaries through the run's own devices and channel")
-    seed = derive_seed(game.config.seed, "audit", "closing")
-    plan, settings = game.plan, game.config.channel
+    seed = derive_seed(run.config.seed, "audit", "closing")
+    plan, settings = run.plan, run.config.channel
     counted = plan.rho is not None and plan.votes is None and settings.noise_from == "aggregators"
     # Less noise is lost in the rounding of float32 weights, and its epsilon of hundreds promises nothing.
-    records = game.mechanism is not None and plan.noise_multiplier >= _LEAST_NOISE
+    records = run.mechanism is not None and plan.noise_multiplier >= _LEAST_NOISE
     confidence = 1 - (1 - CONFIDENCE) / max(1, records + counted)
     found = []
     if records:
-        found.append(_of_records(game, state, confidence, seed))
+        found.append(_of_records(run, state, confidence, seed))
     if counted:
-        found.append(_of_devices(game, confidence, seed))
+        found.append(_of_devices(run, federation.channel, confidence, seed))
     return Audited(
         tuple(bound for audited in found for bound in audited.bounds),
         tuple(check for audited in found for check in audited.checks),
     )
 
 
-def _of_records(game: Game, state: State, confidence: float, seed: int) -> Audited:
-    plan, student = game.plan, game.config.student
-    starts = game.public_students(state.teacher, round=state.round)
-    audit = audit_training(game, state.teacher, starts, seed)
+def _of_records(run: Prepared, state: State, confidence: float, seed: int) -> Audited:
+    plan, student = run.plan, run.config.student
+    starts = run.cloud.public_students(state.teacher, round=state.round)
+    audit = audit_training(run, state.teacher, starts, seed)
     epsilon = bound_many_trials(
         audit.scores, sampling_rate=plan.sampling_rate, delta=plan.delta, confidence=confidence, seed=seed
     )
@@ -343,7 +344,7 @@ def _of_records(game: Game, state: State, confidence: float, seed: int) -> Audit
     kinds = "student" if len(starts) == 1 else f"{len(starts)} kinds of student"
     path = (
         f"the run's own {kinds}, {part} trained by engine {student.engine}, "
-        f"noise from {_SOURCES[game.config.privacy.noise]}"
+        f"noise from {_SOURCES[run.config.privacy.noise]}"
     )
     return Audited(
         (LowerBound(Unit.RECORD, epsilon, confidence, len(audit.scores.values), path),), audit.checks
@@ -353,10 +354,9 @@ def _of_records(game: Game, state: State, confidence: float, seed: int) -> Audit
 _SOURCES = {"seeded": "the seed", "system": "the system's cryptographic source"}
 
 
-def _of_devices(game: Game, confidence: float, seed: int) -> Audited:
-    plan, settings = game.plan, game.config.channel
-    assert isinstance(game.channel, ChannelBase)
-    channel = game.channel.for_audit()
+def _of_devices(run: Prepared, opened: Channel, confidence: float, seed: int) -> Audited:
+    plan, settings = run.plan, run.config.channel
+    channel = opened.for_audit()
     parties = "services" if settings.through_services else "processes"
     uploads = _UPLOADS["noised" if settings.kind == "noised" else parties]
     audit = audit_releases(channel, plan.rounds, seed, most=uploads // max(2, plan.rounds))

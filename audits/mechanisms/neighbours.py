@@ -28,7 +28,7 @@ from audits.estimators.validation import Floats
 from audits.mechanisms.canaries import LOUD, log_ratio, noised_sums, probe, single_step
 from privkd.config import DpSgdConfig, StudentConfig
 from privkd.data.scenario import Device, LabelledSet
-from privkd.engines.simulation import Fleet, RandomnessOf
+from privkd.engines.simulation import RandomnessOf, Simulation
 from privkd.privacy.randomness import derive_seed
 from privkd.training.dpsgd import Mechanism
 
@@ -177,11 +177,11 @@ def observed(randomness_of: Callable[[int], RandomnessOf]) -> ObserveSums:
         names, source = [f"audit-{run:05d}" for run in range(game.runs)], randomness_of(seed)
         # One source for all steps of a run, as on a device in one round.
         sources = {name: source(name) for name in names}
-        fleet = Fleet(tuple(Device(name, shard, shard) for name in names), StudentConfig())
+        simulation = Simulation(tuple(Device(name, shard, shard) for name in names), StudentConfig())
         models: list[nn.Module] = [probe(game.features)] * game.runs
         sums = []
         for _ in range(game.steps):
-            trained = fleet.train_private(
+            trained = simulation.train_private(
                 models, None, game.mechanism, sources.__getitem__, lambda done: None
             )
             sums.append(noised_sums(trained, game.mechanism))

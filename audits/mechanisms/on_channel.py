@@ -18,7 +18,7 @@ from torch import Tensor
 
 from audits.mechanisms.canaries import LOUD, Scores, log_ratio
 from audits.mechanisms.on_device import mean_square
-from privkd.channels.channel import ChannelBase
+from privkd.channels.channel import Channel
 from privkd.privacy.bounds import Check
 from privkd.privacy.randomness import seeded_generator
 from privkd.secure.shares import fitting_encoding
@@ -42,7 +42,7 @@ class ReleaseAudit:
     checks: tuple[Check, ...]
 
 
-def audit_releases(channel: ChannelBase, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
+def audit_releases(channel: Channel, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
     """Play the game on ``most`` canary devices, or a few hundred where they are fewer.
 
     Args:
@@ -101,7 +101,7 @@ class _Seen:
     spread: float
 
 
-def _play(channel: ChannelBase, coins: Tensor, group: int, rounds: int) -> _Group:
+def _play(channel: Channel, coins: Tensor, group: int, rounds: int) -> _Group:
     names = [f"audit-{group:04d}-{number:04d}" for number in range(len(coins))]
     blocks = torch.diag(coins * (LOUD * channel.clip_norm))
     seen = [_released(channel, blocks, names, group * rounds + round) for round in range(rounds)]
@@ -115,7 +115,7 @@ def _play(channel: ChannelBase, coins: Tensor, group: int, rounds: int) -> _Grou
     )
 
 
-def _released(channel: ChannelBase, blocks: Tensor, names: Sequence[str], round: int) -> _Seen:
+def _released(channel: Channel, blocks: Tensor, names: Sequence[str], round: int) -> _Seen:
     """One release of ``blocks`` ``[device, device]``."""
     release = channel.release(blocks[:, :, None], devices=names, round=round)
     answers, scale = release.answers.double().numpy(), channel.clip_norm
@@ -168,7 +168,7 @@ def _between_devices(noise: Floats, shared: Floats | None, false_alarm: float) -
     return Check("the channel's noise is fresh for every device", passed, seen)
 
 
-def _repeated(channel: ChannelBase) -> Check:
+def _repeated(channel: Channel) -> Check:
     """Whether a round that is asked again for other blocks meets other noise."""
     names = [f"audit-again-{number:04d}" for number in range(_TOGETHER)]
     loud = torch.eye(_TOGETHER) * (LOUD * channel.clip_norm)
@@ -186,7 +186,7 @@ def _repeated(channel: ChannelBase) -> Check:
     return Check(name, ratio >= low, seen)
 
 
-def check_sum(channel: ChannelBase, seed: int) -> Check:
+def check_sum(channel: Channel, seed: int) -> Check:
     """Whether a secure channel without noise releases exactly the mean of the clipped integer blocks.
 
     Among ordinary answers one device's block is far too long.

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from audits.mechanisms.canaries import Scores
 from privkd.data.scenario import Device, LabelledSet
-from privkd.engines.simulation import Fleet, RandomnessOf
-from privkd.federation import Game
+from privkd.engines.simulation import RandomnessOf, Simulation
 from privkd.models.zoo import trained_parameters
+from privkd.prepared import Prepared
 from privkd.privacy.bounds import Check
 from privkd.privacy.randomness import Randomness, SeededRandomness, Uniforms, seeded_generator
 from privkd.training.dpsgd import Mechanism
@@ -63,27 +63,27 @@ class TrainingAudit:
 
 
 def audit_training(
-    game: Game, teacher: nn.Module, starts: Sequence[nn.Module], seed: int, *, most: int = _MOST_TRIALS
+    run: Prepared, teacher: nn.Module, starts: Sequence[nn.Module], seed: int, *, most: int = _MOST_TRIALS
 ) -> TrainingAudit:
     """Play the game on canary devices, for as many rounds and steps as the run took.
 
     Args:
-        game: the run; its mechanism, engine and source of randomness.
+        run: the run; its mechanism, engine and source of randomness.
         teacher: the published one.
         starts: a student of each architecture, as the public distillation left it.
         seed: of the coins and of the crafted records.
         most: canaries that are played at most.
     """
-    mechanism = game.mechanism
+    mechanism = run.mechanism
     assert mechanism is not None
-    kinds = [_Crafted.of(game, start, teacher, mechanism, seed) for start in starts]
+    kinds = [_Crafted.of(run, start, teacher, mechanism, seed) for start in starts]
     company = [_InCompany.of(kind) for kind in kinds]
     clipping = [
         _length_check("a record by itself", [kind.longest for kind in kinds]),
         _length_check("a record among others", [found.longest for found in company]),
         *(check for found in company for check in found.checks()),
     ]
-    played = [_play(game, kind, mechanism, most, len(kinds), seed) for kind in kinds]
+    played = [_play(run, kind, mechanism, most, len(kinds), seed) for kind in kinds]
     each = FALSE_ALARM / len(kinds)
     noise = [check for found in played for check in found.checks(mechanism, each)]
     values = np.concatenate([found.values.reshape(-1) for found in played])
@@ -166,18 +166,18 @@ def _plain_steps(mechanism: Mechanism, steps: int, movement: float) -> Mechanism
 class _Canaries:
     """Devices with crafted records, and what the published teacher tells each of them."""
 
-    fleet: Fleet
+    devices: Simulation
     start: nn.Module
     targets: Sequence[Tensor] | None
 
     @classmethod
     def of(
-        cls, game: Game, start: nn.Module, teacher: nn.Module, shards: Sequence[LabelledSet]
+        cls, run: Prepared, start: nn.Module, teacher: nn.Module, shards: Sequence[LabelledSet]
     ) -> "_Canaries":
         """A device a shard, all with the student ``start``."""
         devices = tuple(Device(f"audit-{number:05d}", shard, shard) for number, shard in enumerate(shards))
-        fleet = Fleet(devices, game.config.student)
-        return cls(fleet, start, fleet.teach(teacher))
+        simulation = Simulation(devices, run.config.student)
+        return cls(simulation, start, simulation.taught(teacher))
 
     def sums(self, mechanism: Mechanism, randomness: RandomnessOf) -> Floats:
         """What each device's weights moved by through the run's own call, as the sum of all steps' gradients
@@ -186,8 +186,8 @@ class _Canaries:
 
     def trained(self, mechanism: Mechanism, randomness: RandomnessOf) -> list[nn.Module]:
         """What the run's own call leaves each device with."""
-        students = [self.start] * len(self.fleet.devices)
-        return self.fleet.train_private(students, self.targets, mechanism, randomness, lambda done: None)
+        students = [self.start] * len(self.devices.devices)
+        return self.devices.train_private(students, self.targets, mechanism, randomness, lambda done: None)
 
     def moved(self, trained: Sequence[nn.Module], mechanism: Mechanism) -> Floats:
         """See `sums`."""
@@ -209,7 +209,7 @@ class _Crafted:
     """Canaries for the students of one architecture.
 
     Attributes:
-        game: the run.
+        run: the run.
         start: the student.
         teacher: the published one.
         mechanism: of the run.
@@ -219,7 +219,7 @@ class _Crafted:
         longest: the length of the longest sum of one record, of all that were tried.
     """
 
-    game: Game
+    run: Prepared
     start: nn.Module
     teacher: nn.Module
     mechanism: Mechanism
@@ -230,17 +230,17 @@ class _Crafted:
 
     @classmethod
     def of(
-        cls, game: Game, start: nn.Module, teacher: nn.Module, mechanism: Mechanism, seed: int
+        cls, run: Prepared, start: nn.Module, teacher: nn.Module, mechanism: Mechanism, seed: int
     ) -> "_Crafted":
         """Of a pool of crafted records, those whose sums are the least alike."""
         weights = sum(p.numel() for p in trained_parameters(start, mechanism.recipe.part))
         most = max(_LEAST_POOL, _MOST_NUMBERS // weights)
-        most = min(most, _MOST_POOL_ONE_BY_ONE) if _one_by_one(game, start) else most
-        pool = _pool(game, seed, most)
+        most = min(most, _MOST_POOL_ONE_BY_ONE) if _one_by_one(run, start) else most
+        pool = _pool(run, seed, most)
         once = _plain_steps(mechanism, 1, _QUIET_STEP)
         alone = [LabelledSet(pool.inputs[i : i + 1], pool.labels[i : i + 1]) for i in range(len(pool))]
         quiet = _Quiet(SeededRandomness(seed), everything=True)
-        sums = _Canaries.of(game, start, teacher, alone).sums(once, lambda name: quiet)
+        sums = _Canaries.of(run, start, teacher, alone).sums(once, lambda name: quiet)
         factors = qr(sums.T, mode="economic", pivoting=True)
         directions, lengths = (np.asarray(part, dtype=np.float64) for part in factors[:2])
         order, longest = factors[2], np.abs(np.diag(lengths))
@@ -249,7 +249,7 @@ class _Crafted:
         signs = np.sign(np.diag(lengths)[:kept])
         chosen = torch.from_numpy(order[:kept].astype(np.int64))
         return cls(
-            game,
+            run,
             start,
             teacher,
             mechanism,
@@ -261,25 +261,25 @@ class _Crafted:
 
     def on(self, shards: Sequence[LabelledSet]) -> _Canaries:
         """Devices with these shards."""
-        return _Canaries.of(self.game, self.start, self.teacher, shards)
+        return _Canaries.of(self.run, self.start, self.teacher, shards)
 
 
-def _pool(game: Game, seed: int, most: int) -> LabelledSet:
+def _pool(run: Prepared, seed: int, most: int) -> LabelledSet:
     """Public records far out of range and as they are, noise, and the probe's extremes, under any labels.
 
     ``most`` of them at the most, drawn by the seed.
     """
     generator = seeded_generator(seed, "audit", "crafted")
-    public = game.scenario.proxy.cpu()
+    public = run.scenario.proxy.cpu()
     chosen = public[torch.randperm(len(public), generator=generator)[:_POOL]]
-    inputs = [chosen, game.probe.inputs.cpu()]
+    inputs = [chosen, run.cloud.probe.inputs.cpu()]
     if not bool((public == public.round()).all()):
         size = public.abs().max().clamp(min=1.0)
         noise = torch.rand((_POOL, *public.shape[1:]), generator=generator) - 0.5
         inputs += [30 * chosen, -30 * chosen, 100 * size * noise]
     records = torch.cat(inputs).repeat_interleave(_LABELS, 0)
-    labels = torch.randint(game.scenario.classes, (len(records),), generator=generator)
-    device = game.scenario.proxy.device
+    labels = torch.randint(run.scenario.classes, (len(records),), generator=generator)
+    device = run.scenario.proxy.device
     drawn = torch.randperm(len(records), generator=generator)[:most]
     return LabelledSet(records[drawn].to(device), labels[drawn].to(device))
 
@@ -301,7 +301,7 @@ class _InCompany:
     @classmethod
     def of(cls, kind: _Crafted) -> "_InCompany":
         """Of the canaries and some public records, the first, one in the middle and the last."""
-        public = kind.game.scenario.proxy[:_COMPANY]
+        public = kind.run.scenario.proxy[:_COMPANY]
         company = LabelledSet(
             torch.cat([kind.records.inputs, public]),
             torch.cat([kind.records.labels, kind.records.labels.new_zeros(len(public))]),
@@ -310,7 +310,7 @@ class _InCompany:
         alone = [LabelledSet(company.inputs[i : i + 1], company.labels[i : i + 1]) for i in gone]
         canaries = kind.on([company, *(_without(company, number) for number in gone), *alone])
         once = _plain_steps(kind.mechanism, 1, _QUIET_STEP)
-        own_source = kind.game.randomness_of(0)
+        own_source = kind.run.randomness_of(0)
         trained = canaries.trained(once, lambda name: _Quiet(own_source("audit"), everything=True))
         everybody, others, own = np.split(canaries.moved(trained, once), [1, 1 + len(gone)])
         return cls(
@@ -469,12 +469,12 @@ def mean_square(noise: Floats, false_alarm: float) -> tuple[float, float, float]
     return float(np.square(noise).mean()), low * (1 - _SLACK), high * (1 + _SLACK)
 
 
-def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: int, seed: int) -> _Played:
+def _play(run: Prepared, kind: _Crafted, mechanism: Mechanism, most: int, kinds: int, seed: int) -> _Played:
     """Canary devices of one architecture through all rounds of the run."""
-    plan, together = game.plan, len(kind.records)
+    plan, together = run.plan, len(kind.records)
     rounds = max(2, min(plan.rounds, max(1, _MOST_STEPS // plan.steps)))
     calls = _calls(plan.steps, rounds, plan.sampling_rate)
-    devices = _affordable(game, kind, rounds * sum(calls), rounds * len(calls), most) // kinds
+    devices = _affordable(run, kind, rounds * sum(calls), rounds * len(calls), most) // kinds
     fewest = min(_FEWEST_DEVICES, _MOST_NUMBERS // (rounds * kind.directions.shape[0]))
     devices = max(2, fewest, devices)
     inside = torch.rand((devices, together), generator=seeded_generator(seed, "audit", "coins")) < 0.5
@@ -483,7 +483,7 @@ def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: in
     sigma, rate = mechanism.noise_multiplier, mechanism.recipe.sampling_rate
     values, noises, taken = np.zeros(inside.shape), [], []
     for round in range(rounds):
-        noisy, quiet = (_sources(game, round, devices, seed) for _ in range(2))
+        noisy, quiet = (_sources(run, round, devices, seed) for _ in range(2))
         left = np.zeros((devices, kind.directions.shape[0]))
         for steps in calls:
             some = _plain_steps(mechanism, steps, max(_NOISY_STEP / sigma, _LEAST_STEP))
@@ -504,9 +504,9 @@ def _play(game: Game, kind: _Crafted, mechanism: Mechanism, most: int, kinds: in
     return _Played(inside.numpy(), values, np.stack(noises), np.stack(taken), calls * rounds, names)
 
 
-def _sources(game: Game, round: int, devices: int, seed: int) -> dict[str, Randomness]:
+def _sources(run: Prepared, round: int, devices: int, seed: int) -> dict[str, Randomness]:
     """The run's own source of samples and noise for each canary device, from its beginning."""
-    randomness = game.randomness_of(round)
+    randomness = run.randomness_of(round)
     names = [f"audit-{number:05d}" for number in range(devices)]
     return {name: _Settled(randomness(name), seed) for name in names}
 
@@ -519,23 +519,23 @@ def _calls(steps: int, rounds: int, rate: float) -> tuple[int, ...]:
     return tuple(len(part) for part in np.array_split(np.arange(steps), calls))
 
 
-def _affordable(game: Game, kind: _Crafted, steps: int, calls: int, trials: int) -> int:
+def _affordable(run: Prepared, kind: _Crafted, steps: int, calls: int, trials: int) -> int:
     """How many canary devices, such that the audit stays within seconds, and within ``trials`` canaries."""
     most = min(
         trials // len(kind.records),
         _MOST_DRAWS // (kind.directions.shape[0] * steps),
         _MOST_DEVICE_CALLS // calls,
     )
-    if _one_by_one(game, kind.start):
+    if _one_by_one(run, kind.start):
         most = min(most, _MOST_ONE_BY_ONE // steps)
     return most
 
 
-def _one_by_one(game: Game, student: nn.Module) -> bool:
+def _one_by_one(run: Prepared, student: nn.Module) -> bool:
     """Whether the run trains students like this one after another."""
-    mechanism, shard = game.mechanism, game.scenario.devices[0].train
+    mechanism, shard = run.mechanism, run.scenario.devices[0].train
     assert mechanism is not None
-    return game.config.student.engine == "opacus" or not is_vectorised(student, shard, mechanism)
+    return run.config.student.engine == "opacus" or not is_vectorised(student, shard, mechanism)
 
 
 def log_ratio(seen: Floats, lengths: Floats, sigma: float, rate: float, steps: int) -> Floats:

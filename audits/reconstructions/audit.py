@@ -14,7 +14,7 @@ import torch
 from attacks.reconstruction.similarity import is_image, nearest, ssim
 from audits.curves import blank, rendered
 from audits.estimators.validation import Floats
-from audits.game import DEPLOYED, DeviceSide
+from audits.game import DEPLOYED, ReplayContext
 from audits.membership_inference import views_of
 from audits.reconstructions.drawings import Drawn, GradientGame, draw_class, draw_record, simplex_scores
 from audits.reconstructions.finding import ReconstructionFinding, ReconstructionReport
@@ -34,13 +34,12 @@ from audits.reconstructions.request import (
     ReconstructionRequest,
 )
 from privkd.errors import ConfigError, InputError
-from privkd.federation import Game
+from privkd.prepared import Prepared, reopen_simulation
 from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
 from privkd.privacy.robustness import reconstruction_ceiling
 from privkd.progress import Progress
-from privkd.reopening import reopened_simulation
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 from privkd.training.vectorised import train_cohort
@@ -147,14 +146,14 @@ def audit_reconstruction(
         InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
             lacks the view, or has too few records or classes.
     """
-    game = reopened_simulation(folder, DEPLOYED)
-    wanted, notes = plan_attacks(game, request)
-    transcript = load_transcript(folder, game.blank()[0])
+    run = reopen_simulation(folder, DEPLOYED)
+    wanted, notes = plan_attacks(run, request)
+    transcript = load_transcript(folder, run.cloud.untrained_teacher())
     if not transcript.exchanges:
         raise InputError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
     ledger = Ledger.load(folder.ledger_path)
     progress.stage("audit: distilling public students")
-    replays = Replays(DeviceSide.of(game, transcript), folder, request, progress)
+    replays = Replays(ReplayContext.of(run, transcript), folder, request, progress)
     audit = _Audit(replays, ledger, error=(1 - request.confidence) / len(wanted))
     findings, grids = [], []
     for view, attack in wanted:
@@ -165,29 +164,31 @@ def audit_reconstruction(
         if finding.images is not None:
             grids.append(write_grid(folder, finding, drawn, audit.public))
     return ReconstructionReport(
-        str(folder.path), game.config.channel.kind, tuple(findings), tuple(grids), notes
+        str(folder.path), run.config.channel.kind, tuple(findings), tuple(grids), notes
     )
 
 
-def plan_attacks(game: Game, request: ReconstructionRequest) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+def plan_attacks(
+    run: Prepared, request: ReconstructionRequest
+) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
     """The views and attacks that the run has, and remarks on what was left out.
 
     Raises:
         ConfigError: the run does not have the view, or the view not the attack.
     """
-    views = views_of(game, request.view)
+    views = views_of(run, request.view)
     offered = [(view, attack) for view in views for attack in ATTACKS_OF[view]]
     wanted = [pair for pair in offered if request.attack in ("all", pair[1])]
     if not wanted:
         names = sorted({attack for _, attack in offered})
         raise ConfigError(f"attack={request.attack!r}: view {request.view} takes one of {names}")
     notes = []
-    if not is_image(game.scenario.input_shape):
+    if not is_image(run.scenario.input_shape):
         wanted = [pair for pair in wanted if pair[1] not in DECODERS]
         notes.append(_ATTRIBUTES)
         if not wanted:
             raise ConfigError(f"attack={request.attack!r}: {_ATTRIBUTES}")
-    if not lacks_classes(game.scenario):
+    if not lacks_classes(run.scenario):
         wanted = [pair for pair in wanted if pair[1] not in CLASS_ATTACKS]
         notes.append(_NO_CLASS)
         if not wanted:
@@ -200,7 +201,7 @@ class _Audit:
 
     def __init__(self, replays: Replays, ledger: Ledger, *, error: float) -> None:
         self._replays = replays
-        self._game = replays.side.game
+        self._game = replays.side.run
         self._ledger = ledger
         self._error = error
         scenario = self._game.scenario

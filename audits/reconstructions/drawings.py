@@ -26,7 +26,7 @@ from audits.mechanisms.canaries import LOUD, DpSgdStep, noised_sums, probe, sing
 from audits.reconstructions.measures import resemblance
 from audits.reconstructions.replays import Played, Replays, Secrets, by_candidate, numbers
 from audits.reconstructions.request import INFORMED, PAIRED, PROTOTYPE
-from audits.views import absorbed_logits, per_client
+from audits.views import learned_logits, per_client
 from privkd.data.scenario import LabelledSet
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.randomness import SeededRandomness, derive_seed, seeded_generator
@@ -95,37 +95,36 @@ def draw_record(replays: Replays, view: str, attack: str) -> Drawn:
 
 
 def paired_answers(replays: Replays, view: str) -> PairedAnswers:
-    """What the view shows of the class game, beside a public model that has not seen the class."""
+    """What the view shows of the class run, beside a public model that has not seen the class."""
     first, played = replays.first_round, replays.class_trials
-    queries = first.queries(0)
-    reference, noise_std = numbers(first.baseline(0)), 0.0
+    question = first.question(0)
+    queries, reference, noise_std = question.inputs, numbers(question.prior), 0.0
     if view == "student":
-        start = first.starts[0][replays.request.device % len(first.starts[0])]
+        start = first.tasks[0].start(replays.request.device)
         reference = softmax(numbers(logits_of(start, queries)), axis=-1)
         released = softmax(played.logits, axis=-1)
     elif view == "teacher":
-        released = softmax(_absorbed(replays, played), axis=-1)
+        released = softmax(_learned(replays, played), axis=-1)
     else:
         seen = replays.released(view, played, replays.class_others, "class-trial")
-        residuals = first.game.config.channel.answers == "residuals"
-        released = seen.answers[:, 0] + (reference if residuals else 0.0)
+        released = seen.answers[:, 0] + numbers(question.baseline)
         noise_std = seen.noise_std
     return PairedAnswers(numbers(queries), reference, released, noise_std, replays.classes.slot)
 
 
-def _absorbed(replays: Replays, played: Played) -> Floats:
+def _learned(replays: Replays, played: Played) -> Floats:
     """Logits on the queries of each trial's teacher, once it learned, ``[trial, query, class]``."""
     first, others = replays.first_round, replays.class_others
-    secure = first.game.config.channel.kind == "secure"
+    secure = first.run.config.channel.kind == "secure"
     view = "secure_sum" if secure else "per_client_logits"
     released = replays.released(view, played, others, "class-trial")
     root = NoiseRoot.from_seed(derive_seed(replays.request.seed, "audit", "reconstruction", "rest"))
-    rest = per_client(others, first.game.plan, root).answers if len(others) else others.numpy()
-    queries = first.queries(0)
+    rest = per_client(others, first.run.plan, root).answers if len(others) else others.numpy()
+    queries = first.question(0).inputs
     asked = LabelledSet(queries, torch.zeros(len(queries), dtype=torch.int64))
     none = LabelledSet(queries[:0], asked.labels[:0])
     pool = Pool(candidates=asked, always=none, population=LabelledSet(queries[:1], asked.labels[:1]))
-    return absorbed_logits(
+    return learned_logits(
         first, released, rest, pool, replays.cache, "reconstruction", replays.progress.advance
     )[0]
 

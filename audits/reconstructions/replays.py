@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from audits.estimators.validation import Floats
-from audits.game import Cache, DeviceSide, GameKey, others_answers
+from audits.game import Cache, GameKey, ReplayContext, others_answers
 from audits.reconstructions.request import ReconstructionRequest
 from audits.scoring import Released
 from audits.views import Crowd, per_client
@@ -191,7 +191,7 @@ class Replays:
     """All replays of one audit, each played once and read back afterwards."""
 
     def __init__(
-        self, side: DeviceSide, folder: RunFolder, request: ReconstructionRequest, progress: Progress
+        self, side: ReplayContext, folder: RunFolder, request: ReconstructionRequest, progress: Progress
     ) -> None:
         self.side = side
         self.request = request
@@ -199,23 +199,23 @@ class Replays:
         self.cache = Cache(folder, GameKey("reconstruction", request.device, request.seed))
 
     @cached_property
-    def first_round(self) -> DeviceSide:
+    def first_round(self) -> ReplayContext:
         """The class game's part of the run: later teachers have learned the classes."""
         transcript = replace(self.side.transcript, exchanges=self.side.transcript.exchanges[:1])
-        return replace(self.side, transcript=transcript)
+        return replace(self.side, transcript=transcript, tasks=self.side.tasks[:1])
 
     @cached_property
     def classes(self) -> ClassSecrets:
         """The secrets of the class game."""
         request = self.request
-        return draw_classes(self.side.game.scenario, request.device, request.trials, request.seed)
+        return draw_classes(self.side.run.scenario, request.device, request.trials, request.seed)
 
     @cached_property
     def records(self) -> RecordSecrets:
         """The secrets of the record game."""
         request = self.request
         return draw_records(
-            self.side.game.scenario,
+            self.side.run.scenario,
             request.device,
             candidates=request.candidates,
             trials=request.trials,
@@ -227,12 +227,12 @@ class Replays:
     def class_trials(self) -> Played:
         """The audited device with each trial's secret class."""
         first = self.first_round
-        return self._played("class-trial", first, self.classes.shards, first.queries(0))
+        return self._played("class-trial", first, self.classes.shards, first.question(0).inputs)
 
     @cached_property
     def class_others(self) -> Tensor:
         """The other devices without the classes in question ``[other, round, query, class]``."""
-        devices = self.side.game.scenario.devices
+        devices = self.side.run.scenario.devices
         chosen = [number for number in range(len(devices)) if number != self.request.device]
         if not chosen:
             return torch.zeros((0, *self.class_trials.answers.shape[1:]))
@@ -269,7 +269,7 @@ class Replays:
 
         Without DP there is no noise, and it knows the batches too: all replays draw the same.
         """
-        if self.side.game.mechanism is not None:
+        if self.side.run.mechanism is not None:
             return self.record_trials
         shards, inputs = self._secret_shards, self.records.candidates.inputs
         return self._played("informed-trial", self.side, shards, inputs, [0] * len(shards))
@@ -279,7 +279,7 @@ class Replays:
         """Replays with one public record each in the place of the secret one, as `informed_trials`."""
         secret = self.records
         shards = [secret.shard(_one(secret.public, row)) for row in range(len(secret.public))]
-        places = None if self.side.game.mechanism is not None else [0] * len(shards)
+        places = None if self.side.run.mechanism is not None else [0] * len(shards)
         return self._played("informed", self.side, shards, secret.candidates.inputs, places)
 
     @property
@@ -295,19 +295,19 @@ class Replays:
 
     def released(self, view: str, played: Played, others: Tensor, role: str) -> Released:
         """What a view of the channel shows of ``played`` beside ``others``."""
-        game = self.side.game
+        run = self.side.run
         root = NoiseRoot.from_seed(derive_seed(self.request.seed, "audit", "reconstruction", role))
         if view == "per_client_logits":
-            return per_client(played.answers, game.plan, root)
+            return per_client(played.answers, run.plan, root)
         count = len(played.answers)
-        crowd = Crowd(game.plan, game.config.channel.aggregators, others[None].expand(count, *others.shape))
+        crowd = Crowd(run.plan, run.config.channel.aggregators, others[None].expand(count, *others.shape))
         total = crowd.secure_sum(played.answers, root)
         return total if view == "secure_sum" else crowd.colluding(played.answers, total)
 
     def _played(
         self,
         what: str,
-        side: DeviceSide,
+        side: ReplayContext,
         shards: Sequence[LabelledSet],
         inputs: Tensor,
         places: Sequence[int] | None = None,
@@ -336,7 +336,7 @@ class Replays:
         return Played(found["answers"], numbers(found["logits"]), numbers(found["weights"]))
 
     def _moved(self, students: Sequence[nn.Module]) -> Tensor:
-        mechanism = self.side.game.mechanism
+        mechanism = self.side.run.mechanism
         part = "all" if mechanism is None else mechanism.recipe.part
         rows = [torch.cat([w.detach().flatten() for w in trained_parameters(s, part)]) for s in students]
         return torch.stack(rows)

@@ -9,8 +9,9 @@ from typing import Any
 
 import tomli_w
 
-from privkd.config import RunConfig, config_tree, load_config
+from privkd.config import Config, config_tree, load_config
 from privkd.errors import ConfigError
+from privkd.options import setting_of
 
 CHANNELS = ("plain", "noised", "secure")
 AUDITS = ("membership", "reconstruction")
@@ -96,7 +97,7 @@ class Cell:
         """The cell in words, short."""
         return f"{self.channel}, epsilon {spelt(self.epsilon)}, seed {self.seed}"
 
-    def config(self) -> RunConfig:
+    def config(self) -> Config:
         """The run's settings.
 
         Raises:
@@ -119,7 +120,8 @@ class Cell:
 
     def _overridden(self, name: str) -> bool:
         """Whether an override speaks of the setting, or of the group that it is in."""
-        keys = (override.partition("=")[0].strip() for override in self.request.overrides)
+        typed = (override.partition("=") for override in self.request.overrides)
+        keys = [setting_of(key.strip(), value) for key, _, value in typed]
         return any(name == key or name.startswith(f"{key}.") for key in keys)
 
     @property

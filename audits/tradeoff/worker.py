@@ -99,7 +99,7 @@ def _train(cell: Cell, path: Path, progress: PipedProgress) -> None:
     import torch
 
     from privkd.data.sources import located
-    from privkd.federation import open_game
+    from privkd.prepared import prepare
     from privkd.result import train
     from privkd.runs.folder import RunFolder
 
@@ -110,7 +110,7 @@ def _train(cell: Cell, path: Path, progress: PipedProgress) -> None:
     started = (path / "journal.jsonl").exists() and (path / "config.toml").exists()
     if not started:
         # As for any run: what is wrong with the settings or the data shows before there is a folder.
-        open_game(config)
+        prepare(config)
     with RunFolder.resume(path) if started else RunFolder.create(path, config) as folder:
         if folder.config != located(config):
             raise RunError(f"{path} holds a run of other settings: remove it")

@@ -8,10 +8,9 @@ number of devices being public.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privkd.errors import ChannelError, ConfigError
+from privkd.messages import Question, Release, Upload
 from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.privacy.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
 from privkd.secure.fixedpoint import FixedPoint, clip_rows, content_digest, finite_or_zero
@@ -29,78 +29,16 @@ if TYPE_CHECKING:
 ChannelKind: TypeAlias = Literal["plain", "noised", "secure"]
 
 
-@dataclass(frozen=True)
-class Release:
-    """What the cloud receives in one round, and what it cost each device.
+class Channel(ABC):
+    """One way for answers to leave the devices. Use as a context manager: real processes may stand behind.
 
-    Attributes:
-        answers: float32, ``[device, query, class]`` where the cloud sees each device, or the
-            mean over the devices ``[query, class]`` where it sees the sum alone.
-        devices: who contributed, in the order of ``answers``' first axis where it has one.
-        noise_std: known standard deviation of the noise on each entry of ``answers``.
-        event: device-level price of this release, for every contributing device.
+    Args:
+        clip_norm: L2 bound on each device's whole ``[query, class]`` block; a public constant.
+        rho: zCDP price of one release to each device, or ``None`` for no noise.
+
+    Raises:
+        ConfigError: one is out of range.
     """
-
-    answers: Tensor
-    devices: tuple[PartyId, ...]
-    noise_std: float
-    event: PrivacyEvent
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean answer ``[query, class]``."""
-        return self.answers.mean(0) if self.answers.ndim == 3 else self.answers
-
-    @property
-    def mean_noise_std(self) -> float:
-        """Standard deviation of the noise on each entry of ``mean``."""
-        shared = self.answers.ndim == 3
-        return self.noise_std / len(self.devices) ** 0.5 if shared else self.noise_std
-
-
-class Channel(Protocol):
-    """One way for answers to leave the devices. Use as a context manager: real processes may stand behind."""
-
-    @property
-    def event(self) -> PrivacyEvent:
-        """Device-level price of one release, known (and debited) before it happens."""
-        ...
-
-    def start(self) -> None:
-        """Begin to set up whatever stands behind the channel, without waiting for it. Idempotent."""
-        ...
-
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send each device's block of ``answers`` ``[device, query, class]`` to the cloud.
-
-        Each block is one contribution, clipped in L2 to the channel's clip norm before any noise. A block
-        with a value that is not finite is sent as zeros, as the zeroed-out neighbour's is: neither an error
-        nor a name tells which device it was. Noise is a function of the channel's root key, the round and
-        what each device contributes, so a repeated release is bit-identical, and different answers never meet
-        the same noise.
-
-        Raises:
-            ChannelError: a party failed, or the blocks do not fit the devices; nothing was released.
-        """
-        ...
-
-    def for_audit(self) -> "ChannelBase":
-        """The same channel, by the same parties, for devices and rounds that are not the run's."""
-        ...
-
-    def close(self) -> None:
-        """Stop whatever stands behind the channel. Idempotent."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class ChannelBase(ABC):
-    """What all channels do alike: check their settings, and be a context manager."""
 
     def __init__(self, clip_norm: float, rho: float | None = None) -> None:
         if not (math.isfinite(clip_norm) and clip_norm > 0):
@@ -113,11 +51,27 @@ class ChannelBase(ABC):
     @property
     @abstractmethod
     def event(self) -> PrivacyEvent:
-        """Device-level price of one release."""
+        """Device-level price of one release, known (and debited) before it happens."""
 
     @abstractmethod
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
+        """Send each device's block of ``answers`` to ``question`` ``[device, query, class]`` to the cloud.
+
+        Each block is one contribution, clipped in L2 to the channel's clip norm before any noise. A block
+        with a value that is not finite is sent as zeros, as the zeroed-out neighbour's is: neither an error
+        nor a name tells which device it was. Noise is a function of the channel's root key, the round and
+        what each device contributes, so a repeated release is bit-identical, and different answers never meet
+        the same noise.
+
+        Raises:
+            ChannelError: a party failed, or the blocks do not fit the devices; nothing was released.
+        """
+
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send each device's block of ``answers`` to the cloud; see ``Channel.release``."""
+        """`carry` for answers ``[device, query, class]`` that are made up, to no question of any run."""
+        if answers.ndim != 3:
+            raise ChannelError(f"answers of shape {tuple(answers.shape)}: expected [device, query, class]")
+        return self.carry(Question.of_shape(round, *answers.shape[1:]), answers, devices)
 
     def colluders_noise(self) -> NDArray[np.float64]:
         """What all parties but one added to the last release, as they could tell an adversary.
@@ -132,7 +86,7 @@ class ChannelBase(ABC):
         """How many times the price's own variance is left in a release to whom `colluders_noise` is told."""
         return 1.0
 
-    def for_audit(self) -> "ChannelBase":
+    def for_audit(self) -> "Channel":
         """The same channel, by the same parties, for devices and rounds that are not the run's."""
         return self
 
@@ -151,7 +105,25 @@ class ChannelBase(ABC):
         self.close()
 
 
-class PlainChannel(ChannelBase):
+class SingleUploads(Channel):
+    """A channel whose uploads the cloud reads one by one, each device's own."""
+
+    @abstractmethod
+    def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
+        """The device's half: what ``device`` sends for its finite ``block`` ``[query * class]``."""
+
+    @abstractmethod
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        """The cloud's half: what it sees of the ``uploads`` for ``question``."""
+
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
+        """Have each device encode its block, and collect; see ``Channel.carry``."""
+        blocks = contributions(answers, devices, question.round)
+        encoded = [self.encode(question, *each) for each in zip(blocks, devices, strict=True)]
+        return self.collect(question, encoded)
+
+
+class PlainChannel(SingleUploads):
     """Every device's clipped answers, as they are. Trust: the cloud sees all."""
 
     @property
@@ -159,14 +131,18 @@ class PlainChannel(ChannelBase):
         """Always without any guarantee."""
         return NoPrivacy("plain channel: the cloud sees each device's answers")
 
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send each device's block of ``answers``, clipped; see ``Channel.release``."""
-        blocks = contributions(answers, devices, round)
-        clipped = clip_rows(blocks, self.clip_norm).reshape(answers.shape)
-        return Release(_float32(clipped), tuple(devices), 0.0, self.event)
+    def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
+        """The clipped block, as it is."""
+        clipped = clip_rows(block[None], self.clip_norm)[0].astype(np.float32)
+        return Upload(device, question.round, clipped.tobytes())
+
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        """All blocks, as they came."""
+        blocks = [np.frombuffer(upload.payload, np.float32) for upload in uploads]
+        return _shown(question, np.stack(blocks), 0.0, uploads)
 
 
-class NoisedChannel(ChannelBase):
+class NoisedChannel(SingleUploads):
     """Every device clips its answers and adds its own discrete Gaussian. Trust: each device, in itself alone.
 
     The clipped block is encoded in integers with L2 norm at most ``C_int``; the noise has
@@ -186,18 +162,23 @@ class NoisedChannel(ChannelBase):
             return NoPrivacy("noised channel without a device budget adds no noise")
         return ZCdp(self.rho)
 
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send each device's block of ``answers``, clipped and noised; see ``Channel.release``."""
-        integers = self._encoding.encode(contributions(answers, devices, round))
+    def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
+        """The clipped block as integers, with the device's own noise."""
+        integers = self._encoding.encode(block[None])[0]
+        if self._sigma2 is not None:
+            # One stream a device: in a deployment each draws under its own key.
+            content = content_digest(integers)
+            stream = self._root.stream("noised", question.round, device, str(self._sigma2), content)
+            integers += discrete_gaussian(self._sigma2, integers.size, stream)
+        return Upload(device, question.round, integers.tobytes())
+
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        """All noised blocks, decoded."""
         noise_std = 0.0
         if self._sigma2 is not None:
-            for device, block in zip(devices, integers, strict=True):
-                # One stream a device: in a deployment each draws under its own key.
-                stream = self._root.stream("noised", round, device, str(self._sigma2), content_digest(block))
-                block += discrete_gaussian(self._sigma2, block.size, stream)
             noise_std = math.ldexp(math.sqrt(self._sigma2), -self._encoding.fraction_bits)
-        noised = self._encoding.decode(integers).reshape(answers.shape)
-        return Release(_float32(noised), tuple(devices), noise_std, self.event)
+        integers = np.stack([np.frombuffer(upload.payload, np.int64) for upload in uploads])
+        return _shown(question, self._encoding.decode(integers), noise_std, uploads)
 
 
 def open_channel(
@@ -259,7 +240,7 @@ def noise_variance(bound: int, rho: float) -> Fraction:
 def contributions(answers: Tensor, devices: Sequence[PartyId], round: int) -> NDArray[np.float64]:
     """``answers`` ``[device, query, class]`` as finite blocks ``[device, entry]`` in float64.
 
-    A block with a value that is not finite becomes zeros; see ``Channel.release``.
+    A block with a value that is not finite becomes zeros; see ``Channel.carry``.
 
     Raises:
         ChannelError: wrong shape, no answers, or devices that do not match.
@@ -279,5 +260,9 @@ def contributions(answers: Tensor, devices: Sequence[PartyId], round: int) -> ND
     return finite_or_zero(answers.detach().to("cpu", torch.float64).reshape(len(answers), -1).numpy())
 
 
-def _float32(values: NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32))
+def _shown(
+    question: Question, blocks: NDArray[np.floating[Any]], noise_std: float, uploads: Sequence[Upload]
+) -> Release:
+    """Blocks ``[device, entry]`` as the cloud sees them."""
+    answers = blocks.astype(np.float32).reshape(len(uploads), *question.prior.shape)
+    return Release.to(question, torch.from_numpy(answers), noise_std, [each.device for each in uploads])

@@ -2,6 +2,7 @@
 
 from privkd.config.schema import (
     ChannelConfig,
+    Config,
     DataConfig,
     DpSgdConfig,
     FitConfig,
@@ -10,7 +11,6 @@ from privkd.config.schema import (
     PositiveFloat,
     PrivacyConfig,
     ReverseConfig,
-    RunConfig,
     Settings,
     StudentConfig,
     TeacherConfig,
@@ -19,6 +19,7 @@ from privkd.config.spelling import config_tree, load_config, parse_config
 
 __all__ = [
     "ChannelConfig",
+    "Config",
     "DataConfig",
     "DpSgdConfig",
     "FitConfig",
@@ -27,7 +28,6 @@ __all__ = [
     "PositiveFloat",
     "PrivacyConfig",
     "ReverseConfig",
-    "RunConfig",
     "Settings",
     "StudentConfig",
     "TeacherConfig",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from privkd.config.schema import RunConfig, Settings
+from privkd.config.schema import Config, Settings
 from privkd.config.spelling import plain_value
 from privkd.errors import ConfigError
 
@@ -45,7 +45,7 @@ def settings_reference(name: str | None = None) -> list[Setting]:
     Raises:
         ConfigError: there is none.
     """
-    every = list(_settings(RunConfig(), ""))
+    every = list(_settings(Config(), ""))
     if name is None:
         return every
     found = [one for one in every if one.name == name or one.name.startswith(f"{name}.")]
@@ -84,7 +84,7 @@ def _takes(schema: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
         words = [_takes(one, groups) for one in schema["anyOf"] if one.get("type") != "null"]
         return f"{' or '.join(words)}, or none"
     if "examples" in schema:
-        return f"{' | '.join(schema['examples'])}, or a plug-in's"
+        return f"{', '.join(schema['examples'])}, or a plug-in's"
     if "enum" in schema:
         return " | ".join(schema["enum"])
     if "$ref" in schema:

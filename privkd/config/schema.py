@@ -1,19 +1,26 @@
 """The settings of a run: frozen and validated. Every field is public."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    StringConstraints,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from privkd.config.mistakes import in_words
+from privkd.errors import ConfigError
 from privkd.labels import canonical_number, same_number
+from privkd.options import put, setting_of
 from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
@@ -31,9 +38,34 @@ Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and an unknown key is an error."""
+    """Base of all settings: frozen, and an unknown key is an error.
+
+    A group that is given in part, as a mapping or as an object, keeps the rest of the defaults of the field
+    that it is given to; these may differ from those of its class.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def tree_of(cls, given: Any) -> Any:
+        """``given`` for such a group, as a mapping of what it sets; what is none is left to be refused."""
+        return given.model_dump(exclude_unset=True) if isinstance(given, cls) else given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        return cls.model_construct()._under(given)
+
+    def _under(self, given: Any) -> Any:
+        """``given`` over what this object sets."""
+        tree = self.tree_of(given)
+        if not isinstance(tree, Mapping):
+            return tree
+        own = dict(self)
+        return {name: own[name] for name in self.model_fields_set} | {
+            name: own[name]._under(value) if isinstance(own.get(name), Settings) else value
+            for name, value in tree.items()
+        }
 
     @field_validator("*", mode="before")
     @classmethod
@@ -163,14 +195,14 @@ class ModelConfig(Settings):
         activation: the non-linearity of a named architecture.
     """
 
-    name: Annotated[str, Field(min_length=1)] = "auto"
+    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = "auto"
     width: Annotated[int, Field(ge=1, le=_WIDEST)] = 32
     activation: Literal["tanh", "relu"] = "tanh"
 
-    @model_validator(mode="before")
     @classmethod
-    def _by_name_alone(cls, value: Any) -> Any:
-        return {"name": value.strip()} if isinstance(value, str) else value
+    def tree_of(cls, given: Any) -> Any:
+        """See `Settings.tree_of`; text is the name."""
+        return {"name": given} if isinstance(given, str) else super().tree_of(given)
 
 
 class FitConfig(Settings):
@@ -415,8 +447,12 @@ class ReverseConfig(Settings):
     aggregation: Annotated[str, Field(examples=["mean", "clipped_mean", "median", "votes"])] = "clipped_mean"
 
 
-class RunConfig(Settings):
+class Config(Settings):
     """Everything that decides a run. Equal settings and seed give equal results, up to ``privacy.noise``.
+
+    Python, TOML and ``--set`` take the same trees, and short names (`privkd.options`) for some settings:
+    ``data="mnist", devices=20, epsilon=3.0``. A group is a mapping or an object of its class. A mistake
+    raises `ConfigError`, in one line.
 
     Attributes:
         rounds: how often devices are trained and the teacher learns from their answers.
@@ -458,6 +494,31 @@ class RunConfig(Settings):
             raise ValueError("two are called the same; give each plug-in once, and files names of their own")
         return value
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **settings: Any) -> None: ...
+
+    @classmethod
+    def tree_of(cls, given: Any) -> Any:
+        """See `Settings.tree_of`; short names are spelt out.
+
+        Raises:
+            ConfigError: a setting is given by both of its names.
+        """
+        given = super().tree_of(given)
+        if not isinstance(given, Mapping):
+            return given
+        groups = {name: value for name, value in cls.model_construct() if isinstance(value, Settings)}
+        short = {name: setting for name in given if (setting := setting_of(name, given[name])) != name}
+        tree = {
+            name: groups[name].tree_of(value) if name in groups else value
+            for name, value in given.items()
+            if name not in short
+        }
+        for name, setting in short.items():
+            tree = put(tree, setting, given[name], by=name)
+        return tree
+
     @property
     def silent_devices(self) -> int:
         """How many devices fall silent in each round: public, and the same in every round."""
@@ -494,3 +555,11 @@ class RunConfig(Settings):
                 f"release takes at least {needed}: {cure}"
             )
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_words(cls, given: Any, validated: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validated(given)
+        except ValidationError as error:
+            raise ConfigError(in_words(error, cls)) from None

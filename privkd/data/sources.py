@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from privkd.config import DataConfig, RunConfig
+from privkd.config import Config, DataConfig
 from privkd.data.columns import refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Array, RawSet, Source, make_source
@@ -184,7 +184,7 @@ def may_be_code(source: str) -> bool:
     return source not in PUBLIC_SOURCES and not Path(source).is_absolute()
 
 
-def located(config: RunConfig) -> RunConfig:
+def located(config: Config) -> Config:
     """The same settings, with paths that any working directory finds: for the record of a run."""
     data, channel = config.data, config.channel
     path = None if is_named(data.source) else _existing(data.source, data.data_dir)

@@ -1,4 +1,9 @@
-"""The devices of a simulation: their students, trained one by one or as one vectorised program."""
+"""A simulation: all devices of a run in this process, one by one or as one vectorised program.
+
+One by one is `device.train` and `device.responses` for each device; vectorised is the same for equal
+architectures at once, and computes the same. Students stay here as they stay on devices: of what they know
+only uploads reach a channel.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,17 +14,15 @@ from torch.nn import functional as F
 
 from privkd.config import FitConfig, StudentConfig
 from privkd.data.scenario import Device, LabelledSet
+from privkd.device import Draws as DeviceDraws
+from privkd.device import responses
+from privkd.messages import Question, Task
+from privkd.models.architecture import group_by_architecture
 from privkd.privacy.events import PartyId
 from privkd.privacy.randomness import Randomness, seeded_generator
 from privkd.training.dpsgd import Mechanism, fastest_mode, train_private, train_unprotected
 from privkd.training.fit import check_finite, logits_of, logits_of_each
-from privkd.training.vectorised import (
-    cohort_answers,
-    fit_cohort,
-    group_by_architecture,
-    is_vectorised,
-    train_cohort,
-)
+from privkd.training.vectorised import cohort_answers, fit_cohort, is_vectorised, train_cohort
 
 RandomnessOf = Callable[[PartyId], Randomness]
 """The randomness of one device in one round."""
@@ -33,13 +36,26 @@ _COPIED = 256 << 20
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """The devices, and how a simulation trains their students.
+class Draws:
+    """What the devices draw in one round: ``private`` under DP-SGD, else batches from ``seed`` and their
+    names."""
 
-    ``engine`` is ``opacus`` for the reference path, one device after the other, or ``cohort`` for equal
-    architectures as one program; both compute the same. Where ``names_diverged``, a student whose weights are
-    not finite after DP-SGD ends the training by its device's name. Else it answers what a channel takes for
-    zeros: a device budget knows no other way for a device to fail.
+    private: RandomnessOf
+    seed: int
+
+    def of(self, name: PartyId) -> DeviceDraws:
+        """Those of one device."""
+        return DeviceDraws(self.private(name), seeded_generator(self.seed, "fit", name))
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The devices, and how their students are trained.
+
+    ``config.engine`` is ``opacus`` for the reference path, one device after the other, or ``cohort`` for
+    equal architectures as one program. Where ``names_diverged``, a student whose weights are not finite after
+    DP-SGD ends the training by its device's name. Else it answers what a channel takes for zeros: a device
+    budget knows no other way for a device to fail.
     """
 
     devices: tuple[Device, ...]
@@ -48,7 +64,7 @@ class Fleet:
 
     @property
     def names(self) -> tuple[PartyId, ...]:
-        """Who is in the fleet, in order."""
+        """Who takes part, in order."""
         return tuple(device.name for device in self.devices)
 
     @property
@@ -56,7 +72,7 @@ class Fleet:
         """The private training records, device by device."""
         return [device.train for device in self.devices]
 
-    def part(self, numbers: Sequence[int]) -> "Fleet":
+    def part(self, numbers: Sequence[int]) -> "Simulation":
         """The devices of ``numbers`` alone."""
         return replace(self, devices=tuple(self.devices[number] for number in numbers))
 
@@ -64,17 +80,6 @@ class Fleet:
         """The devices that answer, by number: all but ``silent`` that ``generator`` draws."""
         order = torch.randperm(len(self.devices), generator=generator)
         return sorted(order[silent:].tolist())
-
-    def dealt(self, students: Sequence[nn.Module]) -> list[nn.Module]:
-        """One student for each device, the architectures dealt in turn."""
-        return [students[number % len(students)] for number in range(len(self.devices))]
-
-    def teach(self, teacher: nn.Module) -> list[Tensor] | None:
-        """The published teacher's logits on each device's own records, computed on the device; ``None`` where
-        ``alpha`` is 0, so that no student learns from them."""
-        if not self.config.alpha:
-            return None
-        return logits_of_each(teacher, [shard.inputs for shard in self.shards])
 
     def goes_one_by_one(self, students: Sequence[nn.Module], mechanism: Mechanism) -> bool:
         """Whether some student can only be trained by plain autograd, one record after the other."""
@@ -84,6 +89,32 @@ class Fleet:
             and fastest_mode(student, shard.inputs, mechanism) == "autograd"
             for student in {id(student): student for student in students}.values()
         )
+
+    def train(self, task: Task, starts: Sequence[nn.Module], draws: Draws, report: Report) -> list[nn.Module]:
+        """Each device's student after its own training in the round: see `device.train`.
+
+        Raises:
+            TrainingError: a student's weights are not finite, and ``names_diverged`` or there is no DP-SGD.
+        """
+        targets = self.taught(task.teacher)
+        if task.mechanism is None:
+            return self.fit(starts, targets, self.config.private_fit, draws.seed, report)
+        return self.train_private(starts, targets, task.mechanism, draws.private, report)
+
+    def taught(self, teacher: nn.Module) -> list[Tensor] | None:
+        """The published teacher's logits on each device's own records, computed on the device; ``None`` where
+        ``alpha`` is 0, so that no student learns from them."""
+        if not self.config.alpha:
+            return None
+        return logits_of_each(teacher, [shard.inputs for shard in self.shards])
+
+    def respond(self, students: Sequence[nn.Module], question: Question) -> Tensor:
+        """What each of ``students`` answers, bounded: ``[device, query, class]``. See `device.responses`."""
+        if self.config.engine == "cohort":
+            logits = cohort_answers(students, question.inputs)
+        else:
+            logits = torch.stack([logits_of(student, question.inputs) for student in students])
+        return responses(logits, question)
 
     def train_private(
         self,
@@ -189,7 +220,7 @@ class Fleet:
         known = (1 - own) * F.softmax(logits_of(teacher, inputs), dim=-1)
         # With all weight on the soft targets no label counts.
         unlabelled = LabelledSet(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
-        public = Fleet(
+        public = Simulation(
             tuple(replace(device, train=unlabelled) for device in self.devices),
             self.config.model_copy(update={"alpha": 1.0, "temperature": 1.0}),
         )
@@ -205,13 +236,6 @@ class Fleet:
                 _continued(report, some.start),
             )
         return merged
-
-    def answer(self, students: Sequence[nn.Module], queries: Tensor) -> Tensor:
-        """Each student's logits on public ``queries``, ``[device, query, class]``."""
-        answers: dict[int, Tensor] = {}
-        for chosen in group_by_architecture(students):
-            answers.update(zip(chosen, cohort_answers([students[i] for i in chosen], queries), strict=True))
-        return torch.stack([answers[i] for i in range(len(students))])
 
     def _in_groups(
         self,

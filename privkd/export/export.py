@@ -10,17 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from privkd.delivery import deliver
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Answering, Check, Deployable, Format, check_equal
 from privkd.export.formats import format_named, suffix_of
 from privkd.latency import latencies_ms
 from privkd.models.zoo import parameter_count
+from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 from privkd.progress import Silent
-from privkd.reopening import reopened_simulation
 from privkd.result import plain
 from privkd.runs.folder import RunFolder
-from privkd.students import HELD_BY_DEVICES, finished_state
 
 _CHECKED = 256
 
@@ -76,17 +74,17 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
             device, or ``out`` cannot be written.
     """
     suffix = suffix_of(form)
-    game = reopened_simulation(folder, HELD_BY_DEVICES)
-    scenario = game.scenario
+    prepared = reopen_simulation(folder, HELD_BY_DEVICES)
+    scenario = prepared.scenario
     count = len(scenario.devices)
     if device >= count:
         raise RunError(f"device-index {device}: {folder.path} has {count} devices, 0 to {count - 1}")
-    state = finished_state(game, folder)
+    done = finished(prepared, folder)
     name = scenario.devices[device].name
     path = out or folder.path / "export" / f"{name}{suffix}"
-    student = deliver(game, state, [device], Silent())[0]
+    student = prepared.personalised(done, [device], Silent())[0]
     artefact = export_model(student, scenario.public.inputs, scenario.divisor, form, path)
-    exported = Exported(str(folder.path), name, state.round, artefact)
+    exported = Exported(str(folder.path), name, done.state.round, artefact)
     folder.write_json(f"export/{name}-{form}.json", exported_tree(exported))
     return exported
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privkd.cloud import Knowledge, aggregate
-from privkd.controls import ZeroDevices
+from privkd.controls import NoDeviceTeachers
 from privkd.errors import RunError
 from privkd.journal import Head
+from privkd.messages import Release
 from privkd.privacy.events import PartyId
 from privkd.runs.folder import RunFolder, prefixed, restore
-from privkd.runs.transcript import Exchange, Transcript
 
 
 @dataclass(frozen=True)
@@ -57,48 +56,48 @@ class RoundFigures:
 
 
 @dataclass(frozen=True)
-class Wire:
-    """One round's release as it is kept: what crossed the wire, and what it was relative to.
-
-    ``baseline`` ``[query, class]`` is what devices subtracted from their answers, zero unless they send
-    residuals.
-    """
-
-    queries: Tensor
-    answers: Tensor
-    baseline: Tensor
-    noise_std: float
-    devices: tuple[PartyId, ...]
-
-    def knowledge(self, rule: str) -> Knowledge:
-        """The release as the teacher learns from it: see `aggregation.aggregate`, which raises."""
-        found = aggregate(self.answers + self.baseline, self.noise_std, rule)
-        return Knowledge(self.queries, found.answers, found.noise_std)
-
-
-@dataclass(frozen=True)
 class State:
     """A run after ``len(figures) - 1`` rounds; ``figures[0]`` is before the first.
 
     Attributes:
         teacher: the cloud's model.
-        zero_devices: the same without any device.
-        students: one for each device, those of the last round; before the first, after public
-            distillation only. They belong to the devices and are never written: none after `load_state`.
-        wires: all releases so far, oldest first.
+        no_devices: the same without any device.
+        releases: all so far, oldest first.
         figures: see `RoundFigures`.
     """
 
     teacher: nn.Module
-    zero_devices: ZeroDevices
-    students: tuple[nn.Module, ...]
-    wires: tuple[Wire, ...]
+    no_devices: NoDeviceTeachers
+    releases: tuple[Release, ...]
     figures: tuple[RoundFigures, ...]
 
     @property
     def round(self) -> int:
         """The next round's number, from 0."""
         return len(self.figures) - 1
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One round on the wire.
+
+    Attributes:
+        round: its number, from 0.
+        teacher: the model that the cloud published to the devices.
+        release: what it received.
+    """
+
+    round: int
+    teacher: nn.Module
+    release: Release
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Every exchange of a run, in order, and the teacher that came of them."""
+
+    exchanges: tuple[Exchange, ...]
+    final_teacher: nn.Module
 
 
 def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
@@ -113,18 +112,18 @@ def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
             f"{place}/cloud.safetensors",
             {
                 **prefixed("teacher", state.teacher),
-                **prefixed("self_distilled", state.zero_devices.self_distilled),
-                **prefixed("labels_only", state.zero_devices.labels_only),
+                **prefixed("self_distilled", state.no_devices.self_distilled),
+                **prefixed("labels_only", state.no_devices.labels_only),
             },
         ),
     }
     record: dict[str, Any] = {"step": "round", "round": state.round, "files": files}
-    if state.wires:
-        wire = state.wires[-1]
-        tensors = {"queries": wire.queries, "answers": wire.answers, "baseline": wire.baseline}
-        tensors["noise_std"] = torch.tensor(wire.noise_std, dtype=torch.float64)
+    if state.releases:
+        release = state.releases[-1]
+        tensors = {"queries": release.queries, "answers": release.answers, "baseline": release.baseline}
+        tensors["noise_std"] = torch.tensor(release.noise_std, dtype=torch.float64)
         files["wire"] = folder.save(f"{place}/wire.safetensors", tensors)
-        record["devices"] = list(wire.devices)
+        record["devices"] = list(release.devices)
     figures = asdict(state.figures[-1])
     del figures["devices"]  # by name, above
     record["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
@@ -194,7 +193,7 @@ def _of_this_form(path: Path) -> Iterator[None]:
 
 
 def load_state(folder: RunFolder, record: Saved, teacher: nn.Module) -> State:
-    """The last committed state, without its students. ``teacher`` is a model of its architecture.
+    """The last committed state. ``teacher`` is a model of its architecture.
 
     Raises:
         RunError: a file is missing, damaged, or of other models.
@@ -204,9 +203,8 @@ def load_state(folder: RunFolder, record: Saved, teacher: nn.Module) -> State:
     kept = partial(_kept, teacher, cloud)
     return State(
         teacher=kept("teacher"),
-        zero_devices=ZeroDevices(kept("self_distilled"), kept("labels_only")),
-        students=(),
-        wires=tuple(_wire(folder, round) for round in record.rounds[1:]),
+        no_devices=NoDeviceTeachers(kept("self_distilled"), kept("labels_only")),
+        releases=tuple(_release(folder, round) for round in record.rounds[1:]),
         figures=tuple(round.figures for round in record.rounds),
     )
 
@@ -230,12 +228,9 @@ def load_transcript(folder: RunFolder, teacher: nn.Module) -> Transcript:
     teachers = load_teachers(folder, record, teacher)
     if not teachers:
         raise RunError(f"{folder.path}: no round was finished; resume it with --resume {folder.path}")
-    wires = [_wire(folder, round) for round in record.rounds[1:]]
-    exchanges = tuple(
-        Exchange(number, published, wire.queries, wire.devices, wire.answers, wire.noise_std)
-        for number, (published, wire) in enumerate(zip(teachers[:-1], wires, strict=True))
-    )
-    return Transcript(exchanges, teachers[-1])
+    releases = [_release(folder, round) for round in record.rounds[1:]]
+    exchanges = map(Exchange, range(len(releases)), teachers, releases)
+    return Transcript(tuple(exchanges), teachers[-1])
 
 
 def _kept(like: nn.Module, cloud: Mapping[str, Tensor], name: str) -> nn.Module:
@@ -246,10 +241,10 @@ def _load(folder: RunFolder, round: SavedRound, name: str) -> dict[str, Tensor]:
     return folder.load(f"rounds/{round.number:03d}/{name}.safetensors", round.files[name])
 
 
-def _wire(folder: RunFolder, round: SavedRound) -> Wire:
+def _release(folder: RunFolder, round: SavedRound) -> Release:
     tensors = _load(folder, round, "wire")
     with _of_this_form(folder.path / f"rounds/{round.number:03d}/wire.safetensors"):
-        return Wire(
+        return Release(
             tensors["queries"],
             tensors["answers"],
             tensors["baseline"],

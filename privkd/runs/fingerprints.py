@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from privkd.cloud import RULES
-from privkd.config import DataConfig, RunConfig
+from privkd.config import Config, DataConfig
 from privkd.credentials import noise_root
 from privkd.data.scenario import Scenario
 from privkd.data.sources import SOURCES, data_files, is_function_name, may_be_code
@@ -200,7 +200,7 @@ class _Now:
     """
 
     folder: RunFolder
-    config: RunConfig
+    config: Config
     root: NoiseRoot | None
 
     @classmethod

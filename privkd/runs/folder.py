@@ -20,7 +20,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
-from privkd.config import RunConfig, config_tree, load_config
+from privkd.config import Config, config_tree, load_config
 from privkd.data.sources import located
 from privkd.errors import RunError
 from privkd.journal import Journal
@@ -43,7 +43,7 @@ class RunFolder:
             self.journal = Journal(path / "journal.jsonl")
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig) -> Self:
+    def create(cls, path: Path, config: Config) -> Self:
         """Start a run in a new folder, or in one where a start was cut short.
 
         Raises:
@@ -80,7 +80,7 @@ class RunFolder:
         return folder
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> Config:
         """The resolved settings that the run was started with."""
         return load_config(self.path / "config.toml")
 

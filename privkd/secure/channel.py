@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.channels.channel import ChannelBase, Release, contributions, noise_variance
+from privkd.channels.channel import Channel, contributions, noise_variance
 from privkd.errors import ChannelError, ConfigError
+from privkd.messages import Question, Release
 from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.privacy.noise import NoiseRoot
 from privkd.secure.aggregator import agreed_digest, party_noise
@@ -34,7 +35,7 @@ class _Told:
     devices: int
 
 
-class SecureChannel(ChannelBase):
+class SecureChannel(Channel):
     """Secret sharing among ``aggregators`` processes that run CrypTen; the cloud sees the noisy sum alone.
 
     The aggregators are processes of this one, over pipes. The shares, the sealing, the agreement, CrypTen's
@@ -102,7 +103,7 @@ class SecureChannel(ChannelBase):
             self._session = None
 
     def colluders_noise(self) -> NDArray[np.float64]:
-        """See `ChannelBase.colluders_noise`."""
+        """See `Channel.colluders_noise`."""
         if self._last is None or self._last.notice.variance is None:
             return np.zeros(1)
         notice, told = self._last.notice, np.zeros(self._last.notice.entries)
@@ -111,19 +112,19 @@ class SecureChannel(ChannelBase):
             told += 0 if noise is None else noise
         return np.ldexp(told, -notice.fraction_bits) / self._last.devices
 
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send the mean of the devices' blocks of ``answers`` to the cloud; see ``Channel.release``.
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
+        """Send the mean of the devices' blocks of ``answers`` to the cloud; see ``Channel.carry``.
 
         After an error all aggregators are ended, and the next release starts them afresh.
         """
-        blocks = contributions(answers, devices, round)
+        blocks = contributions(answers, devices, question.round)
         encoding = fitting_encoding(
             self.clip_norm, devices=len(devices), parties=self.aggregators, rho=self.rho
         )
         sigma2 = None if self.rho is None else noise_variance(encoding.bound, self.rho)
         integers = encoding.encode(blocks)
         notice = RoundNotice(
-            round=round,
+            round=question.round,
             entries=integers.shape[1],
             minimum=len(devices),
             fraction_bits=encoding.fraction_bits,
@@ -139,11 +140,11 @@ class SecureChannel(ChannelBase):
             self.close()
             raise
         mean = encoding.decode(total) / len(devices)
-        return Release(
+        return Release.to(
+            question,
             torch.from_numpy(mean.astype(np.float32)).reshape(answers.shape[1:]),
-            tuple(devices),
             self._noise_std(encoding, len(devices)),
-            self.event,
+            tuple(devices),
         )
 
     def _noise_std(self, encoding: FixedPoint, devices: int) -> float:

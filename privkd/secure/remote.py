@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.channels.channel import ChannelBase, Release, contributions, noise_variance
+from privkd.channels.channel import Channel, contributions, noise_variance
 from privkd.errors import ChannelError, ConfigError
+from privkd.messages import Question, Release
 from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.votes import VoteRule
@@ -83,7 +84,7 @@ class _Request:
     votes: VoteTerms | None = None
 
 
-class ServiceChannel(ChannelBase):
+class ServiceChannel(Channel):
     """Secret sharing among parties that run as services; the cloud sees the noisy sum alone.
 
     With ``votes`` in its options it sees less: which class won on each query, where there is a consensus.
@@ -183,7 +184,7 @@ class ServiceChannel(ChannelBase):
         return self._options.projections > 0 or self._options.votes is not None
 
     def for_audit(self) -> "ServiceChannel":
-        """See `ChannelBase.for_audit`: the same services, asked for rounds of another name and any roster.
+        """See `Channel.for_audit`: the same services, asked for rounds of another name and any roster.
 
         Not to be closed; it ends with this one.
         """
@@ -201,11 +202,11 @@ class ServiceChannel(ChannelBase):
 
     @property
     def unknown_noise(self) -> float:
-        """See `ChannelBase.unknown_noise`: running services keep their keys to themselves."""
+        """See `Channel.unknown_noise`: running services keep their keys to themselves."""
         return float(self.aggregators) if self._options.urls else 1.0
 
     def colluders_noise(self) -> NDArray[np.float64]:
-        """See `ChannelBase.colluders_noise`."""
+        """See `Channel.colluders_noise`."""
         if self._last is None or self._options.urls:
             return np.zeros(1)
         total, request = self._last
@@ -225,19 +226,21 @@ class ServiceChannel(ChannelBase):
             self._local.stop()
             self._local = None
 
-    def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
-        """Send what the devices' blocks of ``answers`` come to to the cloud; see ``Channel.release``.
+    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
+        """Send what the devices' blocks of ``answers`` come to to the cloud; see ``Channel.carry``.
 
         ``Release.devices`` are those over which the parties agreed. The answers of a vote are one-hot rows
         without noise; a row of zeros is a query without consensus.
         """
-        blocks = contributions(answers, devices, round)
+        blocks = contributions(answers, devices, question.round)
         roster = self._options.roster or tuple(devices)
         minimum = self._minimum(roster, devices)
         request = self._request(blocks.reshape(answers.shape), len(roster), minimum)
         try:
             group = self._started()
-            total = self._aggregate(group, blocks, devices, self._terms(group, roster, round, request))
+            total = self._aggregate(
+                group, blocks, devices, self._terms(group, roster, question.round, request)
+            )
         except BaseException:
             self.close()
             raise
@@ -247,11 +250,11 @@ class ServiceChannel(ChannelBase):
         else:
             outcome = request.encoding.decode(total.integers) / len(total.devices)
             noise_std = self._noise_std(request, len(total.devices))
-        return Release(
+        return Release.to(
+            question,
             torch.from_numpy(outcome.astype(np.float32)).reshape(answers.shape[1:]),
-            total.devices,
             noise_std,
-            self.event,
+            total.devices,
         )
 
     def _request(self, answers: NDArray[np.float64], roster: int, minimum: int) -> _Request:

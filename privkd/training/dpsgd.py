@@ -78,7 +78,9 @@ class Mechanism:
     probe: Probe | None = None
 
 
-def quieted(recipe: DpSgdConfig, noise_multiplier: float, expected_batch_size: float) -> DpSgdConfig:
+def with_capped_learning_rate(
+    recipe: DpSgdConfig, noise_multiplier: float, expected_batch_size: float
+) -> DpSgdConfig:
     """``recipe`` with its learning rate lowered until ``step_noise`` holds.
 
     One step of SGD adds noise of standard deviation ``learning_rate * noise_multiplier * clip_norm /

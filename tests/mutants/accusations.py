@@ -21,6 +21,7 @@ if __name__ == "__main__":
     # In place of this folder, whose modules are a package's.
     sys.path[:1] = [_TESTS, str(Path(_TESTS).parent)]
 
+from running import federation_of  # noqa: E402
 from scipy.stats import binom  # noqa: E402
 
 import audits.mechanisms.audit  # noqa: E402
@@ -30,7 +31,7 @@ from mutants.mutant import Put  # noqa: E402
 from mutants.settings import NOISED, SAMPLED, SMALL  # noqa: E402
 from privkd.channels.channel import NoisedChannel  # noqa: E402
 from privkd.config import load_config  # noqa: E402
-from privkd.federation import Game, open_game  # noqa: E402
+from privkd.prepared import Prepared, prepare  # noqa: E402
 from privkd.privacy.events import Unit  # noqa: E402
 from privkd.privacy.noise import NoiseRoot  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
@@ -58,31 +59,32 @@ class Opened:
     """A small run that is open, with what its ledger says in the end.
 
     Attributes:
-        game: the run.
+        run: its settings, data and plan.
         state: its beginning: a teacher that public students are distilled from.
         spent: the upper bounds on epsilon of all its rounds, by unit.
     """
 
-    game: Game
+    run: Prepared
     state: State
     spent: dict[Unit, float]
 
     @classmethod
     def of(cls, *settings: str) -> "Opened":
         """A small run on the noised channel."""
-        game = open_game(load_config(None, [*SMALL, *NOISED, *settings]))
-        channel = NoisedChannel(game.plan.clip_norm, game.plan.rho, game.root)
-        for round in range(game.plan.rounds):
-            game._debit(Unit.RECORD, game.plan.record_event, round)
-            game._debit(Unit.DEVICE, channel.event, round)
-        spent = {unit: game.ledger.spent(unit).high for unit in Unit}
-        return cls(game, game.begin(), spent)
+        run = prepare(load_config(None, [*SMALL, *NOISED, *settings]))
+        channel = NoisedChannel(run.plan.clip_norm, run.plan.rho, run.root)
+        federation = federation_of(run, channel)
+        for round in range(run.plan.rounds):
+            federation._debit(Unit.RECORD, run.plan.record_event, round)
+            federation._debit(Unit.DEVICE, channel.event, round)
+        spent = {unit: federation.ledger.spent(unit).high for unit in Unit}
+        return cls(run, federation.begin(), spent)
 
     def accusations(self, seed: int) -> Iterator[str]:
         """What the audit says against the run with this seed: nothing, if it is sound."""
-        game, config = self.game, self.game.config.model_copy(update={"seed": seed})
-        channel = NoisedChannel(game.plan.clip_norm, game.plan.rho, NoiseRoot.from_seed(seed))
-        again = replace(game, config=config, channel=channel)
+        run, config = self.run, self.run.config.model_copy(update={"seed": seed})
+        channel = NoisedChannel(run.plan.clip_norm, run.plan.rho, NoiseRoot.from_seed(seed))
+        again = federation_of(replace(run, config=config), channel)
         audited = audits.mechanisms.audit.closing_audit(again, self.state, Silent())
         yield from (check.name for check in audited.checks if not check.passed)
         for bound in audited.bounds:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import privkd.cloud
 import privkd.engines.simulation
-import privkd.federation
 import privkd.training.dpsgd
 import privkd.training.vectorised.train
 from mutants.clipping import both, unproved
@@ -72,7 +72,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _teacher_unchecked(put: Put) -> None:
-    put(privkd.federation, "check_apart", lambda *arguments: None)
+    put(privkd.cloud, "check_apart", lambda *arguments: None)
 
 
 def _students_unchecked(put: Put) -> None:

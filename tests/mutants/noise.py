@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import privkd.training.vectorised.train
 from mutants.mutant import Fault, Mutant, Put, variance_away
-from privkd.engines.simulation import Fleet
-from privkd.federation import Game
+from privkd.engines.simulation import Simulation
+from privkd.prepared import Prepared
 from privkd.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from privkd.training.dpsgd import _SuppliedNoiseOptimizer
 
@@ -43,26 +43,28 @@ def _without_last_bias(noise: Tensor) -> Tensor:
 def _labelled(*, device: bool, round: bool) -> Fault:
     """Sources that are known by the ``device``, or by the ``round``, alone."""
 
-    def randomness(game: Game, name: str, number: int) -> Randomness:
+    def randomness(run: Prepared, name: str, number: int) -> Randomness:
         labels = [name] * device + [number] * round
-        if game.config.privacy.noise == "system":
-            return SystemRandomness(game.root, *labels)
-        return SeededRandomness(game.config.seed, "device", *labels)
+        if run.config.privacy.noise == "system":
+            return SystemRandomness(run.root, *labels)
+        return SeededRandomness(run.config.seed, "device", *labels)
 
-    return lambda put: put(Game, "_randomness", randomness)
+    return lambda put: put(Prepared, "_randomness", randomness)
 
 
 def _told(share: float) -> Fault:
-    """A fleet that is told a smaller noise multiplier than the run is charged for."""
+    """Devices that are told a smaller noise multiplier than the run is charged for."""
 
     def put_it(put: Put) -> None:
-        train = Fleet.train_private
+        train = Simulation.train_private
 
-        def quiet(self: Fleet, students: Any, targets: Any, mechanism: Any, *rest: Any) -> list[nn.Module]:
+        def quiet(
+            self: Simulation, students: Any, targets: Any, mechanism: Any, *rest: Any
+        ) -> list[nn.Module]:
             less = replace(mechanism, noise_multiplier=share * mechanism.noise_multiplier)
             return train(self, students, targets, less, *rest)
 
-        put(Fleet, "train_private", quiet)
+        put(Simulation, "train_private", quiet)
 
     return put_it
 

@@ -1,0 +1,245 @@
+"""A run that was checked and may begin. It has neither a ledger nor a channel, so it cannot release anything.
+
+Whoever trains a finished run's students again, replays or exports them, or forecasts a run works on this. A
+simulation draws the same randomness again, so nothing new is shown and nothing more is spent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from privkd.cloud import RULES, Cloud, PublicData
+from privkd.config import Config
+from privkd.data import build_scenario
+from privkd.data.scenario import Scenario
+from privkd.engines.simulation import Draws, RandomnessOf, Simulation
+from privkd.errors import RunError
+from privkd.models.zoo import parameter_count, torch_device
+from privkd.plan import Plan, facts_of, make_plan
+from privkd.plugins import load_plugins
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.randomness import (
+    Randomness,
+    SeededRandomness,
+    SystemRandomness,
+    derive_seed,
+    seeded_layers,
+)
+from privkd.progress import Progress
+from privkd.runs.checkpoint import State, load_state, load_teachers, saved
+from privkd.runs.fingerprints import check_bound, check_files
+from privkd.runs.folder import RunFolder
+from privkd.training.dpsgd import Mechanism, seconds_per_step
+from privkd.training.proof import Probe
+
+HELD_BY_DEVICES = (
+    "and holds no students: each is on its device alone, where privkd.export.export.export_model writes it; "
+    "or name a simulation's folder"
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The settings, the data and the plan of a run, and its two sides.
+
+    Attributes:
+        config: the settings.
+        scenario: who holds what.
+        plan: what the run does and costs.
+        cloud: the cloud's side.
+        root: where protective noise comes from in a deployment.
+    """
+
+    config: Config
+    scenario: Scenario
+    plan: Plan
+    cloud: Cloud
+    root: NoiseRoot
+
+    @property
+    def simulation(self) -> Simulation:
+        """The devices' side."""
+        return Simulation(self.scenario.devices, self.config.student, names_diverged=self.plan.rho is None)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether private students may be looked at, by whoever plays all devices."""
+        return self.config.privacy.noise == "seeded"
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """DP-SGD of one round, or ``None`` where the run asks for no DP."""
+        return self.cloud.mechanism
+
+    def draws(self, round: int) -> Draws:
+        """What the devices draw in ``round``."""
+        return Draws(self.randomness_of(round), derive_seed(self.config.seed, "device", round))
+
+    def randomness_of(self, round: int) -> RandomnessOf:
+        """Each device's source of samples, noise and layers' draws in ``round``, by the device's name."""
+        return lambda device: self._randomness(device, round)
+
+    def _randomness(self, device: PartyId, round: int) -> Randomness:
+        if self.simulated:
+            return SeededRandomness(self.config.seed, "device", device, round)
+        return SystemRandomness(self.root, device, round)
+
+    def students_after(self, teachers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+        """The devices' students after the rounds in which ``teachers`` were published, trained again.
+
+        The same randomness is drawn, so they come out the same and show nothing new. Where every round starts
+        from the teacher, the last one is all that is trained.
+        """
+        students: list[nn.Module] = []
+        first = 0 if self.config.student.start == "own" else len(teachers) - 1
+        for round, teacher in list(enumerate(teachers))[first:]:
+            with seeded_layers(self.config.seed, "round", round):
+                task = self.cloud.publish(teacher, round)
+                starts = task.dealt(range(self.plan.devices), students)
+                students = self.simulation.train(task, starts, self.draws(round), lambda done: None)
+        return tuple(students)
+
+    def personalised(
+        self, finished: "Finished", numbers: Sequence[int], progress: Progress
+    ) -> list[nn.Module]:
+        """The students that the devices of ``numbers`` are left with; see `student.own_weight`.
+
+        Each is distilled on all public inputs toward the weighted mean of its own answers and the last
+        teacher's, from a student freshly distilled from that teacher: it is better than the one that the last
+        round's students began from, and a device's student knows what is peculiar to the device. It is
+        post-processing of what DP-SGD has paid for.
+
+        Raises:
+            TrainingError: a student's weights are not finite.
+        """
+        own, state = [finished.students[number] for number in numbers], finished.state
+        weight = self.config.student.own_weight
+        if weight == 1:
+            return own
+        progress.stage("students: learning from the last teacher")
+        with seeded_layers(self.config.seed, "deliver"):
+            shared = self.cloud.public_students(state.teacher, round=state.round)
+            starts = [shared[number % len(shared)] for number in numbers]
+            if weight == 0:
+                return starts
+            return self.simulation.part(numbers).merge(
+                own,
+                state.teacher,
+                starts,
+                self.cloud.data.inputs,
+                derive_seed(self.config.seed, "deliver"),
+                lambda done: progress.advance(done, len(numbers)),
+            )
+
+
+def prepare(config: Config) -> Prepared:
+    """The run that ``config`` describes, checked, with nothing trained, released or written.
+
+    Raises:
+        InputError: bad settings, plug-ins, data or models.
+        BudgetError: no noise reaches the budget.
+    """
+    load_plugins(config.plugins)
+    RULES.check(config.reverse.aggregation)
+    deployment = config.privacy.noise == "system"
+    scenario = build_scenario(config.data, config.seed, deployment=deployment)
+    scenario = scenario.to(torch_device(config.device))
+    plan = make_plan(config, facts_of(scenario))
+    data = PublicData(scenario.public, scenario.validation, scenario.proxy)
+    probe = Probe.of(scenario.proxy, scenario.classes)
+    cloud = Cloud(config, plan, data, probe, scenario.classes)
+    cloud.check_models()
+    return Prepared(config, scenario, plan, cloud, NoiseRoot.from_seed(config.seed))
+
+
+def reopen(folder: RunFolder) -> Prepared:
+    """The run in ``folder``, to go on with. One that was not begun yet is prepared like a new one.
+
+    Raises:
+        RunError: the data or the code changed since the run was started; it names what did.
+        InputError: otherwise as `prepare`.
+    """
+    check_files(folder)
+    prepared = prepare(folder.config)
+    check_bound(folder, prepared.scenario)
+    return prepared
+
+
+def reopen_simulation(folder: RunFolder, why: str) -> Prepared:
+    """The simulation in ``folder``, for whatever trains its students again or replays them.
+
+    Args:
+        folder: of the run.
+        why: that cannot be done to a deployment, and what to do instead, for the message.
+
+    Raises:
+        RunError: as `reopen`; or it is a deployment.
+    """
+    check_simulated(folder, folder.config, why)
+    return reopen(folder)
+
+
+def check_simulated(folder: RunFolder, config: Config, why: str) -> None:
+    """Do nothing where the run's noise comes from the seed.
+
+    Raises:
+        RunError: it is a deployment; ``why`` says what that means here.
+    """
+    if config.privacy.noise != "seeded":
+        raise RunError(f"{folder.path} is a deployment (privacy.noise='system') {why}")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its last ``state``, and its devices' ``students``, which no run folder keeps."""
+
+    state: State
+    students: tuple[nn.Module, ...]
+
+
+def finished(prepared: Prepared, folder: RunFolder) -> Finished:
+    """The simulation in ``folder``, of whose settings ``prepared`` is, with its students trained again.
+
+    Raises:
+        RunError: the run is not finished, is damaged, or is a deployment, whose students are on their devices
+            and whose noise nobody can repeat.
+    """
+    record = saved(folder)
+    done = max(len(record.rounds) - 1, 0)
+    if done < prepared.plan.rounds:
+        raise RunError(
+            f"{folder.path}: {done} of {prepared.plan.rounds} rounds are finished; "
+            f"go on with `privkd train --resume {folder.path}`"
+        )
+    check_simulated(folder, prepared.config, HELD_BY_DEVICES)
+    check_bound(folder, prepared.scenario)
+    blank = prepared.cloud.untrained_teacher()
+    state = load_state(folder, record, blank)
+    return Finished(state, prepared.students_after(load_teachers(folder, record, blank)[: state.round]))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan and what it takes: the student's ``parameters``, and about how many ``seconds`` the devices'
+    private training would take one after the other on this machine, from one real step on made-up records."""
+
+    plan: Plan
+    parameters: int
+    seconds: float
+
+
+def forecast(config: Config) -> Forecast:
+    """What a run would do and cost. Raises as `prepare` does."""
+    prepared = prepare(config)
+    plan, student = prepared.plan, prepared.cloud.untrained_students()[0].cpu()
+    step = seconds_per_step(
+        student,
+        input_shape=prepared.scenario.input_shape,
+        classes=prepared.scenario.classes,
+        recipe=config.student.dp,
+        batch=math.ceil(plan.expected_batch_size),
+    )
+    return Forecast(plan, parameter_count(student), step * plan.steps * plan.rounds * plan.devices)
