@@ -34,6 +34,10 @@ def main(
 
 
 Text = str | None
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(help="A module or a .py file of yours that adds to privkd; repeat for more."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
 
@@ -76,6 +80,7 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as a.b=value; repeat for more.")
     ] = None,
+    plugin: Plugin = None,
     out: Annotated[Text, typer.Option(help="The run's folder. [runs/<time>]")] = None,
     resume: Annotated[Text, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[
@@ -91,6 +96,7 @@ def train(
         TrainRequest(
             settings=settings,
             overrides=tuple(set_ or ()),
+            plugins=tuple(plugin or ()),
             config=_path(config),
             out=_path(out),
             resume=_path(resume),
@@ -129,6 +135,7 @@ def curve(
             "teacher.model.name=mlp, student.models=mlp and controls=false, to end within minutes.",
         ),
     ] = None,
+    plugin: Plugin = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at once, one thread each. [the cores]")] = None,
     memory: Annotated[float | None, typer.Option(help="GiB for all cells together. [what is free]")] = None,
     out: Annotated[Text, typer.Option(help="The curve's folder. [runs/curve-<time>]")] = None,
@@ -155,7 +162,7 @@ def curve(
         device_epsilon=device_epsilon,
         shadows=shadows,
         targets=targets,
-        settings=settings,
+        settings={**settings, **({"plugins": ",".join(plugin)} if plugin else {})},
         overrides=set_ or (),
         jobs=jobs,
         memory=memory,
@@ -264,15 +271,18 @@ def settings(
 def export(
     run: Annotated[str, typer.Argument(help="The folder of a finished run.")],
     format_: Annotated[
-        str, typer.Option("--format", help="torch (.pt2), onnx or executorch (.pte).")
+        str, typer.Option("--format", help="torch (.pt2), onnx, executorch (.pte), or a plug-in's.")
     ] = "torch",
     device_index: Annotated[int, typer.Option(help="Number of the device whose student leaves.")] = 0,
     out: Annotated[Text, typer.Option(help="The file. [export/DEVICE in the run's folder]")] = None,
+    plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
     """Write a device's student with its preprocessing as one file that answers as the original does."""
     from privkd.export.commands import ExportRequest, export_command
+    from privkd.runs.plugged import load_plugins_for
 
+    load_plugins_for(Path(run), plugin or ())
     export_command(ExportRequest(Path(run), format_, device_index, _path(out), json_))
 
 
@@ -307,11 +317,13 @@ def membership(
     canaries: Annotated[str, typer.Option(help="natural, mislabelled or crafted.")] = "natural",
     device: AuditedDevice = 0,
     seed: Annotated[int, typer.Option(help="Decides the coins and the replays.")] = 0,
+    plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
     """Guess who is in a device's records, from what each view of a run shows. Exit code 3 is an alarm."""
-    from audits.commands import MembershipRequest, membership_command
+    from audits.commands import MembershipRequest, load_plugins_of, membership_command
 
+    load_plugins_of(_path(run), plugin or ())
     request = MembershipRequest(
         view=view,
         attack=attack,
@@ -339,11 +351,13 @@ def reconstruction(
     candidates: Annotated[int, typer.Option(help="Records among which the secret one is drawn.")] = 10,
     device: AuditedDevice = 0,
     seed: Annotated[int, typer.Option(help="Decides the secrets and the replays.")] = 0,
+    plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
     """Rebuild what a device held, from what each view of a run shows. Exit code 3 is an alarm."""
-    from audits.commands import ReconstructionRequest, reconstruction_command
+    from audits.commands import ReconstructionRequest, load_plugins_of, reconstruction_command
 
+    load_plugins_of(_path(run), plugin or ())
     request = ReconstructionRequest(
         view=view,
         attack=attack,

@@ -1,11 +1,15 @@
 """What ``privkd audit`` does, between the command line's parsing and the audits."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audits.latest import RUNS, latest
 from audits.reconstructions.request import ReconstructionRequest
 from audits.requests import MembershipRequest
+from privkd.errors import RunError
+from privkd.runs.plugged import load_plugins_for
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ __all__ = [
     "MembershipRequest",
     "ReconstructionRequest",
     "closing_audit",
+    "load_plugins_of",
     "mechanism_command",
     "membership_command",
     "reconstruction_command",
@@ -29,6 +34,17 @@ def closing_audit(federation: "Federation", state: "State", progress: "Progress"
     from audits.mechanisms.audit import closing_audit as audit
 
     return audit(federation, state, progress)
+
+
+def load_plugins_of(run: Path | None, plugins: Iterable[str]) -> None:
+    """Load ``plugins`` and those of the run in ``run``, of the latest by default.
+
+    Raises:
+        InputError: as `load_plugins_for`.
+    """
+    with suppress(RunError):
+        run = run or latest(RUNS, "run")
+    load_plugins_for(run, plugins)
 
 
 def membership_command(run: Path | None, request: MembershipRequest, *, as_json: bool) -> None:

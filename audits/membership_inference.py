@@ -1,11 +1,13 @@
 """``privkd audit membership``: what a run's views give away about who is in a device's records."""
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attacks.evidence import ChannelEvidence, Evidence
+from attacks.registry import LABELS, ONE_RUN
 from audits.estimators import (
     BonferroniGuesses,
     TprAtFpr,
@@ -17,8 +19,8 @@ from audits.estimators import (
 from audits.estimators.validation import Floats
 from audits.game import DEPLOYED, Cache, GameKey, ReplayContext, draw_pool, traces
 from audits.mechanisms.canaries import Scores, bound_many_trials, bound_one_run, dirac_scores
-from audits.requests import ATTACKS_OF, LABELS, ONE_RUN, QUANTILE, WIRES, MembershipRequest
-from audits.scoring import Features, ScoreAll, Signals, quantile_scores, score_attacks
+from audits.requests import WIRES, MembershipRequest, attacks_of
+from audits.scoring import Signals, evidence_on_models, scores_of
 from audits.verdict import Finding, Refused
 from audits.views import LabelFinding, Replays, Wires
 from privkd.errors import ConfigError, InputError
@@ -68,11 +70,11 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
     run = reopen_simulation(folder, DEPLOYED)
     views = views_of(run, request.view)
     wanted = [
-        (view, attack) for view in views for attack in ATTACKS_OF[view] if request.attack in ("all", attack)
+        (view, attack) for view in views for attack in attacks_of(view) if request.attack in ("all", attack)
     ]
     guessed = [view for view in views if view in WIRES and request.attack in ("all", LABELS)]
     if not (wanted or guessed):
-        known = {attack for view in views for attack in ATTACKS_OF[view]}
+        known = {attack for view in views for attack in attacks_of(view)}
         known |= {LABELS for view in views if view in WIRES}
         raise ConfigError(f"attack={request.attack!r}: view {request.view} takes one of {sorted(known)}")
     transcript = load_transcript(folder, run.cloud.untrained_teacher())
@@ -143,15 +145,15 @@ class _Audit:
         self._each = each
         self._cache = Cache(folder, GameKey(request.canaries, request.device, request.seed))
         self._wires = Wires(side, self._cache, progress)
-        self._signals: dict[str, dict[str, ScoreAll]] = {}
+        self._evidence: dict[str, tuple[Evidence, ...] | ChannelEvidence] = {}
 
     def scored(self, view: str, attack: str) -> Scored:
         """One attack's scores over all targets, or over its own canaries."""
         if view == "gradient":
             return self._gradient(attack)
-        if view not in self._signals:
-            self._signals[view] = self._attacks(view)
-        values = self._signals[view][attack]()
+        if view not in self._evidence:
+            self._evidence[view] = self._evidence_of(view)
+        values = scores_of(attack, self._evidence[view])
         return Scored(view, attack, values.reshape(-1), self._replays.targets.inside.reshape(-1))
 
     def finding(self, scored: Scored, upper: float) -> Finding:
@@ -226,22 +228,16 @@ class _Audit:
             estimator=estimator,
         )
 
-    def _attacks(self, view: str) -> dict[str, ScoreAll]:
+    def _evidence_of(self, view: str) -> tuple[Evidence, ...] | ChannelEvidence:
         replays, side = self._replays, self._side
         if view in WIRES:
-            return self._wires.attacks(view, replays)
+            return self._wires.evidence(view, replays)
         if view == "teacher":
             signals, public = self._wires.teacher_signals(replays), side.transcript.exchanges[-1].teacher
         else:
             starts = side.last_starts
             signals, public = _student_signals(replays), starts[self._request.device % len(starts)]
-        candidates, population = replays.pool.candidates.labels, replays.pool.population.labels
-        labels = candidates.cpu().numpy(), population.cpu().numpy()
-        features = Features.of(public, replays.pool)
-        return {
-            **score_attacks(signals, *labels),
-            QUANTILE: partial(quantile_scores, signals, features, *labels),
-        }
+        return evidence_on_models(signals, replays.pool, public)
 
     @cached_property
     def _replays(self) -> Replays:

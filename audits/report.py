@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attacks.registry import LABELS
 from audits.curves import Roc, draw, roc
 from audits.estimators import TprAtFpr
 from audits.mechanisms.audit import Examined, MechanismReport
 from audits.membership_inference import MembershipReport, Scored
-from audits.requests import LABELS
 from audits.verdict import Finding, Refused
 from audits.views import LabelFinding
 from privkd.privacy.events import Unit

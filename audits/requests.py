@@ -1,31 +1,25 @@
 """What a membership audit is asked for. Light to import, so that a typo is answered at once."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from attacks.membership.registry import SCORES
+from attacks.registry import ATTACKS, GRADIENT_ATTACKS, LABELS, MODEL_VIEWS
 from privkd.errors import ConfigError
+from privkd.plugins import nearest_first
 
 CanaryKind: TypeAlias = Literal["natural", "mislabelled", "crafted"]
 
-CHANNEL_ATTACKS = ("matched-filter", "whitened-filter", "distillation-lira")
-QUANTILE = "quantile-regression"
-MODEL_ATTACKS = (*SCORES, QUANTILE)
-LABELS = "label-distribution"
-"""Of the channel's views: it guesses a device's class histogram, not who is in its records."""
-ONE_RUN = "canaries-one-run"
-GRADIENT_ATTACKS = (ONE_RUN, "canaries-many-trials")
-VIEWS = ("per_client_logits", "secure_sum", "secure_sum_colluding", "teacher", "student", "gradient")
-WIRES = VIEWS[:3]
+WIRES = ("per_client_logits", "secure_sum", "secure_sum_colluding")
 """The views of the channel."""
-ATTACKS_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(WIRES, CHANNEL_ATTACKS),
-    **dict.fromkeys(VIEWS[3:5], MODEL_ATTACKS),
-    "gradient": GRADIENT_ATTACKS,
-}
-"""The attacks on membership."""
+VIEWS = (*WIRES, *MODEL_VIEWS, "gradient")
 _LEAST_SHADOWS = 8
+
+
+def attacks_of(view: str) -> tuple[str, ...]:
+    """The attacks on membership that read ``view``, those of plug-ins included."""
+    if view == "gradient":
+        return GRADIENT_ATTACKS
+    return tuple(name for name in ATTACKS if ATTACKS[name].reads(view))
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class MembershipRequest:
 
     Attributes:
         view: one of ``VIEWS``, or ``all`` that the run has but ``teacher``, which learns once for each model.
-        attack: one name, or ``all`` of the view.
+        attack: one name, or ``all`` of the view; a plug-in that adds it must be loaded.
         shadows: models that the attacks learn from.
         targets: audited replays, each with coins of its own.
         canaries: one of ``CanaryKind``; see ``audits.game.draw_pool``.
@@ -53,14 +47,16 @@ class MembershipRequest:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        known = ("all", LABELS, *dict.fromkeys(attack for names in ATTACKS_OF.values() for attack in names))
         for name, value, choices in (
             ("view", self.view, ("all", *VIEWS)),
-            ("attack", self.attack, known),
             ("canaries", self.canaries, get_args(CanaryKind)),
         ):
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: expected one of {sorted(choices)}")
+        own = ("all", LABELS, *GRADIENT_ATTACKS)
+        if self.attack not in own and self.attack not in ATTACKS:
+            known = nearest_first(self.attack, (*own, *ATTACKS))
+            raise ConfigError(f"attack={self.attack!r}: expected one of {known}; --plugin adds more")
         for name, count, least in (("shadows", self.shadows, _LEAST_SHADOWS), ("targets", self.targets, 1)):
             if count < least:
                 raise ConfigError(f"{name}={count}: expected at least {least}")

@@ -17,18 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attacks.evidence import ChannelEvidence
 from attacks.release import label_distribution, label_divergence
 from audits.estimators.rates import mean_of
 from audits.estimators.validation import Floats
 from audits.game import Cache, Pool, ReplayContext, Report, Role, Traces, others_answers, shard_of
-from audits.scoring import (
-    Released,
-    ScoreAll,
-    Signals,
-    matched_filter_scores,
-    score_attacks,
-    whitened_filter_scores,
-)
+from audits.scoring import Released, Signals
 from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel, noise_variance
 from privkd.cloud import project_on_simplex
 from privkd.config import FitConfig
@@ -394,18 +388,25 @@ class Wires:
         self._seed = cache.key.seed
         self._progress = progress
 
-    def attacks(self, view: str, replays: Replays) -> dict[str, ScoreAll]:
-        """The membership attacks on one of these views."""
+    def evidence(self, view: str, replays: Replays) -> ChannelEvidence:
+        """What the attacks on one of these views look at."""
         seen = self._released(view, replays.targets.answers, "target")
         learned = self._released(view, replays.shadows.answers, "shadow")
-        inside = replays.shadows.inside
-        return {
-            "matched-filter": partial(matched_filter_scores, seen, learned, inside),
-            "whitened-filter": lambda: whitened_filter_scores(
-                self._signals(seen), self._signals(learned), inside
+        return ChannelEvidence(
+            view=view,
+            released=seen.answers,
+            shadows=learned.answers,
+            clean=learned.clean,
+            log_released=log_probabilities(self._side, seen, FLOOR).numpy(),
+            log_shadows=log_probabilities(self._side, learned, FLOOR).numpy(),
+            noise_std=seen.noise_std,
+            inside=replays.shadows.inside,
+            labels=replays.pool.candidates.labels.cpu().numpy(),
+            distil=lambda: (
+                self._surrogates(seen, replays.pool, "target"),
+                self._surrogates(learned, replays.pool, "shadow"),
             ),
-            "distillation-lira": partial(self._distillation, seen, learned, replays),
-        }
+        )
 
     def labels(self, view: str, pool: Pool, devices: int, epsilon_upper: float) -> LabelFinding:
         """Label-distribution inference on so many devices, learned from as many others."""
@@ -447,24 +448,6 @@ class Wires:
         crowd = Crowd(run.plan, run.config.channel.aggregators, others)
         total = crowd.secure_sum(answers, root)
         return total if view == "secure_sum" else crowd.colluding(answers, total)
-
-    def _signals(self, released: Released) -> Tensor:
-        """The answers as they are under noise, which is added to those; else their logarithms."""
-        if released.noise_std > 0:
-            return torch.from_numpy(released.answers)
-        return log_probabilities(self._side, released, FLOOR)
-
-    def _distillation(self, seen: Released, learned: Released, replays: Replays) -> Floats:
-        """LiRA on surrogates that are distilled from the releases alone."""
-        pool = replays.pool
-        candidates, shadows = (
-            self._surrogates(released, pool, role)
-            for role, released in (("target", seen), ("shadow", learned))
-        )
-        # LiRA reads no population; the candidates stand in for it.
-        signals = Signals(candidates, shadows, candidates, shadows, replays.shadows.inside)
-        labels = pool.candidates.labels.cpu().numpy()
-        return score_attacks(signals, labels, labels, ("lira-online",))["lira-online"]()
 
     def _surrogates(self, released: Released, pool: Pool, role: str) -> Floats:
         """Logits of one surrogate a model on the candidates ``[model, candidate, class]``."""

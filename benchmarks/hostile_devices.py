@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from privkd.channels.channel import Channel, PlainChannel  # noqa: E402
-from privkd.cloud import Rule  # noqa: E402
+from privkd.cloud import RULES  # noqa: E402
 from privkd.config import load_config  # noqa: E402
 from privkd.federation import Federation  # noqa: E402
 from privkd.messages import Question, Release, Task  # noqa: E402
@@ -118,7 +117,7 @@ class Seed:
         run = Remembering(prepared, ledger, channel, Silent(), UNKEPT)
         return cls(run, run.begin())
 
-    def accuracies(self, rule: Rule, attack: Attack, share: float) -> tuple[float, float]:
+    def accuracies(self, rule: str, attack: Attack, share: float) -> tuple[float, float]:
         """Of the teacher and of the control with zero devices, after all rounds."""
         prepared = self.run.prepared
         cloud, plan = prepared.cloud, prepared.plan
@@ -132,7 +131,7 @@ class Seed:
         return state.figures[-1].teacher, state.figures[-1].control
 
 
-def mean_of(seeds: Sequence[Seed], rule: Rule, attack: Attack, share: float) -> tuple[float, float]:
+def mean_of(seeds: Sequence[Seed], rule: str, attack: Attack, share: float) -> tuple[float, float]:
     """The mean accuracies, in %."""
     teachers, controls = zip(*(seed.accuracies(rule, attack, share) for seed in seeds), strict=True)
     return 100 * statistics.fmean(teachers), 100 * statistics.fmean(controls)
@@ -156,7 +155,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epsilon", type=float, default=3.0)
     parser.add_argument("--teacher", default="mlp", help="mlp is quick to train again for each cell")
-    parser.add_argument("--rules", nargs="+", choices=get_args(Rule), default=get_args(Rule))
+    parser.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.3])
     return parser.parse_args()
 

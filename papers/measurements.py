@@ -114,7 +114,7 @@ class Latency:
     def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
         """See `Measurement.measure`."""
         from privkd.export.export import export_model, raw_of
-        from privkd.export.formats import format_named
+        from privkd.export.formats import format_named, suffix_of
         from privkd.latency import latencies_ms
         from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 
@@ -126,7 +126,11 @@ class Latency:
         models = {"student": done.students[0], "teacher": done.state.teacher}
         with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
             artefacts = [
-                export_model(model, records, divisor, self.form, Path(place) / f"{name}{writer.suffix}")
+                export_model(
+                    model, records, divisor, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
+                )
+                    model, records, divisor, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
+                )
                 for name, model in models.items()
             ]
             raw = raw_of(records[:1].cpu(), divisor)

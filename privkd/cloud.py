@@ -13,10 +13,10 @@ between honest answers as long as fewer than half of the devices are hostile.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,12 @@ from torch.nn import functional as F
 
 from privkd.config import Config, FitConfig, ModelConfig, ReverseConfig
 from privkd.data.scenario import LabelledSet
-from privkd.errors import ChannelError
+from privkd.errors import ChannelError, InputError
 from privkd.messages import Question, Release, Task
 from privkd.models.features import Parted
 from privkd.models.zoo import build
 from privkd.plan import Plan
+from privkd.plugins import Registry
 from privkd.privacy.randomness import derive_seed, seeded_generator, seeded_layers
 from privkd.training.dpsgd import Mechanism, check_records_apart, check_trainable, with_capped_learning_rate
 from privkd.training.fit import accuracy, fit, logits_of
@@ -282,8 +283,6 @@ def between(old: nn.Module, new: nn.Module, share: float) -> nn.Module:
     return blend
 
 
-Rule: TypeAlias = Literal["mean", "clipped_mean", "median", "votes"]
-
 _TAIL = 6.0
 """An honest row's noise is longer than ``sqrt(classes) + 6`` standard deviations with probability 2e-8."""
 
@@ -300,17 +299,23 @@ class Aggregate:
     noise_std: float
 
 
-def aggregate(answers: Tensor, noise_std: float, rule: Rule) -> Aggregate:
+Rule: TypeAlias = Callable[[Tensor, float], Aggregate]
+"""From each device's finite answers, float64 ``[device, query, class]``, and the known standard deviation of
+the noise on each entry."""
+
+
+def aggregate(answers: Tensor, noise_std: float, rule: str) -> Aggregate:
     """What the devices answer together.
 
     Args:
         answers: probabilities as they were received, ``[device, query, class]``; or ``[query, class]`` where
             the channel itself took the mean, which is then taken as it is.
         noise_std: known standard deviation of the noise on each entry.
-        rule: see above.
+        rule: of `RULES`.
 
     Raises:
         ChannelError: no device sent finite answers.
+        InputError: a plug-in's rule fails, or returns something else.
     """
     answers = answers.detach().to("cpu", torch.float64)
     if answers.ndim == 2:
@@ -320,7 +325,19 @@ def aggregate(answers: Tensor, noise_std: float, rule: Rule) -> Aggregate:
     finite = answers[answers.flatten(1).isfinite().all(1)]
     if not len(finite):
         raise ChannelError("no device sent finite answers: nothing can be learned from this round")
-    return _RULES[rule](finite, noise_std)
+    with RULES.guarded(rule):
+        return _checked(RULES[rule](finite, noise_std), finite, rule)
+
+
+def _checked(found: Aggregate, answers: Tensor, rule: str) -> Aggregate:
+    entries = found.answers.to("cpu", torch.float64)
+    finite = bool(entries.isfinite().all()) and 0 <= found.noise_std < math.inf
+    if entries.shape != answers.shape[1:] or not finite:
+        raise InputError(
+            f"reverse.aggregation {rule!r}: returned answers of shape {list(entries.shape)} and "
+            f"noise_std={found.noise_std!r}; expected finite ones of {list(answers.shape[1:])}, and 0 or more"
+        )
+    return Aggregate(entries, found.noise_std)
 
 
 def _mean(answers: Tensor, noise_std: float) -> Aggregate:
@@ -345,12 +362,26 @@ def _votes(answers: Tensor, noise_std: float) -> Aggregate:
     return Aggregate(votes.mean(0), 0.5 / len(answers) ** 0.5 if noise_std else 0.0)
 
 
-_RULES: Mapping[Rule, Callable[[Tensor, float], Aggregate]] = {
-    "mean": _mean,
-    "clipped_mean": _clipped_mean,
-    "median": _median,
-    "votes": _votes,
-}
+RULES: Registry[Rule] = Registry(
+    "reverse.aggregation",
+    {"mean": _mean, "clipped_mean": _clipped_mean, "median": _median, "votes": _votes},
+)
+
+R = TypeVar("R", bound=Rule)
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Add the decorated function to `RULES`: an aggregation rule that ``reverse.aggregation`` may name.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def enter(rule: R) -> R:
+        RULES.add(name, rule, rule)
+        return rule
+
+    return enter
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from privkd.config import Config, load_config
 from privkd.errors import ConfigError
+from privkd.plugins import load_plugins
 from privkd.secure.installed import check_channel
 from privkd.stdout import print_json
 
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """``privkd train`` as it was typed: ``settings`` by dotted name, ``overrides`` as ``a.b=value``."""
+    """``privkd train`` as it was typed: ``settings`` by dotted name, ``overrides`` as ``a.b=value``.
+
+    ``plugins`` are the run's; to a run that is resumed they say which of its own files are trusted.
+    """
 
     settings: Mapping[str, Any]
     overrides: tuple[str, ...]
+    plugins: tuple[str, ...]
     config: Path | None
     out: Path | None
     resume: Path | None
@@ -40,9 +45,11 @@ def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
         PrivkdError: see its tree; the message is for people.
     """
     if request.resume is not None:
+        load_plugins(request.plugins)
         _resume(request, request.resume, audit)
         return
-    config = load_config(request.config, request.overrides, request.settings)
+    added = {"plugins": request.plugins} if request.plugins else {}
+    config = load_config(request.config, request.overrides, {**request.settings, **added})
     if request.dry_run:
         _forecast(config, as_json=request.json)
         return

@@ -24,7 +24,7 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
         error: raised, in one line, where it cannot be imported or called.
     """
     module, _, name = path.partition(":")
-    _prepend(str(Path.cwd()))
+    import_from(Path.cwd())
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as cause:  # A user's module may fail in any way.
@@ -41,12 +41,16 @@ def make_importable(folders: Mapping[str, str]) -> None:
 
     The working directory is next.
     """
-    _prepend(str(Path.cwd()))
-    for folder, marked in reversed(list(folders.items())):
-        name, _, known = marked.rpartition(" ")
-        file = Path(folder) / name
-        if file.is_file() and mark(file) == known:
-            _prepend(folder)
+    import_from(Path.cwd())
+    for folder in reversed(list(folders)):
+        if is_marked(Path(folder), folders):
+            import_from(Path(folder))
+
+
+def is_marked(folder: Path, folders: Mapping[str, str]) -> bool:
+    """Whether ``folder`` is one of ``folders``, as `OwnCode.folders`, and its mark is what it was."""
+    name, _, known = folders.get(str(folder), "").rpartition(" ")
+    return (folder / name).is_file() and mark(folder / name) == known
 
 
 def importable(name: str) -> Path | None:
@@ -55,9 +59,10 @@ def importable(name: str) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def _prepend(folder: str) -> None:
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+def import_from(folder: Path) -> None:
+    """Import from ``folder`` first, unless it is imported from already."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from privkd.cloud import Cloud, PublicData
+from privkd.cloud import RULES, Cloud, PublicData
 from privkd.config import Config
 from privkd.data import build_scenario
 from privkd.data.scenario import Scenario
@@ -18,6 +18,7 @@ from privkd.engines.simulation import Draws, RandomnessOf, Simulation
 from privkd.errors import RunError
 from privkd.models.zoo import parameter_count, torch_device
 from privkd.plan import Plan, facts_of, make_plan
+from privkd.plugins import load_plugins
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.randomness import (
@@ -138,9 +139,11 @@ def prepare(config: Config) -> Prepared:
     """The run that ``config`` describes, checked, with nothing trained, released or written.
 
     Raises:
-        InputError: bad settings, data or models.
+        InputError: bad settings, plug-ins, data or models.
         BudgetError: no noise reaches the budget.
     """
+    load_plugins(config.plugins)
+    RULES.check(config.reverse.aggregation)
     deployment = config.privacy.noise == "system"
     scenario = build_scenario(config.data, config.seed, deployment=deployment)
     scenario = scenario.to(torch_device(config.device))

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from privkd.channels.channel import PlainChannel, Release
-from privkd.cloud import Rule, aggregate, project_on_simplex
+from privkd.cloud import aggregate, project_on_simplex
 from privkd.errors import ChannelError
 
-RULES: tuple[Rule, ...] = get_args(Rule)
+RULES = ("mean", "clipped_mean", "median", "votes")
 ROBUST = tuple(rule for rule in RULES if rule != "mean")
 CLASSES = 4
 
@@ -28,7 +28,7 @@ def answers(devices: int, queries: int = 5, seed: int = 0) -> Tensor:
     return (2 * draws).softmax(-1)
 
 
-def naive(blocks: Tensor, noise_std: float, rule: Rule) -> list[list[float]]:
+def naive(blocks: Tensor, noise_std: float, rule: str) -> list[list[float]]:
     """Entry by entry, with the standard library."""
     kept = [
         block for block in blocks.double().tolist() if all(math.isfinite(v) for row in block for v in row)
@@ -49,7 +49,7 @@ def naive(blocks: Tensor, noise_std: float, rule: Rule) -> list[list[float]]:
 @pytest.mark.parametrize("rule", RULES)
 class TestEveryRule:
     @given(devices=st.integers(1, 9), seed=st.integers(0, 1000), noise=st.sampled_from([0.0, 0.3, 5.0]))
-    def test_equals_a_loop(self, rule: Rule, devices: int, seed: int, noise: float) -> None:
+    def test_equals_a_loop(self, rule: str, devices: int, seed: int, noise: float) -> None:
         blocks = answers(devices, seed=seed)
         blocks = blocks + noise * torch.randn(blocks.shape, generator=torch.Generator().manual_seed(seed))
         blocks[seed % devices] *= 10.0 ** (seed % 7)
@@ -58,7 +58,7 @@ class TestEveryRule:
         torch.testing.assert_close(found.answers, expected, atol=1e-9, rtol=1e-9)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_leaves_out_what_is_not_finite(self, rule: Rule, bad: float) -> None:
+    def test_leaves_out_what_is_not_finite(self, rule: str, bad: float) -> None:
         blocks = answers(4)
         spoilt = blocks.clone()
         spoilt[2, 1, 3] = bad
@@ -69,7 +69,7 @@ class TestEveryRule:
         with pytest.raises(ChannelError, match="no device sent finite answers"):
             aggregate(spoilt[2:3], 0.1, rule)
 
-    def test_takes_a_mean_as_it_is(self, rule: Rule) -> None:
+    def test_takes_a_mean_as_it_is(self, rule: str) -> None:
         mean = answers(1)[0]
         found = aggregate(mean, 0.25, rule)
         assert torch.equal(found.answers, mean.double())
@@ -77,11 +77,11 @@ class TestEveryRule:
         with pytest.raises(ChannelError, match="the released mean is not finite"):
             aggregate(mean * math.nan, 0.25, rule)
 
-    def test_agrees_where_all_devices_do(self, rule: Rule) -> None:
+    def test_agrees_where_all_devices_do(self, rule: str) -> None:
         sure = torch.eye(CLASSES).expand(7, CLASSES, CLASSES)
         assert torch.equal(aggregate(sure, 0.0, rule).answers, torch.eye(CLASSES).double())
 
-    def test_the_noise_it_states_bounds_the_noise_there_is(self, rule: Rule) -> None:
+    def test_the_noise_it_states_bounds_the_noise_there_is(self, rule: str) -> None:
         """Standard deviation over 4,000 entries of honest answers with a clear choice: within 5 % (its own
         error is 1.1 %, so false alarms are below 1e-4), and not below a third of what is stated."""
         noise = 0.05
@@ -118,7 +118,7 @@ class TestHostile:
         assert float(aggregate(hostile, 0.0, "mean").answers.min()) > 1e4
 
     @pytest.mark.parametrize("rule", ROBUST)
-    def test_colluders_do_not_turn_a_clear_choice(self, rule: Rule) -> None:
+    def test_colluders_do_not_turn_a_clear_choice(self, rule: str) -> None:
         """Three in ten vote alike for a wrong class; seven are sure of the right one."""
         blocks = torch.full((10, 1, CLASSES), 0.05)
         blocks[:7, :, 0] = 0.85
@@ -138,7 +138,7 @@ class TestThroughARun:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("sent", [math.nan, -math.inf, 3e38])
     def test_one_hostile_device_stops_nobody(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, sent: float
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, sent: float
     ) -> None:
         """What it put on the wire is kept as it was received, and every weight stays finite."""
         inner = PlainChannel.release

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import audits.membership_inference
-from attacks.membership.registry import rescaled_logit
+from attacks import rescaled_logit
 from audits.curves import draw, roc
 from audits.game import (
     Cache,
@@ -29,8 +29,8 @@ from audits.game import (
 )
 from audits.latest import latest
 from audits.membership_inference import audit_membership, views_of
-from audits.requests import MODEL_ATTACKS, MembershipRequest
-from audits.scoring import Features
+from audits.requests import MembershipRequest, attacks_of
+from audits.scoring import features_of
 from audits.verdict import Refused
 from audits.views import Crowd, draw_uneven, infer_labels, per_client, ring_mean
 from cli import app
@@ -316,15 +316,15 @@ def test_the_command_prints_one_object_and_draws_curves(plain: Path) -> None:
 def test_the_table_keeps_its_verdicts_in_a_pipe(plain: Path) -> None:
     arguments = ["audit", "membership", str(plain), "--view", "student", "--shadows", "8", "--targets", "2"]
     lines = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).stdout.splitlines()
-    rows = [line for line in lines if line.strip().startswith(MODEL_ATTACKS)]
-    assert len(rows) == len(MODEL_ATTACKS)
+    rows = [line for line in lines if line.strip().startswith(attacks_of("student"))]
+    assert len(rows) == len(attacks_of("student"))
     assert all(row.rstrip().endswith("no bound") for row in rows)
 
 
 def test_quantile_regression_reads_public_features_alone(side: tuple[RunFolder, ReplayContext]) -> None:
     _, device = side
     pool = draw_pool(device.run.scenario, 0, "natural", 0)
-    features = Features.of(device.starts[-1][0], pool)
+    features = features_of(device.starts[-1][0], pool)
     classes = device.run.scenario.classes
     assert features.candidates.shape == (len(pool.candidates), 2 * classes + 1)
     assert features.population.shape == (len(pool.population), 2 * classes + 1)

@@ -22,7 +22,7 @@ from privkd.errors import ModelError
 from privkd.export import export as exporting
 from privkd.export.artefact import TOLERANCE, Deployable, check_equal
 from privkd.export.export import export_student, raw_of
-from privkd.export.formats import format_named
+from privkd.export.formats import format_named, suffix_of
 from privkd.prepared import finished, prepare
 from privkd.progress import Silent
 from privkd.runs.folder import RunFolder
@@ -66,7 +66,7 @@ class TestAnswers:
     def test_equal_the_students(self, run: Path, tmp_path: Path, form: str, device: int) -> None:
         """Raw pixels to the file, scaled ones to the student: on records that the export did not check."""
         with RunFolder.resume(run) as folder:
-            out = tmp_path / f"s{format_named(form).suffix}"
+            out = tmp_path / f"s{suffix_of(form)}"
             exported = export_student(folder, form, device, out)
             records = prepare(folder.config).scenario.test.inputs[:50]
         with torch.no_grad():
@@ -235,7 +235,9 @@ class TestRefusals:
         assert "numbered from 0" in self.one_line(capsys, run, "--device-index=-1")
 
     def test_an_unknown_format(self, capsys: pytest.CaptureFixture[str], run: Path) -> None:
-        assert "expected one of torch, onnx, executorch" in self.one_line(capsys, run, "--format", "pickle")
+        assert "expected one of ['executorch', 'onnx', 'torch']" in self.one_line(
+            capsys, run, "--format", "pickle"
+        )
 
     def test_a_file_of_another_kind(self, capsys: pytest.CaptureFixture[str], run: Path) -> None:
         assert ".pt2 file" in self.one_line(capsys, run, "--out", "student.onnx")

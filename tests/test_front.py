@@ -144,7 +144,7 @@ class TestAUsersWorkingFolder:
             "from privkd.errors import DataError\nfrom privkd.own_code import users_callable\n"
             "assert users_callable('mine:records', 'source', DataError)() == 'not arrays'\n"
             "import sys; assert sys.path[0] == sys.argv[1]\n"
-            "import attacks.membership.registry, audits.latest, papers.study, cli"
+            "import attacks.registry, audits.latest, papers.study, cli"
         )
         assert process(str(folder.resolve()), code=code, cwd=folder) == (0, "", "")
 
@@ -152,7 +152,7 @@ class TestAUsersWorkingFolder:
         """A script of the user's lies beside them. It gets its own by their name; we get ours."""
         (folder / "audits" / "__init__.py").unlink()
         (folder / "audits").rmdir()
-        code = "import audits, attacks.membership.registry, audits.requests; print('ours')"
+        code = "import audits, attacks.registry, audits.requests; print('ours')"
         assert process(code=code, cwd=folder, path=str(folder)) == (0, "ours\n", "")
 
     def test_what_was_imported_before_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import math
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import expit, log_softmax
 
-from attacks.membership.bavaria import fitted_prior
-from attacks.membership.registry import (
-    SCORES,
+from attacks import (
+    ATTACKS,
     Evidence,
     Population,
     Shadows,
@@ -26,14 +25,21 @@ from attacks.membership.registry import (
     lira_online,
     quantile_regression,
     rescaled_logit,
-    rescaled_logit_of_log_probabilities,
     rmia_offline,
     rmia_online,
 )
-from attacks.membership.shadows import Moments
+from attacks.membership.bavaria import fitted_prior
+from attacks.membership.shadows import Moments, rescaled_logit_of_log_probabilities
+from attacks.registry import MembershipScore
 from privkd.errors import InputError
 
 Floats = NDArray[np.float64]
+SCORES: dict[str, MembershipScore] = {
+    name: cast(MembershipScore, ATTACKS[name].score)
+    for name in ATTACKS
+    if ATTACKS[name].on == "model" and name != "quantile-regression"
+}
+"""That one reads features of the records, see below."""
 
 
 def evidence_of(

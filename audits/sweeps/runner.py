@@ -25,6 +25,7 @@ from audits.files import write_whole
 from audits.sweeps.grid import DONE, RECORD, TRIALS, Done, Grid, Record, Trial, is_done, is_sweep, read_record
 from privkd.config import Config
 from privkd.errors import ConfigError, PrivkdError, RunError, one_line
+from privkd.plugins import load_plugins
 from privkd.secure.installed import check_channel
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def trained(path: Path, config: Config, progress: "Progress", stage: str = "") -
     from privkd.runs.fingerprints import check_files
     from privkd.runs.folder import RunFolder
 
+    # They were named on the command line, and so are trusted.
+    load_plugins(config.plugins)
     kept = is_run(path)
     prepared = None
     if not kept:

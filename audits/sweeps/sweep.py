@@ -29,7 +29,8 @@ from audits.sweeps.points import (
 )
 from audits.sweeps.runner import Limits, folder_of, on_stderr, play, unfinished
 from privkd.config import Config
-from privkd.errors import InputError, PrivkdError, RunError
+from privkd.errors import ConfigError, InputError, PrivkdError, RunError
+from privkd.plugins import load_plugins
 from privkd.privacy.events import Unit
 from privkd.secure.installed import check_channel
 
@@ -250,8 +251,11 @@ def sweep(
         shadows=shadows, targets=targets, overrides=(*grid.overrides, *overrides),
         settings=tuple(sorted({**dict(grid.settings), **(settings or {})}.items())),
     )  # fmt: skip
+    if resume:
+        _check_trusted(grid, settings or {})
     for trial in grid.trials:
         check_channel(trial.config().channel)
+    load_plugins(grid.trials[0].config().plugins)
     if path and not resume:
         _check_unused(path)
     path = path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
@@ -259,6 +263,14 @@ def sweep(
         play(path, grid, limits, watcher)
     found = read_sweep(path)
     return replace(found, files=write_files(found))
+
+
+def _check_trusted(grid: Grid, given: Mapping[str, str]) -> None:
+    """Whoever made the sweep's folder chose its plug-ins: only what is named again now is run."""
+    kept = grid.trials[0].config().plugins
+    if kept and "plugins" not in given:
+        again = " ".join(f"--plugin {name}" for name in kept)
+        raise ConfigError(f"the curve has plug-ins: go on with {again}, if you trust them")
 
 
 def _check_unused(path: Path) -> None:

@@ -83,6 +83,8 @@ def _takes(schema: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         words = [_takes(one, groups) for one in schema["anyOf"] if one.get("type") != "null"]
         return f"{' or '.join(words)}, or none"
+    if "examples" in schema:
+        return f"{', '.join(schema['examples'])}, or a plug-in's"
     if "enum" in schema:
         return " | ".join(schema["enum"])
     if "$ref" in schema:

@@ -85,7 +85,7 @@ class DataConfig(Settings):
 
     Attributes:
         source: ``digits`` (embedded), ``mnist``, ``cifar10``, a path (npz, CSV, Parquet, a folder of
-            images or of IDX files), or ``package.module:function``.
+            images or of IDX files), ``package.module:function``, or a name that a plug-in registers.
         data_dir: where ``mnist`` and ``cifar10`` lie; also the base of a relative path.
         devices: number of devices, a public constant.
         records_per_device: the nominal size of a device's training shard. It is public and fixes the
@@ -430,7 +430,8 @@ class ReverseConfig(Settings):
         tolerance: a teacher whose public validation accuracy falls by more than this is rolled back.
         aggregation: how the devices' answers become one a query where the cloud sees each device's, so over
             ``plain`` and ``noised``: ``clipped_mean``, ``median``, ``votes``, or ``mean``, which one hostile
-            device can move at will. Over ``secure`` the parties add up what the devices clipped.
+            device can move at will; or a rule of a plug-in. Over ``secure`` the parties add up what the
+            devices clipped.
     """
 
     queries: Positive | None = None
@@ -443,7 +444,7 @@ class ReverseConfig(Settings):
     confident: Rate = 1.0
     memory: Share = 0.5
     tolerance: Share = 0.02
-    aggregation: Literal["mean", "clipped_mean", "median", "votes"] = "clipped_mean"
+    aggregation: Annotated[str, Field(examples=["mean", "clipped_mean", "median", "votes"])] = "clipped_mean"
 
 
 class Config(Settings):
@@ -459,6 +460,8 @@ class Config(Settings):
         device: what trains: ``auto`` is CUDA where there is one.
         controls: whether to measure what the gain is compared with. A deployment measures no control that
             trains on private records.
+        plugins: modules of the user's that add attacks, aggregation rules, data sources or export formats,
+            each ``package.module`` or a path that ends in ``.py``; as text, with commas between.
         data: which records exist, and who holds them.
         teacher: the cloud's model.
         student: the devices' models.
@@ -471,12 +474,25 @@ class Config(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     controls: bool = True
+    plugins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     channel: ChannelConfig = ChannelConfig()
     reverse: ReverseConfig = ReverseConfig()
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("plugins")
+    @classmethod
+    def _told_apart(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len({Path(name).name for name in value}) < len(value):
+            raise ValueError("two are called the same; give each plug-in once, and files names of their own")
+        return value
 
     if TYPE_CHECKING:
 

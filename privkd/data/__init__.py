@@ -3,7 +3,7 @@
 from privkd.data.dataset import Source
 from privkd.data.partition import Split, split_indices
 from privkd.data.scenario import Device, LabelledSet, Scenario, build_scenario, scenario_from
-from privkd.data.sources import load
+from privkd.data.sources import load, register
 
 __all__ = [
     "Device",
@@ -13,6 +13,7 @@ __all__ = [
     "Split",
     "build_scenario",
     "load",
+    "register",
     "scenario_from",
     "split_indices",
 ]

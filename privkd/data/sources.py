@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -20,8 +20,11 @@ from privkd.data.parquet import load_parquet
 from privkd.data.tabular import load_csv, load_npz
 from privkd.errors import DataError, one_line
 from privkd.own_code import users_callable
+from privkd.plugins import Registry, plugin_file
 
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_WORD = re.compile(r"[\w-]+")
+"""Only this asks installed plug-ins for a source of that name: no file ``data.csv`` does."""
 
 
 def is_function_name(source: str) -> bool:
@@ -30,15 +33,24 @@ def is_function_name(source: str) -> bool:
 
 
 def load_function(source: str, config: DataConfig) -> Source:
-    """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists.
+    """The records of the function that ``source`` names, imported from the working directory too.
 
-    The working directory is importable. The function must return the same records each time, or a run cannot
-    be repeated.
+    See `records_of`.
 
     Raises:
         DataError: it cannot be imported, fails, or returns something else.
     """
-    function = users_callable(source, "source", DataError)
+    return records_of(users_callable(source, "source", DataError), source, config)
+
+
+def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> Source:
+    """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists.
+
+    It must return the same records each time, or a run cannot be repeated.
+
+    Raises:
+        DataError: it fails, or returns something else.
+    """
     try:
         returned = function()
     except (Exception, SystemExit) as error:
@@ -145,7 +157,6 @@ _FILE_READERS: dict[str, Callable[[Path, str, DataConfig], Source]] = {
 _BYTES_MAX = 255
 _TEN = tuple("0123456789")
 _IDX = "*-ubyte*"
-_NAMED = ("digits", "mnist", "cifar10")
 _PLACES = {"mnist": (".", "MNIST/raw", "raw"), "cifar10": (".", "cifar10")}
 """Where the files of a data set may lie below ``data_dir``."""
 
@@ -156,24 +167,27 @@ def load(config: DataConfig) -> Source:
     Raises:
         DataError: it is unknown, missing or malformed; the message names the file, the value and the cure.
     """
-    if config.source in PUBLIC_SOURCES or is_function_name(config.source):
-        refuse_columns(config)
-    if config.source == "digits":
-        return _digits()
-    if config.source == "mnist":
-        return _mnist(config.data_dir)
-    if config.source == "cifar10":
-        return _cifar10(config)
-    if is_function_name(config.source):
-        return load_function(config.source, config)
-    return _from_path(config)
+    if not is_named(config.source):
+        return _from_path(config)
+    refuse_columns(config)
+    read = SOURCES.find(config.source)
+    return load_function(config.source, config) if read is None else read(config)
+
+
+def is_named(source: str) -> bool:
+    """Whether ``source`` is one of `SOURCES` or ``package.module:function``, and so no path."""
+    return is_function_name(source) or (_WORD.fullmatch(source) is not None and source in SOURCES)
+
+
+def may_be_code(source: str) -> bool:
+    """Whether the records of ``source``, as `located` spells it, come from code of the user's."""
+    return source not in PUBLIC_SOURCES and not Path(source).is_absolute()
 
 
 def located(config: Config) -> Config:
     """The same settings, with paths that any working directory finds: for the record of a run."""
     data, channel = config.data, config.channel
-    named = data.source in PUBLIC_SOURCES or is_function_name(data.source)
-    path = None if named else _existing(data.source, data.data_dir)
+    path = None if is_named(data.source) else _existing(data.source, data.data_dir)
     source = data.source if path is None else str(path.absolute())
     by_name_alone = data.data_dir is None and data.source not in ("mnist", "cifar10")
     data_dir = None if by_name_alone else (data.data_dir or Path()).absolute()
@@ -182,8 +196,10 @@ def located(config: Config) -> Config:
         for name in ("ca", "certificate", "key")
         if (value := getattr(channel, name)) is not None
     }
+    plugins = tuple(str(plugin_file(name) or name) for name in config.plugins)
     return config.model_copy(
         update={
+            "plugins": plugins,
             "data": data.model_copy(update={"source": source, "data_dir": data_dir}),
             "channel": channel.model_copy(update=credentials),
         }
@@ -199,8 +215,7 @@ def data_files(config: DataConfig) -> dict[str, Path]:
     if config.source in _PLACES:
         folders = [folder for folder in _places(config.source, config.data_dir) if _training_files(folder)]
         return _files_in(folders[0]) if folders else {}
-    named = config.source in _NAMED or is_function_name(config.source)
-    path = None if named else _existing(config.source, config.data_dir)
+    path = None if is_named(config.source) else _existing(config.source, config.data_dir)
     if path is None:
         return {}
     return _files_in(path) if path.is_dir() else {path.name: path}
@@ -262,7 +277,7 @@ def _from_path(config: DataConfig) -> Source:
     if path is None:
         raise DataError(
             f"source {config.source!r}: no such file or folder; "
-            "expected digits, mnist, cifar10, a path or package.module:function"
+            f"expected {', '.join(SOURCES)}, a path or package.module:function"
         )
     if path.is_dir():
         return _from_folder(path, config)
@@ -295,3 +310,26 @@ def _from_folder(folder: Path, config: DataConfig) -> Source:
     refuse_other_tables(folder)
     refuse_columns(config)
     return load_image_folder(folder, str(folder))
+
+
+SOURCES: Registry[Callable[[DataConfig], Source]] = Registry(
+    "data.source",
+    {"digits": lambda _: _digits(), "mnist": lambda config: _mnist(config.data_dir), "cifar10": _cifar10},
+)
+"""Data sets that have a name of their own."""
+
+F = TypeVar("F", bound=Callable[[], Any])
+
+
+def register(name: str) -> Callable[[F], F]:
+    """Add the decorated function to `SOURCES`: a data set that ``data.source`` may name; see `records_of`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def enter(function: F) -> F:
+        SOURCES.add(name, lambda config: records_of(function, name, config), function)
+        return function
+
+    return enter

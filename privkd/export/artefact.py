@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,21 @@ from torch import Tensor, nn
 from privkd.errors import ModelError
 
 TOLERANCE = 1e-5
+
+Answering: TypeAlias = Callable[[Tensor], Tensor]
+"""Raw records ``[record, *shape]`` to logits ``[record, class]``, through the artefact."""
+
+
+class Format(Protocol):
+    """One form of artefact."""
+
+    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+        """Write ``model``, traced on ``example`` ``[2, *shape]``, to ``path``."""
+        ...
+
+    def load(self, path: Path) -> Answering:
+        """The artefact at ``path`` as something that answers, on one CPU thread."""
+        ...
 
 
 class Deployable(nn.Module):
@@ -41,7 +58,7 @@ class Check:
 
 
 @torch.no_grad()
-def check_equal(student: nn.Module, answer: Callable[[Tensor], Tensor], scaled: Tensor, raw: Tensor) -> Check:
+def check_equal(student: nn.Module, answer: Answering, scaled: Tensor, raw: Tensor) -> Check:
     """Put the same records to both: ``scaled`` to the student as in the run, ``raw`` to the artefact.
 
     Raises:

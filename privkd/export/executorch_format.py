@@ -12,15 +12,13 @@ from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.export.formats import Answering
+from privkd.export.artefact import Answering
 
 _BLOCK = 256
 
 
 class ExecutorchFormat:
     """See `Format`. The artefact takes one record at a time, ``[1, *shape]``."""
-
-    suffix = ".pte"
 
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
         """See `Format.write`."""

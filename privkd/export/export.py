@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from privkd.errors import ModelError, RunError, one_line
-from privkd.export.artefact import Check, Deployable, check_equal
-from privkd.export.formats import Answering, Format, format_named
+from privkd.export.artefact import Answering, Check, Deployable, Format, check_equal
+from privkd.export.formats import format_named, suffix_of
 from privkd.latency import latencies_ms
 from privkd.models.zoo import parameter_count
 from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
@@ -73,7 +73,7 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
         RunError: the run is unfinished, damaged or a deployment, its data or code changed, it has no such
             device, or ``out`` cannot be written.
     """
-    suffix = format_named(form).suffix
+    suffix = suffix_of(form)
     prepared = reopen_simulation(folder, HELD_BY_DEVICES)
     scenario = prepared.scenario
     count = len(scenario.devices)
@@ -98,7 +98,7 @@ def export_model(student: nn.Module, records: Tensor, divisor: float, form: str,
         student: from scaled records to logits.
         records: public ones, scaled as for training, float32 ``[record, *shape]``, at least one.
         divisor: what raw whole numbers were divided by, 1 for nothing; see `data.source.Source`.
-        form: ``torch``, ``onnx`` or ``executorch``.
+        form: of `formats.FORMATS`.
         path: of the artefact.
 
     Raises:
@@ -152,7 +152,7 @@ def written(writer: Format, model: Deployable, raw: Tensor, path: Path) -> Answe
         return writer.load(path)
     except Exception as error:  # Exporters raise almost anything on a graph that they cannot follow.
         raise ModelError(
-            f"the student cannot be written as {writer.suffix}: {one_line(error)}; take another --format, or "
+            f"the student cannot be written as {path.suffix}: {one_line(error)}; take another --format, or "
             "write its forward without branches on values"
         ) from error
 

@@ -1,35 +1,81 @@
-"""The forms in which a student leaves for its device, and what each needs."""
+"""The forms in which a student leaves for its device, and what each needs. Light to import."""
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from privkd.errors import ConfigError
+from privkd.plugins import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-Answering: TypeAlias = "Callable[[Tensor], Tensor]"
-"""Raw records ``[record, *shape]`` to logits ``[record, class]``, through the artefact."""
+    from privkd.export.artefact import Format
 
 
-class Format(Protocol):
-    """One form of artefact."""
+@dataclass(frozen=True)
+class Form:
+    """A format before it is loaded.
+
+    Attributes:
+        suffix: of its files, such as ``.onnx``.
+        needs: the modules that must be installed.
+        make: loads it.
+    """
 
     suffix: str
-
-    def write(self, model: "nn.Module", example: "Tensor", path: Path) -> None:
-        """Write ``model``, traced on ``example`` ``[2, *shape]``, to ``path``."""
-        ...
-
-    def load(self, path: Path) -> Answering:
-        """The artefact at ``path`` as something that answers, on one CPU thread."""
-        ...
+    needs: tuple[str, ...]
+    make: "Callable[[], Format]"
 
 
-_SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "executorch": ".pte"}
-_NEEDS = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch",)}
+def _torch() -> "Format":
+    from privkd.export.torch_format import TorchFormat
+
+    return TorchFormat()
+
+
+def _onnx() -> "Format":
+    from privkd.export.onnx_format import OnnxFormat
+
+    return OnnxFormat()
+
+
+def _executorch() -> "Format":
+    from privkd.export.executorch_format import ExecutorchFormat
+
+    return ExecutorchFormat()
+
+
+FORMATS: Registry[Form] = Registry(
+    "format",
+    {
+        "torch": Form(".pt2", (), _torch),
+        "onnx": Form(".onnx", ("onnx", "onnxscript", "onnxruntime"), _onnx),
+        "executorch": Form(".pte", ("executorch",), _executorch),
+    },
+)
+
+F = TypeVar("F", bound="Callable[[], Format]")
+
+
+def register(name: str, *, suffix: str, needs: tuple[str, ...] = ()) -> "Callable[[F], F]":
+    """Add the decorated class to `FORMATS`: one that ``privkd export --format`` may name.
+
+    Args:
+        name: letters, digits, ``-`` and ``_``.
+        suffix: of the files, with its point.
+        needs: modules that it imports when it writes or loads; without one of them it is refused in one line.
+
+    Raises:
+        ConfigError: the name is taken, or the suffix is none.
+    """
+    if not suffix.startswith(".") or "/" in suffix:
+        raise ConfigError(f"format {name!r}: suffix {suffix!r} is none; give one such as '.onnx'")
+
+    def enter(make: F) -> F:
+        FORMATS.add(name, Form(suffix, needs, make), make)
+        return make
+
+    return enter
 
 
 def suffix_of(name: str) -> str:
@@ -38,9 +84,7 @@ def suffix_of(name: str) -> str:
     Raises:
         ConfigError: the format is unknown.
     """
-    if name not in _SUFFIXES:
-        raise ConfigError(f"format {name!r}: expected one of {', '.join(_SUFFIXES)}")
-    return _SUFFIXES[name]
+    return FORMATS[name].suffix
 
 
 def check_installed(name: str) -> None:
@@ -49,25 +93,15 @@ def check_installed(name: str) -> None:
     Raises:
         ConfigError: a package is missing; the message has the command that installs it.
     """
-    missing = [module for module in _NEEDS[name] if importlib.util.find_spec(module) is None]
+    missing = [module for module in FORMATS[name].needs if importlib.util.find_spec(module) is None]
     if missing:
+        what = " ".join(missing) if FORMATS.module(name) else f"'privkd[{name}]'"
         raise ConfigError(
-            f"format {name!r} needs {', '.join(missing)}, not installed here: pip install 'privkd[{name}]'"
+            f"format {name!r} needs {', '.join(missing)}, not installed here: pip install {what}"
         )
 
 
-def format_named(name: str) -> Format:
+def format_named(name: str) -> "Format":
     """The format that ``name`` names. Raises as `suffix_of` and `check_installed` do."""
-    suffix_of(name)
     check_installed(name)
-    if name == "onnx":
-        from privkd.export.onnx_format import OnnxFormat
-
-        return OnnxFormat()
-    if name == "executorch":
-        from privkd.export.executorch_format import ExecutorchFormat
-
-        return ExecutorchFormat()
-    from privkd.export.torch_format import TorchFormat
-
-    return TorchFormat()
+    return FORMATS[name].make()

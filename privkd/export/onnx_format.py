@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from privkd.export.formats import Answering
+from privkd.export.artefact import Answering
 from privkd.export.torch_format import exported
 
 _INPUT, _OUTPUT = "records", "logits"
@@ -17,8 +17,6 @@ _INPUT, _OUTPUT = "records", "logits"
 
 class OnnxFormat:
     """See `Format`. The input is called ``records``, the output ``logits``; any number of records."""
-
-    suffix = ".onnx"
 
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
         """See `Format.write`."""

@@ -5,13 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from privkd.export.formats import Answering
+from privkd.export.artefact import Answering
 
 
 class TorchFormat:
     """See `Format`."""
-
-    suffix = ".pt2"
 
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
         """See `Format.write`."""

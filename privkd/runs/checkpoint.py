@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privkd.controls import NoDeviceTeachers
 from privkd.errors import RunError
+from privkd.journal import Head
 from privkd.messages import Release
 from privkd.privacy.events import PartyId
-from privkd.journal import Head
 from privkd.runs.folder import RunFolder, prefixed, restore
-from privkd.controls import NoDeviceTeachers
 
 
 @dataclass(frozen=True)

@@ -14,31 +14,29 @@ under the run's own secret. Each is spelled with the way it was made: ``sha256:.
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
-from privkd.config import DataConfig
-from privkd.data.scenario import Scenario
-from privkd.data.sources import data_files
-from privkd.errors import RunError
-import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from privkd.runs.binding import STEP, Binding, binding_of
-from privkd.config import Config
-from privkd.credentials import noise_root
-from privkd.data.sources import is_function_name
-from privkd.privacy.noise import NoiseRoot
-from privkd.runs.checkpoint import saved
-from privkd.runs.folder import RunFolder, versions
-from privkd.own_code import OwnCode, importable, make_importable, own_code
-from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
 import torch
 from torch import Tensor
+
+from privkd.cloud import RULES
+from privkd.config import Config, DataConfig
+from privkd.credentials import noise_root
+from privkd.data.scenario import Scenario
+from privkd.data.sources import SOURCES, data_files, is_function_name, may_be_code
+from privkd.errors import RunError
+from privkd.own_code import OwnCode, importable, is_marked, make_importable, own_code
+from privkd.plugins import is_loaded, load_plugins, plugin_file, plugin_module
 from privkd.privacy.events import PartyId
+from privkd.privacy.noise import NoiseRoot
+from privkd.runs.binding import STEP, Binding, binding_of
+from privkd.runs.checkpoint import saved
+from privkd.runs.folder import RunFolder, versions
 
 _MOST_NAMED = 100
 """Files of a data set that have a digest each; of more, each folder has one."""
@@ -130,7 +128,8 @@ def bind(folder: RunFolder, scenario: Scenario, root: NoiseRoot) -> None:
     """
     noted, now = _noted(folder), _Now(folder, folder.config, root)
     if noted is not None:
-        now.check_files(noted)
+        now.check_code(noted)
+        now.check_data(noted)
         now.check_scenario(noted, scenario)
         return
     if saved(folder).rounds:
@@ -139,19 +138,36 @@ def bind(folder: RunFolder, scenario: Scenario, root: NoiseRoot) -> None:
 
 
 def check_files(folder: RunFolder) -> None:
-    """Check the data and the code before either is loaded, and let the code be imported.
+    """Check the data and the code before either is loaded, let the code be imported, and load the plug-ins.
 
     Modules are imported from where they were when the run was started, as long as they are the very files.
-    A library of another version is said on stderr. Nothing is checked of a run that is not bound.
+    A library of another version is said on stderr. Of a run that is not bound no data and code are checked.
 
     Raises:
-        RunError: as `bind`.
+        ConfigError: a plug-in cannot be imported.
+        RunError: as `bind`; or a plug-in is not the very file, and was not loaded by the caller.
     """
     noted = _noted(folder)
     if noted is not None:
         make_importable(noted.folders)
         _warn_of_versions(folder, noted)
-        _Now.of(folder).check_files(noted)
+        _Now.of(folder).check_code(noted)
+    _load_plugins(folder, {} if noted is None else noted.folders)
+    if noted is not None:
+        _Now.of(folder).check_data(noted)
+
+
+def _load_plugins(folder: RunFolder, folders: Mapping[str, str]) -> None:
+    """Whoever made the run's folder chose the paths: only a file that is known to be the user's is run."""
+    plugins = folder.config.plugins
+    left = [file for name in plugins if not is_loaded(name) and (file := plugin_file(name)) is not None]
+    strange = [str(file) for file in left if not is_marked(file.resolve().parent, folders)]
+    if strange:
+        raise RunError(
+            f"{folder.path}: nothing tells that {', '.join(strange)} is the plug-in that the run was started "
+            "with: give its path with --plugin, if you trust it"
+        )
+    load_plugins(plugins)
 
 
 def check_bound(folder: RunFolder, scenario: Scenario) -> None:
@@ -196,9 +212,12 @@ class _Now:
     @property
     def code(self) -> OwnCode:
         """The user's modules, as far as they are imported."""
-        models = [self.config.teacher.model, *self.config.student.models]
-        source = self.config.data.source
-        return own_code([*(model.name for model in models), *([source] if is_function_name(source) else [])])
+        config = self.config
+        models = [model.name for model in (config.teacher.model, *config.student.models)]
+        source = [config.data.source] if is_function_name(config.data.source) else []
+        added = [SOURCES.module(config.data.source), RULES.module(config.reverse.aggregation)]
+        plugins = [*map(plugin_module, config.plugins), *filter(None, added)]
+        return own_code([*models, *source, *(f"{module}:" for module in plugins)])
 
     def binding(self, root: NoiseRoot, scenario: Scenario) -> Binding:
         code, versions = self.code, _versions()
@@ -211,16 +230,16 @@ class _Now:
             versions=versions,
         )
 
-    def check_files(self, noted: Binding) -> None:
-        self.check_code(noted)
+    def check_data(self, noted: Binding) -> None:
         if self.root is not None:
             self._compare("data", noted.data, self._private(self.root).of_data(self.config.data))
 
     def check_code(self, noted: Binding) -> None:
         if self.root is None and self._code_is_private:
             return
-        loaded = self.code.files
-        found = {name: loaded.get(name) or importable(name) for name in noted.code}
+        known = {file.name: file for file in map(plugin_file, self.config.plugins) if file and file.is_file()}
+        known |= self.code.files
+        found = {name: known.get(name) or importable(name) for name in noted.code}
         files = {name: path for name, path in found.items() if path is not None}
         now = self._coded(self.root).of_files(files)
         if now != noted.code:
@@ -263,7 +282,7 @@ class _Now:
     @property
     def _code_is_private(self) -> bool:
         """Whether a digest of the code could be one of private data: a function may hold its data itself."""
-        return self.config.privacy.noise == "system" and is_function_name(self.config.data.source)
+        return self.config.privacy.noise == "system" and may_be_code(self.config.data.source)
 
     def _private(self, root: NoiseRoot) -> Fingerprints:
         return Fingerprints(root.subkey("bound") if self.config.privacy.noise == "system" else None)
