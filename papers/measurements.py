@@ -129,8 +129,6 @@ class Latency:
                 export_model(
                     model, records, divisor, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
                 )
-                    model, records, divisor, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
-                )
                 for name, model in models.items()
             ]
             raw = raw_of(records[:1].cpu(), divisor)

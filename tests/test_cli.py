@@ -108,23 +108,24 @@ class TestOptionsAreSettings:
         ("name", "place", "shared"),
         [
             ("train", "privkd.commands.train_command", list(OPTIONS)),
-            (
-                "curve",
-                "audits.tradeoff.commands.curve_command",
-                ["data", "data_dir", "label", "drop", "devices"],
-            ),
+            ("curve", "audits.sweeps.sweep.sweep", ["data", "data_dir", "label", "drop", "devices"]),
         ],
     )
     def test_each_gives_its_own(
         self, command: Command, monkeypatch: pytest.MonkeyPatch, name: str, place: str, shared: list[str]
     ) -> None:
         asked: list[Any] = []
-        monkeypatch.setattr(place, lambda request, *_: asked.append(request))
+
+        def called(*requests: Any, **named: Any) -> None:
+            asked.append(requests[0].settings if requests else named["settings"])
+            raise SystemExit(0)
+
+        monkeypatch.setattr(place, called)
         for option in map(OPTIONS.__getitem__, shared):
-            assert command(name, option.flag, "x").code == 0
-            assert asked.pop().settings == {option.setting: ["x"] if option.many else "x"}
-        assert command(name).code == 0
-        assert asked.pop().settings == {}
+            command(name, option.flag, "x")
+            assert asked.pop() == {option.setting: ["x"] if option.many else "x"}
+        command(name)
+        assert asked.pop() == {}
 
     def test_the_command_of_settings_gives_them(
         self, command: Command, monkeypatch: pytest.MonkeyPatch
@@ -490,7 +491,7 @@ class TestProgress:
 
 def test_the_data_are_read_once_a_start(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[object] = []
-    real = privkd.federation.build_scenario
+    real = privkd.prepared.build_scenario
 
     def counted(*given: Any, **named: Any) -> Any:
         reads.append(given)

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from audits.tradeoff.commands import CurveOptions, curve_command
-from audits.tradeoff.play import _write
-from audits.tradeoff.request import CurveRequest
 from faults import Answer, Commands
 from pages import ROOT
 from running import SMALL, small, weights
@@ -21,6 +18,9 @@ from test_front import HEAVY, process
 import attacks
 from attacks.registry import Attack
 from audits.latest import latest
+from audits.sweeps.grid import Grid, Record
+from audits.sweeps.runner import _write
+from audits.sweeps.sweep import sweep
 from privkd.cloud import RULES, Aggregate, aggregate
 from privkd.config import Config, load_config
 from privkd.config.reference import settings_reference
@@ -167,18 +167,11 @@ class TestARunKeepsItsPlugIns:
     def test_a_resumed_curve_runs_only_what_is_named_again(self, tmp_path: Path) -> None:
         (tmp_path / "bare.py").write_text("raise SystemExit('it was run')\n")
         named = ("plugins", str(tmp_path / "bare.py"))
-        _write(tmp_path, CurveRequest(settings=(named,)), {})
+        _write(tmp_path, Record(request=Grid(settings=(named,)), failed={}))
         with pytest.raises(ConfigError, match=r"go on with --plugin .*bare\.py, if you trust"):
-            curve_command(options(tmp_path))
+            sweep(out=tmp_path, resume=True)
         with pytest.raises(ConfigError, match="it was run"):
-            curve_command(options(tmp_path, *named))
-
-
-def options(out: Path, *plugins: str) -> CurveOptions:
-    settings = dict([plugins]) if plugins else {}
-    return CurveOptions(
-        None, None, None, None, None, None, None, settings, (), None, None, out, resume=True, json=True
-    )  # fmt: skip
+            sweep(out=tmp_path, resume=True, settings=dict([named]))
 
 
 class TestInstalled:
