@@ -226,10 +226,18 @@ def keys(
     tls: Annotated[bool, typer.Option("--tls/--no-tls", help="Make and use test certificates.")] = True,
 ) -> None:
     """Make the parties' keys, test certificates, and a configuration for each `privkd aggregator`."""
-    from privkd.secure.commands import KeysRequest, keys_command
+    from privkd.secure.keys import make_keys
 
-    hosts = tuple(host or ["127.0.0.1"])
-    keys_command(KeysRequest(Path(out), parties, third_party, hosts, port, tuple(device or ()), tls))
+    made = make_keys(
+        Path(out),
+        parties=parties,
+        third_party=third_party,
+        hosts=host or ["127.0.0.1"],
+        port=port,
+        devices=device or (),
+        tls=tls,
+    )
+    typer.echo(made)
 
 
 @app.command(help=f"Run one party of the secure channel as a service.\n\n\b\n{PARTY_TOML}")
@@ -237,9 +245,9 @@ def aggregator(
     config: Annotated[str, typer.Option(help="The party's settings, as TOML.")],
 ) -> None:
     """Run one party of the secure channel as a service."""
-    from privkd.secure.commands import aggregator_command
+    from privkd.secure.service import serve
 
-    aggregator_command(Path(config))
+    serve(Path(config))
 
 
 @app.command()

@@ -23,7 +23,8 @@ from audits.estimators.rates import mean_of
 from audits.estimators.validation import Floats
 from audits.game import Cache, Pool, ReplayContext, Report, Role, Traces, others_answers, shard_of
 from audits.scoring import Released, Signals
-from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel, noise_variance
+from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel
+from privkd.channels.secure import NoisyMean
 from privkd.cloud import project_on_simplex
 from privkd.config import FitConfig
 from privkd.data.scenario import LabelledSet
@@ -32,9 +33,8 @@ from privkd.plan import Plan
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.randomness import derive_seed, seeded_generator
 from privkd.progress import Progress
-from privkd.secure.backend import LocalGroup, RingBackend
 from privkd.secure.fixedpoint import FixedPoint, clip_rows
-from privkd.secure.shares import fitting_encoding, reconstruct, split
+from privkd.secure.shares import fitting_encoding
 from privkd.training.fit import logits_of
 from privkd.training.vectorised import cohort_answers, fit_cohort
 
@@ -106,9 +106,9 @@ def ring_mean(
     *,
     colluding: int = 0,
 ) -> tuple[Floats, float]:
-    """The secure channel's arithmetic without its processes: clip, encode, share, sum, noise, decode.
+    """What the secure channel's parties add up, in the open: clip, encode, sum, noise, decode.
 
-    Every step is the channel's own, with the numpy ring behind the aggregators.
+    The shares of the sum cancel exactly, so they are left out; all else is the channel's own.
 
     Args:
         blocks: ``[device, query, class]``.
@@ -122,23 +122,13 @@ def ring_mean(
         The mean ``[query, class]``, and the standard deviation of its unknown noise.
     """
     count = len(blocks)
-    encoding = fitting_encoding(clip_norm, devices=count, parties=aggregators, rho=rho)
-    integers = encoding.encode(blocks.reshape(count, -1).to(torch.float64).numpy())
-    shares = [split(block, aggregators) for block in integers]
-    sigma2 = None if rho is None else noise_variance(encoding.bound, rho)
-    group = LocalGroup(aggregators)
-    sums = []
-    for party in range(aggregators):
-        held = [own[party].expand(integers.shape[1]) for own in shares]
-        noise = (
-            None
-            if sigma2 is None or party < colluding
-            else discrete_gaussian(sigma2, integers.shape[1], root.stream("aggregator", party))
-        )
-        sums.append(RingBackend(party, group).noisy_sum(held, noise))
-    mean = encoding.decode(reconstruct(sums)) / count
-    spread = 0.0 if sigma2 is None else math.sqrt(sigma2 * (aggregators - colluding))
-    return mean.reshape(tuple(blocks.shape[1:])), math.ldexp(spread, -encoding.fraction_bits) / count
+    mean = NoisyMean.by_aggregators(clip_norm, rho, devices=count, aggregators=aggregators)
+    total = mean.encoding.encode(blocks.reshape(count, -1).to(torch.float64).numpy()).sum(axis=0)
+    if mean.sigma2 is not None:
+        for party in range(colluding, aggregators):
+            total += discrete_gaussian(mean.sigma2, total.size, root.stream("aggregator", party))
+    shown = mean.decode(total, count).reshape(tuple(blocks.shape[1:]))
+    return shown, mean.noise_std(aggregators - colluding, count)
 
 
 def _clipped(blocks: Tensor, clip_norm: float) -> Floats:

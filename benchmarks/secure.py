@@ -1,7 +1,7 @@
 """The secure channel's cost, side by side with what it replaces: ``python benchmarks/secure.py``.
 
-Real services over TLS on the loopback interface, K = 2. CPU is user and system time of the processes named,
-by the kernel's count.
+Real services over TLS on the loopback interface, K = 2, unless a row says otherwise. CPU is user and system
+time of the processes named, by the kernel's count.
 """
 
 import argparse
@@ -11,21 +11,25 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from privkd.privacy.noise import Keystream, discrete_gaussian  # noqa: E402
-from privkd.secure.cloud import PartyGroup  # noqa: E402
-from privkd.secure.device import Upload, prepare, relay, send  # noqa: E402
-from privkd.secure.envelope import Header, seal, unseal  # noqa: E402
+from privkd.channels.secure import SecureChannel, SecureOptions  # noqa: E402
+from privkd.privacy.noise import Keystream, NoiseRoot, discrete_gaussian  # noqa: E402
+from privkd.privacy.votes import vote_rule  # noqa: E402
+from privkd.secure.client import send, service_links  # noqa: E402
+from privkd.secure.group import PartyGroup, relay  # noqa: E402
 from privkd.secure.local import LocalParties  # noqa: E402
 from privkd.secure.shares import Form, Share, fitting_encoding  # noqa: E402
 from privkd.secure.terms import RoundTerms, VoteTerms  # noqa: E402
+from privkd.secure.upload import Header, Upload, prepare, seal, unseal  # noqa: E402  # noqa: E402
 
 QUERIES, CLASSES = 2_000, 10
 ENTRIES = QUERIES * CLASSES
@@ -140,7 +144,7 @@ def floor_cost() -> None:
 def vote_cost(queries: int, devices: int = 100) -> None:
     """A secure vote with noise among two aggregators and a third party."""
     with LocalParties(2, third_party=True) as parties:
-        group = PartyGroup(parties.urls, parties.client_tls)
+        group = PartyGroup(service_links(parties.urls, parties.client_tls))
         group.gather(time.monotonic() + SECONDS)
         rng = np.random.default_rng(0)
         votes = np.eye(CLASSES)[rng.integers(0, CLASSES, (devices, queries))]
@@ -173,6 +177,36 @@ def vote_cost(queries: int, devices: int = 100) -> None:
     row("  CPU of both aggregators and the third party", f"{cpu:.2f} s")
 
 
+def channel_cost(
+    what: str, aggregators: int, *, services: bool, devices: int = 20, queries: int = 500
+) -> None:
+    """A run's channel: from nothing to the first release, and a release after that."""
+    answers = torch.randn(devices, queries, CLASSES, generator=torch.Generator().manual_seed(0))
+    options = SecureOptions(services=services)
+    if what == "norm check":
+        options = replace(options, projections=64)
+    if what == "votes":
+        rule = vote_rule(devices=devices, queries=queries, rho=RHO, threshold=0.5, threshold_share=0.5)
+        options = replace(options, votes=rule)
+        answers = torch.nn.functional.one_hot(answers.argmax(-1), CLASSES).float()
+    names = [f"device-{i:04d}" for i in range(devices)]
+    root = NoiseRoot.from_seed(0)
+    start = time.perf_counter()
+    with SecureChannel(CLIP, RHO, root, options, aggregators=aggregators) as channel:
+        channel.start()
+        started = time.perf_counter() - start
+        channel.release(answers, devices=names, round=0)
+        first = time.perf_counter() - start
+        times = []
+        for number in range(1, 6):
+            begun = time.perf_counter()
+            channel.release(answers, devices=names, round=number)
+            times.append(time.perf_counter() - begun)
+    where = "services" if services else "parties here"
+    row(f"{what}, K = {aggregators}, {where}: start / first / next release",
+        f"{started:.2f} / {first:.2f} / {statistics.median(times):.3f} s")  # fmt: skip
+
+
 def sampler_cost() -> None:
     """The discrete Gaussian against OpenDP's, where that is installed."""
     count, sigma2 = 1_000_000, 1 << 40
@@ -198,7 +232,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[10, 100, 1000])
     arguments = parser.parse_args()
     with LocalParties(2) as parties:
-        group = PartyGroup(parties.urls, parties.client_tls)
+        group = PartyGroup(service_links(parties.urls, parties.client_tls))
         group.gather(time.monotonic() + SECONDS)
         device_cost(group)
         warm = open_round(group, 1, 2)
@@ -214,6 +248,9 @@ def main() -> None:
         group.disconnect()
     floor_cost()
     vote_cost(1000)
+    for what, aggregators in (("mean", 2), ("mean", 3), ("norm check", 2), ("votes", 2)):
+        for services in (False, True):
+            channel_cost(what, aggregators, services=services)
     sampler_cost()
 
 

@@ -10,6 +10,7 @@ The tree::
     │   └── RunError            a run folder: missing, foreign, damaged, in use
     ├── BudgetError             exit code 2: the privacy budget would be overspent
     ├── ChannelError            exit code 1: a release failed; nothing left the channel
+    │   └── RefusalError        a party of the secure channel refuses, for good
     ├── TrainingError           exit code 1: training diverged; its model was discarded
     └── AuditAlarm              exit code 3: a lower bound lies above its upper bound
 
@@ -55,6 +56,14 @@ class BudgetError(PrivkdError):
 
 class ChannelError(PrivkdError):
     """A release failed. Nothing was released."""
+
+
+class RefusalError(ChannelError):
+    """A party of the secure channel will not do what was asked, now or later. ``status`` is HTTP's."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class TrainingError(PrivkdError):

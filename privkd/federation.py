@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from privkd.channels.channel import Channel, open_channel
 from privkd.cloud import Cloud
 from privkd.controls import Controls, NoDeviceTeachers, mean_accuracy, measure_controls, personal_accuracy
-from privkd.credentials import noise_root, service_options
 from privkd.data.scenario import LabelledSet
 from privkd.engines.simulation import Simulation
 from privkd.messages import Question, Release, Task
@@ -39,6 +38,7 @@ from privkd.runs.checkpoint import (
     load_teachers,
     saved,
 )
+from privkd.runs.credentials import noise_root, secure_options
 from privkd.runs.fingerprints import Notes, bind, check_repeats
 from privkd.runs.folder import RunFolder
 from privkd.training.fit import accuracy
@@ -129,7 +129,7 @@ def _opened(
         rho=plan.rho,
         aggregators=config.channel.aggregators,
         deadline=config.channel.deadline,
-        services=service_options(config, folder, prepared.simulation.names, plan.votes),
+        options=secure_options(config, folder, prepared.simulation.names, plan.votes),
     ) as channel:
         yield Federation(replace(prepared, root=root), ledger, channel, progress, folder)
 

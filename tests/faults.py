@@ -199,7 +199,7 @@ def _descriptor(descriptor: int, *_: object) -> str:
 
 def _arm(strike: Strike, trace: int) -> None:
     from privkd.channels.channel import NoisedChannel, PlainChannel, Release
-    from privkd.secure.channel import SecureChannel
+    from privkd.channels.secure import SecureChannel
 
     tracer = _Tracer(strike, trace)
     for name in ("fsync", "write"):

@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 
 from privkd.journal import Journal
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
-from privkd.secure.cloud import PartyGroup, Total
-from privkd.secure.commands import KeysRequest, keys_command
-from privkd.secure.device import Upload, prepare
-from privkd.secure.endpoint import UnreachableError
-from privkd.secure.envelope import upload_identifier
-from privkd.secure.party import load_party
+from privkd.secure.client import HttpLink, service_links
+from privkd.secure.frames import Kind
+from privkd.secure.group import PartyGroup, Total, UnreachableError
+from privkd.secure.keys import load_party, make_keys
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms, set_digest
-from privkd.secure.wire import Kind
+from privkd.secure.upload import Upload, prepare, upload_identifier
 from privkd.secure.worker import Worker, WorkerSetup
 
 Integers = NDArray[np.int64]
@@ -65,7 +63,12 @@ class Rig:
 
     def post(self, rank: int, round: int, envelope: bytes) -> None:
         path = f"/v1/rounds/{round:016x}/uploads"
-        self.group.aggregators[rank].request("POST", path, envelope, deadline=soon())
+        self.service(rank).request("POST", path, envelope, deadline=soon())
+
+    def service(self, rank: int) -> HttpLink:
+        link = self.group.aggregators[rank]
+        assert isinstance(link, HttpLink)
+        return link
 
     def close(self, terms: RoundTerms) -> Total:
         return self.group.close(terms, soon())
@@ -111,7 +114,7 @@ def services_inside(
 
     ``limits``: further ones, by rank.
     """
-    keys_command(KeysRequest(folder, 2, third_party, ("127.0.0.1",), 0, (), tls=False))
+    make_keys(folder, third_party=third_party, tls=False)
     services = []
     for rank in range(2 + third_party):
         party = load_party(folder / f"party-{rank}.toml")
@@ -133,7 +136,7 @@ def strike(
 
     def struck(self: Worker, frame: object, **seconds: float) -> bytes:
         def hits() -> bool:
-            return self.name == victim and getattr(frame, "kind", None) is kind and not hit
+            return self.name == f"{victim}'s worker" and getattr(frame, "kind", None) is kind and not hit
 
         if hits() and not after:
             hit.append(self.pid)
@@ -157,7 +160,7 @@ def strike_at_start(monkeypatch: pytest.MonkeyPatch, victim: str, blow: signal.S
 
     def struck(self: Worker, setup: WorkerSetup, name: str, *rest: Any, **more: Any) -> None:
         start(self, setup, name, *rest, **more)
-        if name == victim and not hit:
+        if name == f"{victim}'s worker" and not hit:
             hit.append(self.pid)
             os.kill(self.pid, blow)
 
@@ -173,7 +176,7 @@ def struck_rounds(
     services: list[Service], strikes: Sequence[Strike], **changes: object
 ) -> Iterator[tuple[Rig, RoundTerms]]:
     """A round for each strike, opened with ``changes``; each comes out as if nothing had happened."""
-    group = PartyGroup([service.url for service in services])
+    group = PartyGroup(service_links([service.url for service in services]))
     keys = tuple(s.party.noise_key.read_bytes() for s in services if not s.party.deals)
     rig = Rig(group, keys, lambda rank: services[rank].party.directory)
     for victim, kind, blow, after in strikes:

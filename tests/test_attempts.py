@@ -12,17 +12,16 @@ import pytest
 import torch
 from rig import LIMITS, Rig, services_inside, soon, sum_over, uploads_of
 
-from privkd.errors import ChannelError
+from privkd.channels.secure import SecureChannel, SecureOptions
+from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.noise import NoiseRoot
-from privkd.secure.admission import RefusalError
-from privkd.secure.cloud import PartyGroup
-from privkd.secure.device import prepare
-from privkd.secure.endpoint import RefusedError
+from privkd.secure.client import service_links
+from privkd.secure.group import PartyGroup
+from privkd.secure.keys import PartyConfig, load_party
 from privkd.secure.local import LocalParties
-from privkd.secure.party import PartyConfig, load_party
-from privkd.secure.remote import ServiceChannel, ServiceOptions
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms, attempt_label, set_digest
+from privkd.secure.upload import prepare
 
 ROOT = NoiseRoot.from_seed(6)
 DEVICES = ("a", "b", "c")
@@ -36,7 +35,7 @@ def parties() -> Iterator[LocalParties]:
 
 @pytest.fixture
 def rig(parties: LocalParties) -> Iterator[Rig]:
-    group = PartyGroup(parties.urls)
+    group = PartyGroup(service_links(parties.urls))
     # Names that no other test has used.
     yield Rig(group, (), parties.state, name=time.time_ns() % 2**40)
     group.disconnect()
@@ -44,9 +43,7 @@ def rig(parties: LocalParties) -> Iterator[Rig]:
 
 def abandon(rig: Rig, label: int, *ranks: int) -> None:
     for rank in ranks:
-        rig.group.aggregators[rank].request(
-            "POST", f"/v1/rounds/{label:016x}/abandon", b"{}", deadline=soon()
-        )
+        rig.service(rank).request("POST", f"/v1/rounds/{label:016x}/abandon", b"{}", deadline=soon())
 
 
 def events(rig: Rig, rank: int, terms: RoundTerms) -> list[str]:
@@ -74,19 +71,19 @@ def test_a_next_attempt_needs_the_former_to_be_abandoned_by_each_party_itself(ri
     terms = rig.open()
     second = terms.model_copy(update={"attempt": 1})
     third = terms.model_copy(update={"attempt": 2})
-    with pytest.raises(RefusedError, match="attempt 0 at it was not abandoned here"):
+    with pytest.raises(RefusalError, match="attempt 0 at it was not abandoned here"):
         rig.group.open(second, soon())
     abandon(rig, terms.label, 0, 0)
-    with pytest.raises(RefusedError, match="attempt 0 at it was not abandoned here"):
+    with pytest.raises(RefusalError, match="attempt 0 at it was not abandoned here"):
         rig.group.open(second, soon())
     abandon(rig, terms.label, 1)
     rig.group.open(second, soon())
-    with pytest.raises(RefusedError, match="attempt 1 at it was not abandoned here"):
+    with pytest.raises(RefusalError, match="attempt 1 at it was not abandoned here"):
         rig.group.open(third, soon())
-    with pytest.raises(RefusedError, match="was abandoned"):
+    with pytest.raises(RefusalError, match="was abandoned"):
         rig.group.open(terms, soon())
     for device, upload in uploads_of(terms).items():
-        with pytest.raises(RefusedError, match=f"{device}.*closed|abandoned"):
+        with pytest.raises(RefusalError, match=f"{device}.*closed|abandoned"):
             rig.put(upload, 0)
     for upload in uploads_of(second).values():
         rig.put(upload)
@@ -98,7 +95,7 @@ def test_a_round_that_was_never_opened_can_be_abandoned_and_then_never_opened(ri
     unknown = terms.model_copy(update={"round": terms.round + 1})
     rig.name += 1
     abandon(rig, unknown.label, 0, 1, 1)
-    with pytest.raises(RefusedError, match="was abandoned"):
+    with pytest.raises(RefusalError, match="was abandoned"):
         rig.group.open(unknown, soon())
 
 
@@ -108,9 +105,9 @@ def test_what_was_shared_is_never_abandoned(rig: Rig) -> None:
         rig.put(upload)
     total = rig.close(terms)
     for rank in range(2):
-        with pytest.raises(RefusedError, match="can only be completed"):
+        with pytest.raises(RefusalError, match="can only be completed"):
             abandon(rig, terms.label, rank)
-    with pytest.raises(RefusedError, match="attempt 0 at it was not abandoned here"):
+    with pytest.raises(RefusalError, match="attempt 0 at it was not abandoned here"):
         rig.group.open(terms.model_copy(update={"attempt": 1}), soon())
     assert rig.group.standing(terms, soon()) == terms
     np.testing.assert_array_equal(rig.close(terms).integers, total.integers)
@@ -121,7 +118,7 @@ def test_a_failed_round_is_attempted_again_over_more_devices(rig: Rig) -> None:
     uploads = uploads_of(terms)
     for device in terms.roster[:2]:
         rig.put(uploads[device])
-    with pytest.raises(RefusedError, match="2 uploads agreed, fewer than 3"):
+    with pytest.raises(RefusalError, match="2 uploads agreed, fewer than 3"):
         rig.close(terms)
     again = rig.group.standing(terms, soon())
     assert again.attempt == 1
@@ -161,17 +158,16 @@ def _party(parties: LocalParties, rank: int) -> PartyConfig:
 def test_a_run_interrupted_for_longer_than_a_round_lives_goes_on(parties: LocalParties) -> None:
     """The channel dies between the uploads and the closing, and comes back when the round has expired."""
     answers = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
-    options = ServiceOptions(urls=parties.urls, run=b"interrupted", lifetime=1)
+    options = SecureOptions(urls=parties.urls, run=b"interrupted", lifetime=1)
 
-    def channel(lifetime: int) -> ServiceChannel:
-        own = ServiceOptions(urls=parties.urls, run=b"interrupted", lifetime=lifetime)
-        return ServiceChannel(9.0, 0.5, ROOT, own, deadline=60.0)
+    def channel(lifetime: int) -> SecureChannel:
+        own = SecureOptions(urls=parties.urls, run=b"interrupted", lifetime=lifetime)
+        return SecureChannel(9.0, 0.5, ROOT, own, deadline=60.0)
 
     with (
-        ServiceChannel(9.0, 0.5, ROOT, options, deadline=1.0) as short,
+        SecureChannel(9.0, 0.5, ROOT, options, deadline=1.0) as short,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(ServiceChannel, "start", _start_with_patience)
         patch.setattr(PartyGroup, "close", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             short.release(answers, devices=DEVICES, round=3)
@@ -183,15 +179,10 @@ def test_a_run_interrupted_for_longer_than_a_round_lives_goes_on(parties: LocalP
     assert torch.equal(first.answers, again.answers)
     assert first.devices == DEVICES
     for rank in range(2):
-        records = Rig(PartyGroup(parties.urls), (), parties.state).records(rank)
+        records = Rig(PartyGroup(service_links(parties.urls)), (), parties.state).records(rank)
         mine = [(r["event"], r["round"]) for r in records][-5:]
         assert [event for event, _ in mine] == ["abandoned", "opened", "closed", "agreed", "posted"]
         assert mine[0][1] != mine[1][1]
-
-
-def _start_with_patience(channel: ServiceChannel) -> None:
-    channel._group = PartyGroup(channel._options.urls)
-    channel._group.keys(soon())
 
 
 def _interrupted(*_: object) -> None:
@@ -202,7 +193,7 @@ def _interrupted(*_: object) -> None:
 def test_whatever_was_not_shared_may_be_abandoned_and_then_never_is(tmp_path: Path, step: str) -> None:
     """One party gets as far as ``step``; after the abandonment neither makes a share, whoever asks."""
     with services_inside(tmp_path) as services:
-        group = PartyGroup([service.url for service in services])
+        group = PartyGroup(service_links([service.url for service in services]))
         rig = Rig(group, (), lambda rank: services[rank].party.directory)
         terms = rig.open(sigma2="50")
         for upload in uploads_of(terms).values():
@@ -217,7 +208,7 @@ def test_whatever_was_not_shared_may_be_abandoned_and_then_never_is(tmp_path: Pa
                 with pytest.raises(ChannelError, match="no share"):
                     rig.close(terms)
         abandon(rig, terms.label, 0, 1)
-        with pytest.raises(RefusedError, match="was abandoned"):
+        with pytest.raises(RefusalError, match="was abandoned"):
             rig.close(terms)
         second = group.standing(terms, soon())
         assert second.attempt == 1

@@ -14,10 +14,10 @@ from scipy import stats
 from torch import Tensor
 
 from privkd.channels.channel import Channel, ChannelKind, NoisedChannel, PlainChannel, open_channel
+from privkd.channels.secure import SecureChannel
 from privkd.errors import ChannelError, ConfigError
 from privkd.privacy.events import NoPrivacy, ZCdp
 from privkd.privacy.noise import NoiseRoot
-from privkd.secure.channel import SecureChannel
 from privkd.secure.fixedpoint import content_digest
 
 CLIP = 4.0

@@ -13,7 +13,7 @@ import json, socket, sys
 import numpy as np, torch
 from privkd.secure.crypten_backend import *
 from privkd.secure.crypten_backend import _draw, set_group, _serve_store
-from privkd.secure.csprng import CryptoGenerator, PartyKeys
+from privkd.secure.crypten_backend import CryptoGenerator, PartyKeys
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 import torch.distributed as dist
 rank, port = int(sys.argv[1]), int(sys.argv[2])
@@ -104,7 +104,7 @@ def test_torch_seeds_have_32_bits_and_our_keys_256() -> None:
 
     assert torch.equal(stock(7), stock(7 + 2**32)), "torch's seeds are mended: say so where we work round it"
     assert not torch.equal(stock(7), stock(8))
-    from privkd.secure.csprng import CryptoGenerator
+    from privkd.secure.crypten_backend import CryptoGenerator
 
     low, high = (CryptoGenerator(seed.to_bytes(32, "little")).words(50) for seed in (7, 7 + 2**32))
     assert (low != high).all()

@@ -39,11 +39,9 @@ from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
 from privkd.runs.checkpoint import load_state, load_transcript, saved
 from privkd.runs.folder import RunFolder
-from privkd.secure.device import Upload, prepare
-from privkd.secure.envelope import header_of, unseal
-from privkd.secure.keys import public_hex
-from privkd.secure.party import load_party
+from privkd.secure.keys import load_party, public_hex
 from privkd.secure.terms import RoundTerms
+from privkd.secure.upload import Upload, header_of, prepare, unseal
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 6, 5), dtype=np.uint8)
 LABELS = np.arange(12, dtype=np.uint8) % 3
@@ -340,9 +338,9 @@ class TestUploads:
         damage()
 
     def test_a_party_s_settings(self, folder: Path) -> None:
-        from privkd.secure.commands import KeysRequest, keys_command
+        from privkd.secure.keys import make_keys
 
-        keys_command(KeysRequest(folder / "keys", 2, False, ("127.0.0.1",), 0, (), True))
+        make_keys(folder / "keys")
         path = folder / "keys" / "party-0.toml"
 
         @fuzzed()

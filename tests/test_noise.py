@@ -214,7 +214,7 @@ def test_a_root_does_not_show_its_key() -> None:
 
 def test_the_device_side_loads_neither_torch_nor_crypten() -> None:
     script = (
-        "import sys, privkd.privacy.noise, privkd.secure.envelope; "
+        "import sys, privkd.privacy.noise, privkd.secure.upload; "
         "print([m for m in ('torch', 'crypten') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from privkd.secure.cloud import PartyGroup
-from privkd.secure.device import prepare, seal_integers
-from privkd.secure.endpoint import RefusedError
+from privkd.errors import RefusalError
+from privkd.secure.client import service_links
 from privkd.secure.fixedpoint import FixedPoint
+from privkd.secure.group import PartyGroup
 from privkd.secure.local import LocalParties
 from privkd.secure.normcheck import (
     FALSE_ALARM,
@@ -26,6 +26,7 @@ from privkd.secure.normcheck import (
 )
 from privkd.secure.shares import from_ring, split, to_ring
 from privkd.secure.terms import RoundTerms
+from privkd.secure.upload import prepare, seal_integers
 
 C = 50_000
 ENTRIES = 300
@@ -178,7 +179,7 @@ def test_impossible_tests_are_refused() -> None:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def group(request: pytest.FixtureRequest) -> Iterator[PartyGroup]:
     with LocalParties(request.param, third_party=True) as parties:
-        opened = PartyGroup(parties.urls, parties.client_tls)
+        opened = PartyGroup(service_links(parties.urls, parties.client_tls))
         opened.gather(time.monotonic() + 120)
         yield opened
         opened.disconnect()
@@ -206,5 +207,5 @@ def test_cheating_devices_are_named_and_the_round_goes_on(group: PartyGroup) -> 
     assert all(why.endswith("rejected by the norm check") for why in total.left_out.values())
     np.testing.assert_array_equal(group.close(terms, deadline).integers, total.integers)
     few = terms.model_copy(update={"round": 2, "projections": MIN_PROJECTIONS - 1})
-    with pytest.raises(RefusedError, match="28 projections, a norm check takes 29"):
+    with pytest.raises(RefusalError, match="28 projections, a norm check takes 29"):
         group.open(few, deadline)

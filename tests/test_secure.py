@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,18 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from ring import LocalGroup, RingBackend
 from scipy import stats
 from torch import Tensor
 
-from privkd.errors import ChannelError
+from privkd.channels.secure import SecureChannel, SecureOptions
+from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
-from privkd.secure.aggregator import Aggregator, agreed_digest
-from privkd.secure.backend import LocalGroup, RingBackend
-from privkd.secure.channel import SecureChannel
-from privkd.secure.envelope import Header, seal, unseal
 from privkd.secure.fixedpoint import FixedPoint, _squared_norms, hold_bound
-from privkd.secure.shares import Form, Share, fitting_encoding, from_ring, reconstruct, split, to_ring
-from privkd.secure.wire import RoundNotice, SharePost
+from privkd.secure.frames import Frame, Kind, Task
+from privkd.secure.keys import LimitsConfig, Party, public_hex
+from privkd.secure.local import LocalLink
+from privkd.secure.protocol import AggregatorProtocol
+from privkd.secure.rounds import Rounds
+from privkd.secure.shares import Form, Share, fitting_encoding, reconstruct, split, to_ring
+from privkd.secure.terms import RoundTerms, combine, set_digest
+from privkd.secure.upload import Header, seal, seal_integers, unseal, upload_identifier
+from privkd.secure.uploads import UploadsInMemory
 
 ROOT = NoiseRoot.from_seed(8)
 RHO = 0.5
@@ -181,23 +186,43 @@ def test_every_flipped_bit_and_every_cut_is_noticed() -> None:
         unseal(sealed, X25519PrivateKey.generate())
 
 
-# ---- one aggregator's steps, in threads with the numpy backend --------------------------------------
+# ---- the parties' rounds, in threads with the numpy backend -----------------------------------------
+
+Results = list[bytes | ChannelError]
+
+
+class NumpySupervisor:
+    """Takes a party's steps in the thread that asks, in place of a worker."""
+
+    def __init__(self, rank: int, group: LocalGroup, key: X25519PrivateKey) -> None:
+        root = NoiseRoot(ROOT.subkey("party", rank))
+        self.protocol = AggregatorProtocol(RingBackend(rank, group), key, root, "session")
+
+    def ask(self, session: str, kind: Kind, body: bytes, uploads: Sequence[bytes] = ()) -> bytes:
+        for upload in uploads:
+            assert self.protocol.step(Frame(Kind.UPLOAD, upload)) is None
+        answer = self.protocol.step(Frame(kind, body))
+        assert answer is not None
+        return answer.body
 
 
 def run_parties(
-    uploads: list[list[bytes]], keys: list[X25519PrivateKey], notice: RoundNotice
-) -> list[SharePost | ChannelError]:
+    uploads: Sequence[Sequence[bytes]], keys: list[X25519PrivateKey], terms: RoundTerms
+) -> Results:
     """One round among threads: ``uploads[party]`` go to each party in turn."""
     group = LocalGroup(len(keys), timeout=10)
-    results: list[SharePost | ChannelError] = [ChannelError("did not run")] * len(keys)
+    results: Results = [ChannelError("did not run")] * len(keys)
 
     def run(rank: int) -> None:
-        aggregator = Aggregator(RingBackend(rank, group), keys[rank], NoiseRoot(ROOT.subkey("party", rank)))
-        aggregator.open(notice)
-        for upload in uploads[rank]:
-            aggregator.receive(upload)
+        party = Party(
+            rank=rank, parties=len(keys), members=terms.keys, limits=LimitsConfig(minimum_devices=1)
+        )
+        supervisor = NumpySupervisor(rank, group, keys[rank])
+        rounds = Rounds(party, supervisor, journal=[], create=UploadsInMemory, sealing_key=keys[rank])  # type: ignore[arg-type]
+        rounds.open(terms)
+        rounds.upload_all(terms.label, uploads[rank])
         try:
-            results[rank] = aggregator.finish()
+            results[rank] = rounds.close(terms.label, "session")
         except ChannelError as error:
             results[rank] = error
 
@@ -209,17 +234,10 @@ def run_parties(
     return results
 
 
-def device_uploads(
-    integers: NDArray[np.int64], keys: list[X25519PrivateKey], device: str, round: int = 3
-) -> list[bytes]:
-    return [
-        seal(
-            Header(round, device, bytes(16), party, len(keys), len(integers), share.form),
-            share,
-            keys[party].public_key().public_bytes_raw(),
-        )
-        for party, share in enumerate(split(integers, len(keys)))
-    ]
+def total(results: Results, terms: RoundTerms) -> NDArray[np.int64]:
+    posts = [result for result in results if isinstance(result, bytes)]
+    assert len(posts) == len(terms.keys), results
+    return combine(terms, posts)
 
 
 @pytest.fixture(scope="module")
@@ -227,30 +245,36 @@ def keys() -> list[X25519PrivateKey]:
     return [X25519PrivateKey.generate() for _ in range(3)]
 
 
-def notice(minimum: int, sigma2: str | None = None) -> RoundNotice:
-    return RoundNotice(3, 4, minimum, fraction_bits=10, bound=1000, sigma2=sigma2)
+def terms_of(keys: list[X25519PrivateKey], **changes: object) -> RoundTerms:
+    fields: dict[str, object] = {
+        "round": 3, "keys": tuple(public_hex(key) for key in keys), "entries": 4, "minimum": 1,
+        "fraction_bits": 10, "bound": 1000, "sigma2": None, "expires": int(time.time()) + 600,
+        "roster": (*device_names(4), "good", "bad", *"abc"),
+    }  # fmt: skip
+    return RoundTerms(**(fields | changes))  # type: ignore[arg-type]
+
+
+def sealed(block: NDArray[np.int64], terms: RoundTerms, device: str) -> tuple[bytes, ...]:
+    return seal_integers(block, terms, device).envelopes
 
 
 def test_the_sum_is_over_what_every_party_holds(keys: list[X25519PrivateKey]) -> None:
+    terms = terms_of(keys, minimum=3)
     blocks = {name: np.arange(4) * (k + 1) - 5 for k, name in enumerate(device_names(4))}
     uploads: list[list[bytes]] = [[] for _ in keys]
     for name, block in blocks.items():
-        for party, upload in enumerate(device_uploads(block, keys, name)):
+        for party, upload in enumerate(sealed(block, terms, name)):
             if (name, party) != ("device-0002", 1):  # half an upload: one party never sees it
                 uploads[party] += [upload, upload]  # a replay changes nothing
-    posts = run_parties(uploads, keys, notice(minimum=3))
     held = [block for name, block in blocks.items() if name != "device-0002"]
-    shares = [post.share for post in posts if isinstance(post, SharePost)]
-    np.testing.assert_array_equal(reconstruct(shares), np.sum(held, axis=0))
-    assert len({post.agreed for post in posts if isinstance(post, SharePost)}) == 1
+    np.testing.assert_array_equal(total(run_parties(uploads, keys, terms), terms), np.sum(held, axis=0))
 
 
 def test_below_the_minimum_nothing_is_released(keys: list[X25519PrivateKey]) -> None:
-    uploads = [
-        list(pair) for pair in zip(*(device_uploads(np.ones(4, int), keys, d) for d in "ab"), strict=True)
-    ]
-    for result in run_parties(uploads, keys, notice(minimum=3)):
-        assert isinstance(result, ChannelError)
+    terms = terms_of(keys, minimum=3)
+    uploads = list(zip(*(sealed(np.ones(4, int), terms, d) for d in "ab"), strict=True))
+    for result in run_parties(uploads, keys, terms):
+        assert isinstance(result, RefusalError)
         assert "2 uploads agreed, fewer than 3" in str(result)
 
 
@@ -258,61 +282,57 @@ def test_below_the_minimum_nothing_is_released(keys: list[X25519PrivateKey]) -> 
     "fault", ["another round", "swapped parties", "another shape", "bad header", "second upload"]
 )
 def test_a_bad_upload_is_left_out_and_named(keys: list[X25519PrivateKey], fault: str) -> None:
-    good = device_uploads(np.ones(4, int), keys, "good")
+    terms = terms_of(keys)
+    good = sealed(np.ones(4, int), terms, "good")
     bad = {
-        "another round": device_uploads(np.ones(4, int), keys, "bad", round=4),
-        "swapped parties": device_uploads(np.ones(4, int), keys, "bad")[::-1],
-        "another shape": device_uploads(np.ones(5, int), keys, "bad"),
+        "another round": sealed(np.ones(4, int), terms_of(keys, round=4), "bad"),
+        "swapped parties": sealed(np.ones(4, int), terms, "bad")[::-1],
+        "another shape": sealed(np.ones(5, int), terms_of(keys, entries=5), "bad"),
         "bad header": [b"?" * 200] * 3,
-        "second upload": [envelope(key, party=k, parties=3, device="good", upload_id=b"!" * 16)
-                          for k, key in enumerate(keys)],
-    }[fault]  # fmt: skip
-    uploads = [list(pair) for pair in zip(good, bad, strict=True)]
-    posts = run_parties(uploads, keys, notice(minimum=1))
-    shares = [post.share for post in posts if isinstance(post, SharePost)]
-    np.testing.assert_array_equal(reconstruct(shares), np.ones(4))
-    refusals = run_parties(uploads, keys, notice(minimum=2))
+        "second upload": sealed(np.zeros(4, int), terms, "good"),
+    }[fault]
+    uploads = list(zip(good, bad, strict=True))
+    np.testing.assert_array_equal(total(run_parties(uploads, keys, terms), terms), np.ones(4))
     # With three parties reversed, the middle one is the right one, and misses the upload elsewhere.
-    assert all(isinstance(refusal, ChannelError) for refusal in refusals)
-    assert any(word in str(refusals[0]) for word in ("bad", "malformed", "second upload"))
+    for refusal in run_parties(uploads, keys, terms_of(keys, minimum=2)):
+        assert isinstance(refusal, RefusalError)
+        assert "1 uploads agreed, fewer than 2" in str(refusal) or "another" in str(refusal)
+        if fault in ("another round", "another shape"):
+            assert "bad: upload for another" in str(refusal)
 
 
 def test_noise_depends_on_the_agreed_set_and_repeats_with_it(keys: list[X25519PrivateKey]) -> None:
-    sealed = {d: device_uploads(np.zeros(4, int), keys, d) for d in "abc"}
+    terms = terms_of(keys, sigma2="1000000")
+    uploads = {d: sealed(np.zeros(4, int), terms, d) for d in "abc"}
 
-    def total(devices: str) -> NDArray[np.int64]:
-        uploads = [[sealed[d][party] for d in devices] for party in range(3)]
-        posts = run_parties(uploads, keys, notice(minimum=1, sigma2="1000000"))
-        return reconstruct([post.share for post in posts if isinstance(post, SharePost)])
+    def noise(devices: str) -> NDArray[np.int64]:
+        handed = [[uploads[d][party] for d in devices] for party in range(3)]
+        return total(run_parties(handed, keys, terms), terms)
 
-    np.testing.assert_array_equal(total("abc"), total("cab"))
-    assert not np.array_equal(total("abc"), total("ab"))
+    np.testing.assert_array_equal(noise("abc"), noise("cab"))
+    assert not np.array_equal(noise("abc"), noise("ab"))
 
 
 def test_each_party_adds_noise_of_sigma2(keys: list[X25519PrivateKey]) -> None:
     """The sum over three parties of noise is three independent draws under the parties' own keys."""
-    uploads = [[upload] for upload in device_uploads(np.zeros(4, int), keys, "a")]
-    posts = run_parties(uploads, keys, notice(minimum=1, sigma2="81/4"))
-    digest = next(post.agreed for post in posts if isinstance(post, SharePost))
+    terms = terms_of(keys, sigma2="81/4")
+    upload = seal_integers(np.zeros(4, int), terms, "a")
+    results = run_parties([[envelope] for envelope in upload.envelopes], keys, terms)
+    digest = set_digest(terms, [upload_identifier(terms.label, "a", upload.upload_id)])
     expected = sum(
-        discrete_gaussian(
-            Fraction(81, 4), 4, NoiseRoot(ROOT.subkey("party", k)).stream("aggregator", 3, digest)
-        )
+        discrete_gaussian(Fraction(81, 4), 4, NoiseRoot(ROOT.subkey("party", k)).stream("service", 3, digest))
         for k in range(3)
     )
-    shares = [post.share for post in posts if isinstance(post, SharePost)]
-    np.testing.assert_array_equal(reconstruct(shares), expected)
+    np.testing.assert_array_equal(total(results, terms), expected)
 
 
-def test_messages_survive_the_wire() -> None:
-    full = RoundNotice(1, 2, 3, -4, 5, "6/7")
-    assert RoundNotice.unpack(full.pack()) == full
-    assert full.variance == Fraction(6, 7)
-    post = SharePost.unpack(SharePost(bytes(range(32)), np.array([1, 2**32 - 1], np.uint32)).pack())
-    assert post.agreed == bytes(range(32))
-    np.testing.assert_array_equal(from_ring(post.share), [1, -1])
-    assert agreed_digest(full, [b"a", b"b"]) == agreed_digest(full, [b"b", b"a"])
-    assert agreed_digest(full, [b"a"]) != agreed_digest(full, [b"b"])
+def test_a_worker_refuses_a_step_over_uploads_that_it_does_not_have(keys: list[X25519PrivateKey]) -> None:
+    protocol = NumpySupervisor(0, LocalGroup(1), keys[0]).protocol
+    task = Task("", terms_of(keys).pack().decode(), ("a",))
+    with pytest.raises(ChannelError, match="a: its upload is gone"):
+        protocol.step(Frame(Kind.SUM, task.pack()))
+    with pytest.raises(ChannelError, match="PONG out of place"):
+        protocol.step(Frame(Kind.PONG))
 
 
 # ---- real processes ---------------------------------------------------------------------------------
@@ -355,14 +375,16 @@ def test_the_noisy_aggregate_is_the_plain_sum_plus_the_parties_noise() -> None:
 
 def test_ctrl_c_in_the_terminal_is_not_the_parties_business(quiet: SecureChannel) -> None:
     quiet.release(random_answers(2, 5), devices=device_names(2), round=0)
-    session = quiet._session
-    assert session is not None
-    assert all(os.getpgid(party.process.pid) != os.getpgrp() for party in session.parties)
+    assert all(os.getpgid(pid) != os.getpgrp() for pid in pids(quiet))
 
 
 def pids(channel: SecureChannel) -> list[int]:
-    assert channel._session is not None
-    return [party.process.pid for party in channel._session.parties]
+    found = []
+    for link in channel._parties.started().aggregators:
+        assert isinstance(link, LocalLink)
+        assert link.supervisor.worker is not None
+        found.append(link.supervisor.worker.pid)
+    return found
 
 
 def gone(pid: int) -> bool:
@@ -401,7 +423,7 @@ def test_killed_and_stopped_parties_are_named_and_replaced() -> None:
             assert torch.equal(channel.release(answers, devices=devices, round=1).answers, expected)
         running = pids(channel)
         os.kill(running[1], signal.SIGSTOP)
-        with pytest.raises(ChannelError, match="aggregator-1 is stopped or stuck"):
+        with pytest.raises(ChannelError, match="aggregator-1 stopped answering; nothing was released"):
             channel.release(random_answers(50), devices=device_names(50), round=2)
         wait_until_gone(running)
 
@@ -445,9 +467,10 @@ def test_close_and_garbage_collection_leave_no_orphans() -> None:
 def test_parties_end_with_the_process_that_started_them(ending: str) -> None:
     script = (
         "import time; from privkd.privacy.noise import NoiseRoot\n"
-        "from privkd.secure.channel import SecureChannel\n"
+        "from privkd.channels.secure import SecureChannel\n"
         "channel = SecureChannel(1.0, None, NoiseRoot.from_seed(0)); channel.start()\n"
-        "print(*(party.process.pid for party in channel._session.parties), flush=True)\n"
+        "links = channel._parties.started().aggregators\n"
+        "print(*(link.supervisor.worker.pid for link in links), flush=True)\n"
         f"{'time.sleep(600)' if ending == 'kill' else ''}"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
@@ -464,6 +487,24 @@ def test_a_missing_crypten_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Exception, match="needs CrypTen, which is missing: run `privkd doctor --fix`"):
         SecureChannel(1.0, None, ROOT)
+
+
+@pytest.mark.parametrize("rho", [None, RHO])
+def test_parties_of_this_process_and_services_release_the_same_bits(rho: float | None) -> None:
+    """Over all devices and over those who stay; and colluders know the same of it."""
+    answers, roster = random_answers(5, 30), device_names(5)
+    found = []
+    for services in (False, True):
+        options = SecureOptions(services=services, roster=tuple(roster), minimum=3)
+        with SecureChannel(30.0, rho, ROOT, options, aggregators=3) as channel:
+            whole = channel.release(answers, devices=roster, round=0)
+            few = channel.release(answers[:4], devices=roster[:4], round=1)
+            found.append((whole, few, channel.colluders_noise()))
+    for here, there in zip(found[0][:2], found[1][:2], strict=True):
+        assert torch.equal(here.answers, there.answers)
+        assert (here.devices, here.noise_std, here.event) == (there.devices, there.noise_std, there.event)
+    np.testing.assert_array_equal(found[0][2], found[1][2])
+    assert rho is None or found[0][2].any()
 
 
 # ---- CrypTen itself, in a process of its own --------------------------------------------------------

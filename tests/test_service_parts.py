@@ -18,31 +18,24 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from privkd.channels.channel import open_channel
+from privkd.channels.secure import SecureChannel, SecureOptions
 from privkd.config import load_config
 from privkd.errors import ChannelError, ConfigError
 from privkd.privacy.events import ZCdp
 from privkd.privacy.noise import NoiseRoot
-from privkd.secure.channel import SecureChannel
-from privkd.secure.commands import KeysRequest, keys_command
-from privkd.secure.device import Upload, prepare
-from privkd.secure.envelope import header_of, unseal
-from privkd.secure.keys import load_noise_key, load_sealing_key, public_hex
-from privkd.secure.party import load_party
-from privkd.secure.remote import ServiceOptions
+from privkd.secure.keys import (
+    load_noise_key,
+    load_party,
+    load_sealing_key,
+    make_keys,
+    public_hex,
+)
 from privkd.secure.shares import reconstruct
-from privkd.secure.splits import distributed_rho, distributed_variance
-from privkd.secure.spool import RoundSpool, spooled, stored_rounds
-from privkd.secure.terms import RoundTerms, set_digest
+from privkd.secure.terms import RoundTerms, distributed_rho, distributed_variance, set_digest
+from privkd.secure.upload import Upload, header_of, prepare, unseal
+from privkd.secure.uploads import UploadsOnDisk, stored_rounds, stored_uploads
 
 ROOT = NoiseRoot.from_seed(4)
-
-
-def make_keys(folder: Path, **changes: object) -> None:
-    fields: dict[str, object] = {
-        "out": folder, "parties": 2, "third_party": False, "hosts": ("127.0.0.1",), "port": 0,
-        "devices": (), "tls": True,
-    }  # fmt: skip
-    keys_command(KeysRequest(**(fields | changes)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +181,7 @@ def test_given_entropy_an_upload_is_a_function_of_its_content(folder: Path, term
 
 
 def test_the_spool_takes_up_what_was_whole(tmp_path: Path, terms: RoundTerms) -> None:
-    spool = RoundSpool.create(tmp_path / terms.folder, terms)
+    spool = UploadsOnDisk.create(tmp_path / terms.folder, terms)
     first, second = (prepare(np.ones(6), terms, device).envelopes[0] for device in ("a", "b"))
     spool.add(header_of(first), first)
     spool.add(header_of(first), first)
@@ -205,7 +198,7 @@ def test_the_spool_takes_up_what_was_whole(tmp_path: Path, terms: RoundTerms) ->
         spool.add(header_of(second), second[:-1])
     spool.sync()
     both = log.read_bytes()
-    assert [device for device, _ in spooled(spool.folder)] == ["a", "b"]
+    assert [device for device, _ in stored_uploads(spool.folder)] == ["a", "b"]
     # Whatever a crash leaves of the second, torn or not yet written, the first is there and no more.
     for tail in (both[len(whole) : -1], both[len(whole) : len(whole) + 5], bytes(len(both) - len(whole)),
                  flip_last(both[len(whole) :])):  # fmt: skip
@@ -216,13 +209,13 @@ def test_the_spool_takes_up_what_was_whole(tmp_path: Path, terms: RoundTerms) ->
         again.add(header_of(second), second)
         assert set(again.held) == {"a", "b"}
         assert log.read_bytes() == both
-        assert dict(spooled(again.folder)) == {"a": first, "b": second}
+        assert dict(stored_uploads(again.folder)) == {"a": first, "b": second}
     assert again.terms == terms
     assert again.share is None
     again.keep_share(b"share")
     assert again.share == b"share"
     again.drop_uploads()
-    assert not dict(spooled(again.folder))
+    assert not dict(stored_uploads(again.folder))
 
 
 def flip_last(data: bytes) -> bytes:
@@ -232,7 +225,7 @@ def flip_last(data: bytes) -> bytes:
 def test_what_the_disk_refused_is_kept_by_the_next_sync(
     tmp_path: Path, terms: RoundTerms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = RoundSpool.create(tmp_path / terms.folder, terms)
+    spool = UploadsOnDisk.create(tmp_path / terms.folder, terms)
     first, second = (prepare(np.ones(6), terms, device).envelopes[0] for device in ("a", "b"))
     with monkeypatch.context() as patch:
         patch.setattr("os.pwrite", lambda descriptor, data, offset: len(data) - 1)
@@ -242,13 +235,13 @@ def test_what_the_disk_refused_is_kept_by_the_next_sync(
                 spool.sync()
     spool.add(header_of(second), second)
     spool.sync()
-    assert dict(spooled(spool.folder)) == {"a": first, "b": second}
+    assert dict(stored_uploads(spool.folder)) == {"a": first, "b": second}
 
 
 def test_threads_share_syncs_and_none_is_acknowledged_before_its_own(
     tmp_path: Path, terms: RoundTerms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = RoundSpool.create(tmp_path / terms.folder, terms)
+    spool = UploadsOnDisk.create(tmp_path / terms.folder, terms)
     envelopes = {f"d{i}": prepare(np.ones(6), terms, f"d{i}").envelopes[0] for i in range(40)}
     durable: list[int] = [0]
     acknowledged: list[bool] = []
@@ -275,10 +268,10 @@ def test_threads_share_syncs_and_none_is_acknowledged_before_its_own(
         thread.join(20)
     assert acknowledged == [True] * 40
     assert len(durable) < 20, "forty uploads, a handful of syncs"
-    assert {device: bytes(e) for device, e in spooled(spool.folder)} == envelopes
+    assert {device: bytes(e) for device, e in stored_uploads(spool.folder)} == envelopes
 
 
-@pytest.mark.parametrize("module", ["device", "service", "cloud", "commands", "local"])
+@pytest.mark.parametrize("module", ["upload", "service", "client", "group", "keys", "local"])
 def test_neither_device_nor_service_loads_torch(module: str) -> None:
     code = f"import privkd.secure.{module}, sys; assert not {{'torch', 'crypten'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -332,35 +325,27 @@ def test_small_noise_is_priced_above_the_gaussian_or_refused() -> None:
 def test_the_norm_check_lets_clipped_devices_pass() -> None:
     """Three devices clipped to the norm; each is rejected with probability 2^-40 at most."""
     answers = 100 * torch.randn(3, 100, 4, generator=torch.Generator().manual_seed(2))
-    options = ServiceOptions(projections=256)
-    with open_channel("secure", clip_norm=5.0, root=ROOT, services=options) as channel:
+    options = SecureOptions(services=True, projections=256)
+    with open_channel("secure", clip_norm=5.0, root=ROOT, options=options) as channel:
         release = channel.release(answers, devices=["a", "b", "c"], round=0)
     with SecureChannel(5.0, None, ROOT) as plain:
         assert torch.equal(release.answers, plain.release(answers, devices=["a", "b", "c"], round=0).answers)
 
 
-@pytest.mark.parametrize(
-    ("rho", "noise", "minimum"),
-    [(None, "aggregators", None), pytest.param(0.5, "devices", 4, marks=pytest.mark.slow)],
-)
-def test_the_channel_through_services_equals_the_one_through_processes(
-    rho: float | None, noise: str, minimum: int | None
-) -> None:
-    """Without noise the same bytes; with the devices', noise of the stated size (1e-6)."""
+@pytest.mark.parametrize("services", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_devices_noise_is_of_the_stated_size(services: bool) -> None:
+    """At 1e-6; a repeated release is the same."""
     answers = torch.randn(5, 200, 4, generator=torch.Generator().manual_seed(1))
     devices = [f"device-{i}" for i in range(5)]
-    with SecureChannel(30.0, None, ROOT) as channel:
+    with open_channel("secure", clip_norm=30.0, root=ROOT) as channel:
         exact = channel.release(answers, devices=devices, round=0)
-    options = ServiceOptions(noise=noise, minimum=minimum)  # type: ignore[arg-type]
-    with open_channel("secure", clip_norm=30.0, rho=rho, root=ROOT, services=options) as channel:
+    options = SecureOptions(services=services, noise="devices", minimum=4)
+    with open_channel("secure", clip_norm=30.0, rho=0.5, root=ROOT, options=options) as channel:
         release = channel.release(answers, devices=devices, round=0)
         again = channel.release(answers, devices=devices, round=0)
     assert torch.equal(release.answers, again.answers)
     assert release.devices == tuple(devices)
-    if rho is None:
-        assert torch.equal(release.answers, exact.answers)
-        return
-    assert channel.event == ZCdp(rho)
+    assert channel.event == ZCdp(0.5)
     assert release.noise_std == pytest.approx(30 * math.sqrt(5 / 4) / 5, rel=1e-5)
     residual = (release.answers - exact.answers).numpy() / release.noise_std
     assert 5e-7 < stats.chi2.cdf((residual**2).sum(), residual.size) < 1 - 5e-7
@@ -373,8 +358,8 @@ def test_whoever_falls_silent_the_mean_is_over_those_who_stay(noise: str) -> Non
     answers = torch.randn(3, 200, 4, generator=torch.Generator().manual_seed(1))
     roster = tuple(f"device-{i}" for i in range(5))
     stay = (roster[0], roster[2], roster[3])
-    options = ServiceOptions(noise=noise, minimum=2, roster=roster)  # type: ignore[arg-type]
-    with open_channel("secure", clip_norm=30.0, rho=0.5, root=ROOT, services=options) as channel:
+    options = SecureOptions(services=True, noise=noise, minimum=2, roster=roster)  # type: ignore[arg-type]
+    with open_channel("secure", clip_norm=30.0, rho=0.5, root=ROOT, options=options) as channel:
         release = channel.release(answers, devices=stay, round=0)
         with pytest.raises(ChannelError, match="1 devices, fewer than minimum_devices=2"):
             channel.release(answers[:1], devices=stay[:1], round=1)
@@ -392,19 +377,19 @@ def test_whoever_falls_silent_the_mean_is_over_those_who_stay(noise: str) -> Non
 
 def test_settings_of_services_are_checked() -> None:
     for options, words in [
-        (ServiceOptions(urls=("nonsense",)), "expected an address"),
-        (ServiceOptions(minimum=0), "minimum_devices=0"),
-        (ServiceOptions(projections=64, noise="devices"), "norm_projections"),
-        (ServiceOptions(urls=("https://h:1",), ca=Path("none.pem")), "certificates"),
+        (SecureOptions(urls=("nonsense",)), "expected an address"),
+        (SecureOptions(minimum=0), "minimum_devices=0"),
+        (SecureOptions(projections=64, noise="devices"), "norm_projections"),
+        (SecureOptions(urls=("https://h:1",), ca=Path("none.pem")), "certificates"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            open_channel("secure", clip_norm=1.0, root=ROOT, services=options)
+            open_channel("secure", clip_norm=1.0, root=ROOT, options=options)
     with pytest.raises(ConfigError, match="are for kind 'secure'"):
         load_config(settings={"channel.kind": "plain", "channel.aggregator_urls": ["https://h:1"]})
     with pytest.raises(ConfigError, match="are for kind 'secure'"):
         load_config(settings={"channel.kind": "noised", "channel.noise_from": "devices"})
     assert not load_config().channel.through_services
     assert load_config(settings={"channel.aggregator_urls": ["https://h:1"]}).channel.through_services
-    few = open_channel("secure", clip_norm=1.0, root=ROOT, services=ServiceOptions(minimum=6))
+    few = open_channel("secure", clip_norm=1.0, root=ROOT, options=SecureOptions(minimum=6))
     with few, pytest.raises(ChannelError, match="fewer than minimum_devices=6; nothing was released"):
         few.release(torch.ones(5, 1, 1), devices=list("abcde"), round=0)

@@ -31,23 +31,22 @@ from rig import (
     uploads_of,
 )
 
-from privkd.errors import ChannelError, ConfigError
+from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import local as local_module
-from privkd.secure.cloud import PartyGroup
-from privkd.secure.device import Upload, prepare, relay, seal_integers, send
-from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError, persistently
-from privkd.secure.envelope import packed
+from privkd.secure.client import ClientTls, Endpoint, persistently, send, service_links
+from privkd.secure.frames import Kind
+from privkd.secure.group import PartyGroup, UnreachableError, relay
 from privkd.secure.local import LocalParties
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms
-from privkd.secure.wire import Kind
+from privkd.secure.upload import Upload, packed, prepare, seal_integers
 
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
     keys = tuple(bytes([rank + 1]) * 32 for rank in range(2))
     with LocalParties(2, limits=LIMITS, noise_keys=keys) as local:
-        group = PartyGroup(local.urls, local.client_tls)
+        group = PartyGroup(service_links(local.urls, local.client_tls))
         rig = Rig(group, keys, local.state)
         rig.kept["local"] = local
         group.keys(soon())
@@ -64,7 +63,7 @@ def flipped(envelope: bytes, position: int) -> bytes:
 
 
 def refused(rig: Rig, rank: int, round: int, envelope: bytes, words: str) -> None:
-    with pytest.raises(RefusedError, match=words):
+    with pytest.raises(RefusalError, match=words):
         rig.post(rank, round, envelope)
 
 
@@ -153,8 +152,8 @@ def test_a_relay_carries_many_uploads_and_says_which_are_refused(rig: Rig) -> No
     np.testing.assert_array_equal(total.integers, exact)
     path = f"/v1/rounds/{terms.folder}/relay"
     for body in (b"\x05\0\0", b"\x05\0\0\0abc"):
-        with pytest.raises(RefusedError, match="cut off"):
-            rig.group.aggregators[0].request("POST", path, body, deadline=soon())
+        with pytest.raises(RefusalError, match="cut off"):
+            rig.service(0).request("POST", path, body, deadline=soon())
     late = relay([prepare(block(5), terms, "device-5")], rig.group.aggregators, deadline=soon())
     assert all("is closed" in reason for reason in late)
 
@@ -167,7 +166,7 @@ def test_a_forged_envelope_in_its_name_does_not_harm_a_device(rig: Rig) -> None:
         rig.put(upload)
     victim = uploads["device-1"]
     for rank, envelope in enumerate(victim.envelopes):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RefusalError):
             rig.post(rank, terms.round, flipped(envelope, len(envelope) - 1))
     np.testing.assert_array_equal(rig.close(terms).integers, sum_over(terms, terms.roster))
 
@@ -196,7 +195,7 @@ def test_below_the_minimum_nothing_is_released_ever(rig: Rig) -> None:
     rig.put(uploads["device-1"])
     rig.put(uploads["device-2"], 0)
     for _ in range(2):
-        with pytest.raises(RefusedError, match=r"2 uploads agreed, fewer than 3.*device-3: no upload"):
+        with pytest.raises(RefusalError, match=r"2 uploads agreed, fewer than 3.*device-3: no upload"):
             rig.close(terms)
     refused(rig, 1, terms.round, uploads["device-2"].envelopes[1], "is closed")
     assert not rig.journal(0, "agreed", terms)
@@ -210,9 +209,9 @@ def test_an_expired_round_takes_and_releases_nothing(rig: Rig) -> None:
     time.sleep(max(0.0, terms.expires + 0.1 - time.time()))
     refused(rig, 0, terms.round, uploads["device-2"].envelopes[0], "has expired")
     rig.put(uploads["device-0"])  # a retry of what is held is no upload
-    with pytest.raises(RefusedError, match="expired before it was closed"):
+    with pytest.raises(RefusalError, match="expired before it was closed"):
         rig.close(terms)
-    with pytest.raises(RefusedError, match="has expired"):
+    with pytest.raises(RefusalError, match="has expired"):
         rig.open(expires=int(time.time()) - 1)
 
 
@@ -235,12 +234,12 @@ def test_a_round_s_name_is_never_used_for_other_terms(rig: Rig) -> None:
     terms = rig.open()
     rig.group.open(terms, soon())
     for change in ({"bound": 7}, {"roster": ("a", "b")}, {"sigma2": "5"}, {"minimum": 3}):
-        with pytest.raises(RefusedError, match="opened with other terms"):
+        with pytest.raises(RefusalError, match="opened with other terms"):
             rig.group.open(terms.model_copy(update=change), soon())
     other = terms.model_copy(update={"round": 10**6, "keys": ("00" * 32, "11" * 32)})
-    with pytest.raises(RefusedError, match="keys are not those"):
+    with pytest.raises(RefusalError, match="keys are not those"):
         rig.group.open(other, soon())
-    with pytest.raises(RefusedError, match="this party asks for 2"):
+    with pytest.raises(RefusalError, match="this party asks for 2"):
         rig.open(minimum=1)
 
 
@@ -271,12 +270,12 @@ def test_a_session_s_name_is_never_used_twice_not_even_after_a_restart() -> None
         other = join(0, "second")
         join(2, "second", other)
         for rank in (0, 2):
-            with pytest.raises(RefusedError, match="the name of this session was used before"):
+            with pytest.raises(RefusalError, match="the name of this session was used before"):
                 join(rank, "first", port)
         for rank in range(3):
             os.kill(parties.pids[rank], signal.SIGKILL)
         for rank, name in [(0, "first"), (0, "second"), (1, "first"), (2, "first"), (2, "second")]:
-            with pytest.raises(RefusedError, match="the name of this session was used before"):
+            with pytest.raises(RefusalError, match="the name of this session was used before"):
                 join(rank, name, port)
         assert join(2, "third", port) == port
         for endpoint in endpoints:
@@ -284,7 +283,7 @@ def test_a_session_s_name_is_never_used_twice_not_even_after_a_restart() -> None
 
 
 def test_a_session_s_name_is_used_up_by_a_worker_that_died(inside: list[Service]) -> None:
-    seating = inside[0].rounds.seating
+    seating = inside[0].rounds.supervisor
     port = seating.join("once", None)
     assert seating.join("once", None) == port
     seating.stop()
@@ -339,9 +338,9 @@ def test_oversize_and_malformed_requests_are_refused(rig: Rig) -> None:
         ("PUT", "/v1/party", b"", "no such address"),
         ("POST", "/v1/rounds/0000000000000001", b"", "not offered"),
     ]:
-        with pytest.raises(RefusedError, match=words):
+        with pytest.raises(RefusalError, match=words):
             endpoint.request(method, path, body, deadline=soon())
-    with pytest.raises((RefusedError, UnreachableError)):
+    with pytest.raises((RefusalError, UnreachableError)):
         endpoint.request("POST", "/v1/session", bytes((1 << 26) + 5000), deadline=soon())
     rig.open()  # and they serve on
 
@@ -364,12 +363,12 @@ def test_certificates_say_who_may_do_what(rig: Rig, tmp_path: Path) -> None:
         ("/relay", packed([uploads["device-0"].envelopes[0]]), "may not open, close or relay"),
         ("/abandon", b"{}", "may not open, close or relay"),
     ]:
-        with pytest.raises(RefusedError, match=words):
+        with pytest.raises(RefusalError, match=words):
             device.request("POST", path + action, body, deadline=soon())
     device.close()
     with pytest.raises(ChannelError):
         Endpoint(url, ClientTls(folder / "ca.pem")).request("GET", "/v1/party", deadline=soon())
-    with pytest.raises(RefusedError, match="not trusted"):
+    with pytest.raises(ChannelError, match="not trusted"):
         Endpoint(url).request("GET", "/v1/party", deadline=soon())
 
 
@@ -390,15 +389,15 @@ def test_the_group_must_be_whole_and_as_pinned(rig: Rig) -> None:
     urls, tls = local(rig).urls, local(rig).client_tls
     keys = rig.group.keys(soon())
     for group, words in [
-        (PartyGroup(urls[:1], tls), "do not name every party"),
-        (PartyGroup(urls, tls, pins=keys[::-1]), "not the pinned ones"),
+        (PartyGroup(service_links(urls[:1], tls)), "do not name every party"),
+        (PartyGroup(service_links(urls, tls), pins=keys[::-1]), "not the pinned ones"),
     ]:
         with pytest.raises(ChannelError, match=words):
             group.keys(soon())
         group.disconnect()
-    assert PartyGroup(urls[::-1], tls, pins=keys).keys(soon()) == keys
+    assert PartyGroup(service_links(urls[::-1], tls), pins=keys).keys(soon()) == keys
     with pytest.raises(ConfigError, match="named twice"):
-        PartyGroup([urls[0], urls[0]])
+        service_links([urls[0], urls[0]])
     for url in ("nonsense", "http://10.0.0.1:80", "https://host", "ftp://127.0.0.1:1"):
         with pytest.raises(ConfigError, match="aggregator"):
             Endpoint(url)
@@ -425,7 +424,7 @@ def test_random_faults_against_numpy(rig: Rig, request: pytest.FixtureRequest) -
         if rng.random() < 1 / 200:
             os.kill(local(rig).pids[int(rng.integers(2))], signal.SIGKILL)
         if len(whole) < minimum:
-            with pytest.raises(RefusedError, match=f"{len(whole)} uploads agreed, fewer than {minimum}"):
+            with pytest.raises(RefusalError, match=f"{len(whole)} uploads agreed, fewer than {minimum}"):
                 rig.close(terms)
             continue
         total = rig.close(terms)
@@ -470,7 +469,7 @@ def _played(rig: Rig, rng: np.random.Generator, terms: RoundTerms, upload: Uploa
 def test_services_killed_between_the_steps_go_on_from_their_spools() -> None:
     """SIGKILL of a service after its uploads, of the other after the release: the same bytes throughout."""
     with LocalParties(2, limits=LIMITS, noise_keys=(b"a" * 32, b"b" * 32)) as parties:
-        group = PartyGroup(parties.urls, parties.client_tls)
+        group = PartyGroup(service_links(parties.urls, parties.client_tls))
         rig = Rig(group, (b"a" * 32, b"b" * 32), parties.state)
         terms = rig.open(sigma2="50")
         uploads = uploads_of(terms)
@@ -578,7 +577,7 @@ def test_a_service_stopped_while_starting_keeps_nobody_waiting(monkeypatch: pyte
 @pytest.mark.slow
 def test_a_changed_spool_after_a_release_is_refused(inside: list[Service]) -> None:
     """Shares lost and an upload gone: neither the other set nor new noise ever comes out."""
-    group = PartyGroup([service.url for service in inside])
+    group = PartyGroup(service_links([service.url for service in inside]))
     rig = Rig(group, (), lambda rank: inside[rank].party.directory)
     terms = rig.open(sigma2="77")
     for upload in uploads_of(terms).values():
@@ -587,7 +586,7 @@ def test_a_changed_spool_after_a_release_is_refused(inside: list[Service]) -> No
     for service in inside:
         folder = service.party.directory / "rounds" / terms.folder
         (folder / "share").unlink()
-        service.rounds.seating.stop()
+        service.rounds.supervisor.stop()
         os.truncate(folder / "uploads", (folder / "uploads").stat().st_size - 1)
     revived = [Service(service.party) for service in inside]
     for service in revived:

@@ -12,15 +12,13 @@ import pytest
 from rig import LIMITS, Rig, block, services_inside, soon, uploads_of
 
 from privkd.channels.channel import noise_variance
-from privkd.errors import ChannelError
-from privkd.secure.admission import RefusalError
-from privkd.secure.cloud import PartyGroup
-from privkd.secure.device import prepare
-from privkd.secure.endpoint import RefusedError
+from privkd.errors import ChannelError, RefusalError
+from privkd.secure.client import service_links
+from privkd.secure.group import PartyGroup
 from privkd.secure.local import LocalParties
 from privkd.secure.service import Service
-from privkd.secure.terms import RoundTerms, VoteTerms
-from privkd.secure.totals import DeviceTotals
+from privkd.secure.terms import DeviceTotals, RoundTerms, VoteTerms
+from privkd.secure.upload import prepare
 
 BOUND = 100_000
 RHO = 0.1
@@ -112,7 +110,7 @@ def parties() -> Iterator[LocalParties]:
 
 @pytest.fixture
 def rig(parties: LocalParties) -> Iterator[Rig]:
-    group = PartyGroup(parties.urls, parties.client_tls)
+    group = PartyGroup(service_links(parties.urls, parties.client_tls))
     # Names that no other test has used.
     yield Rig(group, (), parties.state, name=time.time_ns() % 2**40)
     group.disconnect()
@@ -140,7 +138,7 @@ def test_a_device_is_asked_no_further_than_its_total_even_after_a_restart(
     terms = rig.open(roster=("victim", "other", "third"), sigma2=SIGMA2, bound=BOUND)
     uploads = uploads_of(terms)
     for rank in range(2):
-        with pytest.raises(RefusedError, match=BEYOND):
+        with pytest.raises(RefusalError, match=BEYOND):
             rig.post(rank, terms.round, uploads["victim"].envelopes[rank])
     for device in ("other", "third"):
         rig.put(uploads[device])
@@ -151,7 +149,7 @@ def test_a_device_is_asked_no_further_than_its_total_even_after_a_restart(
 
 def test_rounds_that_no_total_could_hold_are_not_even_opened(rig: Rig) -> None:
     for sigma2 in (None, str(noise_variance(BOUND, 1.01 * LIMIT))):
-        with pytest.raises(RefusedError, match=r"less noise than this party's max_rho_total=0\.3 asks for"):
+        with pytest.raises(RefusalError, match=r"less noise than this party's max_rho_total=0\.3 asks for"):
             rig.open(sigma2=sigma2, bound=BOUND)
     rig.open(sigma2=str(noise_variance(BOUND, LIMIT)), bound=BOUND)
 
@@ -161,7 +159,7 @@ def test_of_rounds_open_at_once_those_are_released_that_fit(rig: Rig) -> None:
     rounds = [asked(rig, "busy", f"company-{number}") for number in range(4)]
     for terms in rounds[:3]:
         assert "busy" in rig.close(terms).devices
-    with pytest.raises(RefusedError, match=r"busy: round \w+ would take it beyond"):
+    with pytest.raises(RefusalError, match=r"busy: round \w+ would take it beyond"):
         rig.close(rounds[3])
     for rank in range(2):
         assert not rig.journal(rank, "agreed", rounds[3])
@@ -172,7 +170,7 @@ def test_attempts_that_came_to_nothing_cost_nothing(rig: Rig) -> None:
     terms = rig.open(roster=("patient", "late"), sigma2=SIGMA2, bound=BOUND)
     for _ in range(5):
         rig.put(prepare(block(0), terms, "patient"))
-        with pytest.raises(RefusedError, match="1 uploads agreed, fewer than 2"):
+        with pytest.raises(RefusalError, match="1 uploads agreed, fewer than 2"):
             rig.close(terms)
         terms = rig.group.standing(terms, soon())
         rig.group.open(terms, soon())
@@ -184,12 +182,12 @@ def test_attempts_that_came_to_nothing_cost_nothing(rig: Rig) -> None:
 def test_one_aggregator_with_a_limit_is_enough_and_an_abandoned_set_costs_nothing(tmp_path: Path) -> None:
     """A set was agreed on and no share made of it; of the attempts after it the limit then admits three."""
     with services_inside(tmp_path, limits={1: {"max_rho_total": LIMIT}}) as services:
-        group = PartyGroup([service.url for service in services])
+        group = PartyGroup(service_links([service.url for service in services]))
         rig = Rig(group, (), lambda rank: services[rank].party.directory)
         terms = asked(rig, "victim", "made-up")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(services[0].rounds), "_share", _no_share)
-            with pytest.raises(RefusedError, match="no share"):
+            with pytest.raises(RefusalError, match="no share"):
                 rig.close(terms)
         assert rig.journal(1, "agreed", terms)
         for endpoint in group.aggregators:
@@ -199,7 +197,7 @@ def test_one_aggregator_with_a_limit_is_enough_and_an_abandoned_set_costs_nothin
         last = rig.open(roster=("victim", "other", "third"), sigma2=SIGMA2, bound=BOUND)
         uploads = uploads_of(last)
         rig.put(uploads["victim"], 0)
-        with pytest.raises(RefusedError, match=BEYOND):
+        with pytest.raises(RefusalError, match=BEYOND):
             rig.put(uploads["victim"], 1)
         for device in ("other", "third"):
             rig.put(uploads[device])
@@ -210,7 +208,7 @@ def test_one_aggregator_with_a_limit_is_enough_and_an_abandoned_set_costs_nothin
 def test_without_a_limit_a_cloud_can_ask_for_ever(tmp_path: Path) -> None:
     """The twin that shows what the limit is for; and a limit set too late makes no more shares."""
     with services_inside(tmp_path) as services:
-        group = PartyGroup([service.url for service in services])
+        group = PartyGroup(service_links([service.url for service in services]))
         rig = Rig(group, (), lambda rank: services[rank].party.directory)
         for _ in range(4):
             rig.close(asked(rig, "victim", "made-up"))

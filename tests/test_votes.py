@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rig import LIMITS, Rig, services_inside, soon, strike
+from ring import LocalGroup, RingBackend
 from running import play, same, small
 from safetensors.torch import load_file
 from scipy import stats
@@ -20,24 +21,20 @@ from scipy import stats
 from audits.membership_inference import views_of
 from privkd import prepared
 from privkd.channels.channel import open_channel
-from privkd.errors import ChannelError, ConfigError
+from privkd.channels.secure import SecureOptions
+from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.privacy.events import NoPrivacy, ZCdp
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import VoteRule, tally, vote_rule
-from privkd.secure.admission import admit_terms
-from privkd.secure.backend import LocalGroup, RingBackend
-from privkd.secure.cloud import PartyGroup
-from privkd.secure.commands import KeysRequest, keys_command
-from privkd.secure.device import Upload, prepare, seal_integers
-from privkd.secure.endpoint import RefusedError
-from privkd.secure.envelope import upload_identifier
+from privkd.secure.client import service_links
+from privkd.secure.frames import Kind
+from privkd.secure.group import PartyGroup
+from privkd.secure.keys import load_party, make_keys
 from privkd.secure.local import LocalParties
-from privkd.secure.party import load_party
-from privkd.secure.posts import combine, vote_post
-from privkd.secure.remote import ServiceOptions
+from privkd.secure.rounds import admit_terms
 from privkd.secure.shares import split
-from privkd.secure.terms import RoundTerms, VoteTerms, set_digest
-from privkd.secure.wire import Kind
+from privkd.secure.terms import RoundTerms, VoteTerms, combine, partial_vote, set_digest
+from privkd.secure.upload import Upload, prepare, seal_integers, upload_identifier
 
 Integers = NDArray[np.int64]
 ROOT = NoiseRoot.from_seed(3)
@@ -46,7 +43,7 @@ ROOT = NoiseRoot.from_seed(3)
 def voting_rig(parties: int) -> Iterator[Rig]:
     keys = tuple(bytes([rank + 1]) * 32 for rank in range(parties + 1))
     with LocalParties(parties, third_party=True, limits=LIMITS, noise_keys=keys) as local:
-        group = PartyGroup(local.urls, local.client_tls)
+        group = PartyGroup(service_links(local.urls, local.client_tls))
         group.gather(soon())
         yield Rig(group, keys[:parties], local.state, kept={"local": local})
         group.disconnect()
@@ -149,7 +146,7 @@ def test_what_is_posted_is_uniform_and_a_repeated_vote_is_the_same(rig: Rig) -> 
 def test_shares_of_two_sessions_are_never_put_together(rig: Rig) -> None:
     terms, _ = hold(rig, votes_of(4, 10, 3), 3)
     share = np.zeros((10, 3), np.bool_)
-    posts = [vote_post(bytes(32), session, share) for session in ("one", "two")]
+    posts = [partial_vote(bytes(32), session, share) for session in ("one", "two")]
     with pytest.raises(ChannelError, match="not of one set"):
         combine(terms, posts)
     assert not combine(terms, [posts[0], posts[0]]).any()
@@ -181,21 +178,21 @@ def test_a_device_that_stuffs_the_ballot_fails_the_norm_check(rig: Rig) -> None:
 
 def test_a_group_without_a_third_party_holds_no_vote(tmp_path: Path) -> None:
     with services_inside(tmp_path) as services:
-        group = PartyGroup([service.url for service in services])
+        group = PartyGroup(service_links([service.url for service in services]))
         other = Rig(group, (), lambda rank: services[rank].party.directory)
-        with pytest.raises(RefusedError, match="a vote needs a third party"):
+        with pytest.raises(RefusalError, match="a vote needs a third party"):
             hold(other, votes_of(4, 5, 3), 2)
         group.disconnect()
         # A run is told before it begins, so before anything is spent.
         rule = vote_rule(devices=4, queries=5, rho=None, threshold=0.5, threshold_share=0.5)
-        options = ServiceOptions(urls=tuple(service.url for service in services), votes=rule)
-        channel = open_channel("secure", clip_norm=1.0, root=ROOT, services=options)
+        options = SecureOptions(urls=tuple(service.url for service in services), votes=rule)
+        channel = open_channel("secure", clip_norm=1.0, root=ROOT, options=options)
         with channel, pytest.raises(ConfigError, match="the services have none"):
             channel.start()
 
 
 def test_a_party_holds_votes_to_its_own_price(tmp_path: Path) -> None:
-    keys_command(KeysRequest(tmp_path, 2, True, ("127.0.0.1",), 0, (), tls=False))
+    make_keys(tmp_path, third_party=True, tls=False)
     party = load_party(tmp_path / "party-0.toml")
     votes = VoteTerms(classes=3, threshold=2, threshold_sigma2="7")
     terms = RoundTerms(
@@ -231,7 +228,7 @@ def test_workers_killed_and_stopped_at_the_vote(tmp_path: Path) -> None:
         ("aggregator-0", signal.SIGSTOP, True),
     ]
     with services_inside(tmp_path, third_party=True) as services:
-        group = PartyGroup([service.url for service in services])
+        group = PartyGroup(service_links([service.url for service in services]))
         keys = tuple(service.party.noise_key.read_bytes() for service in services[:2])
         rig = Rig(group, keys, lambda rank: services[rank].party.directory)
         votes = votes_of(6, 100, 5)
@@ -293,7 +290,7 @@ def test_the_channel_releases_labels_and_its_price() -> None:
     votes = torch.from_numpy(votes_of(6, 40, 5)).to(torch.float32)
     devices = [f"device-{i}" for i in range(6)]
     rule = vote_rule(devices=6, queries=40, rho=None, threshold=0.5, threshold_share=0.5)
-    with open_channel("secure", clip_norm=1.0, root=ROOT, services=ServiceOptions(votes=rule)) as channel:
+    with open_channel("secure", clip_norm=1.0, root=ROOT, options=SecureOptions(votes=rule)) as channel:
         release = channel.release(votes, devices=devices, round=0)
         assert isinstance(channel.event, NoPrivacy)
         counts = votes.sum(0)
@@ -315,14 +312,14 @@ def test_the_channel_releases_labels_and_its_price() -> None:
 def test_a_rule_that_costs_more_than_the_channel_is_refused() -> None:
     rule = vote_rule(devices=6, queries=40, rho=1.0, threshold=0.5, threshold_share=0.5)
     for rho, options, words in [
-        (0.5, ServiceOptions(votes=rule), "less than the votes' rule costs"),
-        (None, ServiceOptions(votes=rule), "not that of the votes' rule"),
-        (1.0, ServiceOptions(votes=VoteRule(40, 3, None, None)), "not that of the votes' rule"),
-        (1.0, ServiceOptions(votes=rule, noise="devices"), "would spoil it"),
+        (0.5, SecureOptions(votes=rule), "less than the votes' rule costs"),
+        (None, SecureOptions(votes=rule), "not that of the votes' rule"),
+        (1.0, SecureOptions(votes=VoteRule(40, 3, None, None)), "not that of the votes' rule"),
+        (1.0, SecureOptions(votes=rule, noise="devices"), "would spoil it"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            open_channel("secure", clip_norm=1.0, root=ROOT, rho=rho, services=options)
-    channel = open_channel("secure", clip_norm=1.0, root=ROOT, rho=1.0, services=ServiceOptions(votes=rule))
+            open_channel("secure", clip_norm=1.0, root=ROOT, rho=rho, options=options)
+    channel = open_channel("secure", clip_norm=1.0, root=ROOT, rho=1.0, options=SecureOptions(votes=rule))
     assert channel.event == ZCdp(1.0)
 
 

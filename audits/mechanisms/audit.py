@@ -42,6 +42,7 @@ from audits.mechanisms.on_channel import audit_releases
 from audits.mechanisms.on_device import audit_training
 from audits.verdict import Finding
 from privkd.channels.channel import Channel, open_channel
+from privkd.channels.secure import SecureOptions
 from privkd.config import load_config
 from privkd.federation import Federation
 from privkd.prepared import Prepared, prepare
@@ -51,7 +52,6 @@ from privkd.privacy.events import DpSgd, PrivacyEvent, Unit, ZCdp
 from privkd.privacy.randomness import derive_seed
 from privkd.progress import Progress
 from privkd.runs.checkpoint import State
-from privkd.secure.remote import ServiceOptions
 
 _DELTA = 1e-5
 _CONFIDENCE = 0.95
@@ -209,7 +209,7 @@ def opened(run: Prepared, rho: float | None) -> Channel:
         rho=rho,
         aggregators=settings.aggregators,
         deadline=settings.deadline,
-        services=ServiceOptions() if settings.through_services else None,
+        options=SecureOptions(services=settings.through_services),
     )
 
 

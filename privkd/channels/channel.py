@@ -24,7 +24,7 @@ from privkd.privacy.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
 from privkd.secure.fixedpoint import FixedPoint, clip_rows, content_digest, finite_or_zero
 
 if TYPE_CHECKING:
-    from privkd.secure.remote import ServiceOptions
+    from privkd.channels.secure import SecureOptions
 
 ChannelKind: TypeAlias = Literal["plain", "noised", "secure"]
 
@@ -53,7 +53,17 @@ class Channel(ABC):
     def event(self) -> PrivacyEvent:
         """Device-level price of one release, known (and debited) before it happens."""
 
+    def open(self, question: Question, devices: Sequence[PartyId]) -> None:  # noqa: B027
+        """Have whatever stands behind the channel await answers to ``question`` of at most ``devices``."""
+
     @abstractmethod
+    def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
+        """The device's half: what ``device`` sends for its finite ``block`` ``[query * class]``."""
+
+    @abstractmethod
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        """The cloud's half: what it sees of the ``uploads`` for ``question``."""
+
     def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
         """Send each device's block of ``answers`` to ``question`` ``[device, query, class]`` to the cloud.
 
@@ -66,6 +76,10 @@ class Channel(ABC):
         Raises:
             ChannelError: a party failed, or the blocks do not fit the devices; nothing was released.
         """
+        blocks = contributions(answers, devices, question.round)
+        self.open(question, devices)
+        encoded = [self.encode(question, *each) for each in zip(blocks, devices, strict=True)]
+        return self.collect(question, encoded)
 
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
         """`carry` for answers ``[device, query, class]`` that are made up, to no question of any run."""
@@ -105,25 +119,7 @@ class Channel(ABC):
         self.close()
 
 
-class SingleUploads(Channel):
-    """A channel whose uploads the cloud reads one by one, each device's own."""
-
-    @abstractmethod
-    def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
-        """The device's half: what ``device`` sends for its finite ``block`` ``[query * class]``."""
-
-    @abstractmethod
-    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
-        """The cloud's half: what it sees of the ``uploads`` for ``question``."""
-
-    def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
-        """Have each device encode its block, and collect; see ``Channel.carry``."""
-        blocks = contributions(answers, devices, question.round)
-        encoded = [self.encode(question, *each) for each in zip(blocks, devices, strict=True)]
-        return self.collect(question, encoded)
-
-
-class PlainChannel(SingleUploads):
+class PlainChannel(Channel):
     """Every device's clipped answers, as they are. Trust: the cloud sees all."""
 
     @property
@@ -142,7 +138,7 @@ class PlainChannel(SingleUploads):
         return _shown(question, np.stack(blocks), 0.0, uploads)
 
 
-class NoisedChannel(SingleUploads):
+class NoisedChannel(Channel):
     """Every device clips its answers and adds its own discrete Gaussian. Trust: each device, in itself alone.
 
     The clipped block is encoded in integers with L2 norm at most ``C_int``; the noise has
@@ -189,7 +185,7 @@ def open_channel(
     rho: float | None = None,
     aggregators: int = 2,
     deadline: float = 120.0,
-    services: "ServiceOptions | None" = None,
+    options: "SecureOptions | None" = None,
 ) -> Channel:
     """The channel of this kind.
 
@@ -200,8 +196,7 @@ def open_channel(
         rho: zCDP price of one release to each device, or ``None`` for no noise. ``plain`` takes none.
         aggregators: number of parties among which ``secure`` shares the answers; at least 2.
         deadline: seconds that one step of ``secure``'s parties may take.
-        services: have ``secure`` go through services over the network, and which; else through processes
-            of its own.
+        options: where the parties of ``secure`` run, and how rounds are held with them.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -214,12 +209,9 @@ def open_channel(
         return NoisedChannel(clip_norm, rho, root)
     if kind == "secure":
         # Imported here, as its module needs this one's contract.
-        from privkd.secure.channel import SecureChannel
-        from privkd.secure.remote import ServiceChannel
+        from privkd.channels.secure import SecureChannel
 
-        if services is not None:
-            return ServiceChannel(clip_norm, rho, root, services, aggregators=aggregators, deadline=deadline)
-        return SecureChannel(clip_norm, rho, root, aggregators=aggregators, deadline=deadline)
+        return SecureChannel(clip_norm, rho, root, options, aggregators=aggregators, deadline=deadline)
     raise ConfigError(f"channel.kind={kind!r}: expected one of ['noised', 'plain', 'secure']")
 
 

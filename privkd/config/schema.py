@@ -21,12 +21,13 @@ from privkd.config.mistakes import in_words
 from privkd.errors import ConfigError
 from privkd.labels import canonical_number, same_number
 from privkd.options import put, setting_of
-from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
 _LARGEST = 10**9
 _LONGEST_WAIT = 86_400.0
 _MOST_ROUNDS = 100_000
+MIN_PROJECTIONS, MAX_PROJECTIONS = 29, 256
+"""Of a norm check: see ``privkd.secure.normcheck``."""
 _WIDEST = 4096
 
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
@@ -337,8 +338,8 @@ class ChannelConfig(Settings):
         row_clip: the clip norm of a device's whole block is ``row_clip * sqrt(queries)``.
         deadline: seconds that one step of the secure channel's parties may take.
         parties: behind ``secure``: ``processes`` of the run itself, quick to simulate with, or ``services``
-            as they are deployed. A local group of services is started unless ``aggregator_urls`` are given.
-            Each setting below implies services.
+            as they are deployed. Both make the same releases. They are started for the run unless
+            ``aggregator_urls`` are given.
         aggregator_urls: running services, the third party's included if there is one.
         ca: authority of the services' certificates. ``None``: the system's.
         certificate: the cloud's own, where the services ask for one; ``key`` is its key.
@@ -384,10 +385,10 @@ class ChannelConfig(Settings):
     @property
     def through_services(self) -> bool:
         """Whether the secure channel goes through services."""
-        return self.kind == "secure" and (self.parties == "services" or self._asks_for_services)
+        return self.kind == "secure" and (self.parties == "services" or bool(self.aggregator_urls))
 
     @property
-    def _asks_for_services(self) -> bool:
+    def _asks_for_parties(self) -> bool:
         noise_or_check = self.noise_from == "devices" or self.norm_projections > 0
         voting = self.aggregation == "votes"
         return bool(self.aggregator_urls) or self.minimum_devices is not None or noise_or_check or voting
@@ -399,7 +400,7 @@ class ChannelConfig(Settings):
 
     @model_validator(mode="after")
     def _of_services(self) -> Self:
-        if self._asks_for_services and self.kind != "secure":
+        if self._asks_for_parties and self.kind != "secure":
             raise ValueError(
                 "aggregation, aggregator_urls, minimum_devices, noise_from and norm_projections are for kind "
                 "'secure'"

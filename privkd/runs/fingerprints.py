@@ -26,7 +26,6 @@ from torch import Tensor
 
 from privkd.cloud import RULES
 from privkd.config import Config, DataConfig
-from privkd.credentials import noise_root
 from privkd.data.scenario import Scenario
 from privkd.data.sources import SOURCES, data_files, is_function_name, may_be_code
 from privkd.errors import RunError
@@ -36,6 +35,7 @@ from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
 from privkd.runs.binding import STEP, Binding, binding_of
 from privkd.runs.checkpoint import saved
+from privkd.runs.credentials import noise_root
 from privkd.runs.folder import RunFolder, versions
 
 _MOST_NAMED = 100

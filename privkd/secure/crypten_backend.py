@@ -5,7 +5,9 @@ deliberately not: ``reveal(dst)`` and ``get_plain_text(dst)``, which on gloo sho
 to every party; its fixed-point ``decode``, which is wrong for large negatives; its generators, of which
 32 bits of seed are effective; the provider that shows every triple to the first party. Integers enter with
 ``precision=0`` and leave as raw shares. The sum needs no randomness of CrypTen's at all. The norm check and
-the vote do, and have a third party deal it from cryptographic generators.
+the vote do, and have a third party deal it from cryptographic generators: AES-256-CTR streams. Two parties
+that share one derive it from their pinned X25519 keys, so that nothing secret crosses the wire; a party's own
+comes from the operating system.
 """
 
 import contextlib
@@ -14,20 +16,25 @@ import importlib.machinery
 import importlib.util
 import math
 import os
+import secrets
 import socket
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.secure.csprng import CryptoGenerator, PartyKeys
+from privkd.privacy.noise import KEY_BYTES, Keystream
 from privkd.secure.normcheck import NormTest
 from privkd.secure.shares import RING_BITS as _RING_BITS
 
@@ -71,6 +78,37 @@ with importable():
     from crypten.mpc.ptype import ptype as Ptype
 
 _DRAWING = (rng, arithmetic, binary, tfp_provider, ttp_provider)
+
+
+class CryptoGenerator:
+    """What CrypTen takes for a generator. ``device`` is where its numbers are wanted."""
+
+    device = "cpu"
+
+    def __init__(self, key: bytes | None = None) -> None:
+        """Keyed by ``key``, or by the operating system."""
+        self._stream = Keystream(secrets.token_bytes(KEY_BYTES) if key is None else key)
+
+    def words(self, count: int) -> NDArray[np.int64]:
+        """``count`` uniform elements of Z_2^64, in an array that may be written to."""
+        return self._stream.words(count).view(np.int64).copy()
+
+
+@dataclass(frozen=True)
+class PartyKeys:
+    """One party's own key, all members' public ones by rank, and the session that they serve."""
+
+    rank: int
+    own: X25519PrivateKey
+    members: tuple[bytes, ...]
+    session: str
+
+    def shared_with(self, other: int, label: str) -> CryptoGenerator:
+        """The stream that this party and ``other`` share for one use, named by ``label``."""
+        secret = self.own.exchange(X25519PublicKey.from_public_bytes(self.members[other]))
+        low, high = sorted((self.rank, other))
+        info = f"privkd crypten|{self.session}|{low}|{high}|{label}".encode()
+        return CryptoGenerator(HKDF(hashes.SHA256(), KEY_BYTES, None, info).derive(secret))
 
 
 class CryptenBackend:

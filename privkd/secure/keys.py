@@ -1,27 +1,71 @@
-"""Keys of the parties, and certificates to try the services with.
+"""Who the parties are: their keys, certificates to try the services with, and ``party.toml``.
 
 Each party has an X25519 key, to which devices seal their shares, and a 32-byte noise key, from which its
 discrete Gaussians come. The certificates are for tests and pilots: the authority's key lies beside them.
 In production take yours from the authority that you have.
+
+The settings of one party's service are in its ``party.toml``. ``privkd keys`` writes one for each party::
+
+    rank = 0                          # which party this is; the third party's is the number of aggregators
+    parties = 2                       # aggregators
+    listen = "10.0.0.5:8440"          # where devices and the cloud reach it; port 0 takes any
+    directory = "state-0"             # spool and journal; relative to this file, as are all paths
+    sealing_key = "party-0.key"       # X25519, PEM
+    noise_key = "party-0.noise"       # 32 bytes, secret: whoever has it can take this party's noise off
+    members = ["9f..", "07.."]        # the parties' public keys by rank, the third party's last
+
+    [peers]                           # CrypTen's own link: not encrypted, so loopback or a private network
+    host = "127.0.0.1"                # rank 0's address there
+    port = 0                          # of rank 0's rendezvous; 0 takes any
+    interface = "lo"                  # by which this party reaches it; "" takes the loopback interface
+
+    [tls]
+    certificate = "party-0.pem"
+    key = "party-0.tls.key"
+    client_ca = "ca.pem"              # asks clients for certificates; "cloud" opens and closes rounds
+
+    [limits]
+    minimum_devices = 2               # this party releases nothing over fewer, whatever the cloud asks
+    max_rho = 0.5                     # this party refuses rounds with less noise than this price
+    max_rho_total = 2.0               # most that each device may pay in all rounds together
+    request_seconds = 30.0            # to read one request or write its answer
+    start_seconds = 300.0             # for the worker to come up
+    step_seconds = 120.0              # for one step of the worker
+    hang_seconds = 20.0               # without a sign of life from the worker before it is ended
+    max_connections = 64
+    max_upload_bytes = 67108864
+    keep_rounds = 8                   # finished rounds whose sealed uploads are kept
+
+Without ``[tls]`` it listens on the loopback interface only, and elsewhere only with ``client_ca``, as
+anybody could open and close rounds otherwise. ``max_rho`` and ``max_rho_total`` are unlimited unless given;
+where one is, rounds without noise are refused. A total counts every round of which this party made a share
+(``privkd.secure.terms``). Every field is public but what the two key
+files hold.
 """
 
 import ipaddress
 import os
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated, Any, Self
 
+import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from pydantic import Field, ValidationError, model_validator
 
+from privkd.config import Positive, PositiveFloat, Settings
 from privkd.errors import ConfigError
 from privkd.privacy.noise import KEY_BYTES
 
 CLOUD = "cloud"
 """Common name of the certificate that may open and close rounds."""
+_TAKEN = (CLOUD, "ca")
 
 
 def write_secret(path: Path, data: bytes) -> None:
@@ -47,11 +91,6 @@ def create_sealing_key(path: Path) -> str:
     key = X25519PrivateKey.generate()
     write_secret(path, _pem(key))
     return public_hex(key)
-
-
-def create_noise_key(path: Path) -> None:
-    """Write a new 32-byte noise key from the operating system's generator."""
-    write_secret(path, os.urandom(KEY_BYTES))
 
 
 def load_sealing_key(path: Path) -> X25519PrivateKey:
@@ -185,3 +224,265 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; `privkd keys` makes one") from None
+
+
+MAX_PARTIES = 16
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class PeersConfig(Settings):
+    """CrypTen's link among the parties; see the module."""
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+    interface: str = ""
+
+
+class TlsConfig(Settings):
+    """The service's certificate, and the authority of its clients'; see the module."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+class LimitsConfig(Settings):
+    """What this party refuses, and how long it waits; see the module."""
+
+    minimum_devices: Positive = 2
+    max_rho: PositiveFloat | None = None
+    max_rho_total: PositiveFloat | None = None
+    request_seconds: PositiveFloat = 30.0
+    start_seconds: PositiveFloat = 300.0
+    step_seconds: PositiveFloat = 120.0
+    hang_seconds: PositiveFloat = 20.0
+    max_connections: Positive = 64
+    max_upload_bytes: Positive = 1 << 26
+    keep_rounds: Positive = 8
+
+
+class Party(Settings):
+    """One party among its peers: all that the rounds need to know of it, wherever it runs."""
+
+    rank: Annotated[int, Field(ge=0, le=MAX_PARTIES)]
+    parties: Annotated[int, Field(ge=2, le=MAX_PARTIES)]
+    members: tuple[str, ...]
+    peers: PeersConfig = PeersConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="after")
+    def _of_one_group(self) -> Self:
+        if len(self.members) not in (self.parties, self.parties + 1):
+            raise ValueError(f"{len(self.members)} members: expected the keys of {self.parties} aggregators, "
+                             "and of the third party if there is one")  # fmt: skip
+        for member in self.members:
+            if len(member) != 64 or not set(member) <= set("0123456789abcdef"):
+                raise ValueError(f"member {member!r}: expected 64 hexadecimal digits")
+        if len(set(self.members)) != len(self.members):
+            raise ValueError("members: two parties have one key")
+        if self.rank >= len(self.members):
+            raise ValueError(f"rank={self.rank}: expected 0 to {len(self.members) - 1}")
+        return self
+
+    @property
+    def third_party(self) -> bool:
+        """Whether the group has a third party, which deals correlated randomness and sees no shares."""
+        return len(self.members) > self.parties
+
+    @property
+    def deals(self) -> bool:
+        """Whether this is the third party itself."""
+        return self.rank == self.parties
+
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+        return "third-party" if self.deals else f"aggregator-{self.rank}"
+
+    @property
+    def public(self) -> dict[str, Any]:
+        """What it says of itself."""
+        key, members = self.members[self.rank], len(self.members)
+        return {"rank": self.rank, "parties": self.parties, "key": key, "members": members}
+
+
+class PartyConfig(Party):
+    """One party's service; see the module."""
+
+    listen: str
+    directory: Path
+    sealing_key: Path
+    noise_key: Path
+    tls: TlsConfig | None = None
+
+    @model_validator(mode="after")
+    def _not_open_to_all(self) -> Self:
+        host, _ = self.address
+        if self.tls is None and not _is_loopback(host):
+            raise ValueError(f"listen={self.listen!r}: without [tls] only the loopback interface is allowed")
+        if self.tls is not None and self.tls.client_ca is None and not _is_loopback(host):
+            raise ValueError(
+                f"listen={self.listen!r}: without tls.client_ca anybody who reaches it could open and close "
+                "rounds; set client_ca, or listen on the loopback interface"
+            )
+        return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of ``listen``."""
+        host, colon, port = self.listen.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"listen={self.listen!r}: expected host:port")
+        return host.strip("[]"), int(port)
+
+
+def load_party(path: Path) -> PartyConfig:
+    """The party that a TOML file describes; its paths are taken relative to the file's folder.
+
+    Raises:
+        ConfigError: the file is missing, not TOML, or a setting is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            tree = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"party configuration {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"party configuration {path} is not TOML: {error}") from None
+    try:
+        party = PartyConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(step) for step in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {f'{name}: ' if name else ''}{message}") from None
+    return _anchored(party, path.resolve().parent)
+
+
+def _anchored(party: PartyConfig, folder: Path) -> PartyConfig:
+    tls = party.tls
+    if tls is not None:
+        tls = tls.model_copy(
+            update={
+                "certificate": folder / tls.certificate,
+                "key": folder / tls.key,
+                "client_ca": None if tls.client_ca is None else folder / tls.client_ca,
+            }
+        )
+    return party.model_copy(
+        update={
+            "directory": folder / party.directory,
+            "sealing_key": folder / party.sealing_key,
+            "noise_key": folder / party.noise_key,
+            "tls": tls,
+        }
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def make_keys(
+    out: Path,
+    *,
+    parties: int = 2,
+    third_party: bool = False,
+    hosts: Sequence[str] = ("127.0.0.1",),
+    port: int = 0,
+    devices: Sequence[str] = (),
+    tls: bool = True,
+) -> str:
+    """Make keys, test certificates and one configuration a party; what is where, in words.
+
+    Args:
+        out: a folder for all files.
+        parties: number of aggregators.
+        third_party: whether to make a third party too.
+        hosts: host names or addresses of the parties' services, by rank; one for all is enough.
+        port: of the first party's service, the others' follow; 0 lets each take any.
+        devices: names for which client certificates are made.
+        tls: whether to make certificates and to use them.
+
+    Raises:
+        ConfigError: a setting is out of range, or a file exists already.
+    """
+    if not 2 <= parties <= MAX_PARTIES:
+        raise ConfigError(f"parties={parties}: expected 2 to {MAX_PARTIES}")
+    count = parties + third_party
+    if not 0 <= port <= 65535 - count:
+        raise ConfigError(f"port={port}: expected 0 to {65535 - count}")
+    for device in devices:
+        if not device or set(device) & set("/\\\0") or device.startswith((".", "party-")) or device in _TAKEN:
+            raise ConfigError(f"device {device!r}: its certificate needs a name that can be a file's")
+    if len(hosts) not in (1, count):
+        raise ConfigError(f"{len(hosts)} hosts for {count} parties: give one for all, or one each")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror or error}") from None
+    each = hosts if len(hosts) == count else [hosts[0]] * count
+    write_parties(out, parties, each, port=port, devices=devices, tls=tls)
+    return (
+        f"{count} parties in {out}: give each party its own party-N files"
+        f"{' and ca.pem' if tls else ''}, then run `privkd aggregator --config party-N.toml` there\n"
+        "each party sets its own [limits] in party-N.toml: max_rho for a round, and max_rho_total for each "
+        "device over all rounds, without which a cloud can ask the same device for ever"
+    )
+
+
+def write_parties(
+    folder: Path,
+    parties: int,
+    hosts: Sequence[str],
+    *,
+    port: int = 0,
+    devices: Sequence[str] = (),
+    tls: bool = True,
+    noise_keys: Sequence[bytes] = (),
+    limits: Mapping[str, Any] | None = None,
+) -> TestAuthority | None:
+    """What `make_keys` writes; the authority of the certificates, if any.
+
+    Args:
+        folder: exists already.
+        parties: number of aggregators; another one of ``hosts`` is the third party's.
+        hosts: of each party.
+        port: see `make_keys`, as for ``devices`` and ``tls``.
+        devices: see `make_keys`.
+        tls: see `make_keys`.
+        noise_keys: by rank; fresh unless given.
+        limits: the ``[limits]`` of all.
+    """
+    public = [create_sealing_key(folder / f"party-{rank}.key") for rank in range(len(hosts))]
+    authority = TestAuthority() if tls else None
+    if authority is not None:
+        authority.write(folder)
+        for name in (CLOUD, *devices):
+            authority.issue(folder, name, name=name)
+    for rank, host in enumerate(hosts):
+        name = f"party-{rank}"
+        write_secret(folder / f"{name}.noise", noise_keys[rank] if noise_keys else os.urandom(KEY_BYTES))
+        settings: dict[str, Any] = {
+            "rank": rank,
+            "parties": parties,
+            "listen": f"{host}:{port + rank if port else 0}",
+            "directory": f"state-{rank}",
+            "sealing_key": f"{name}.key",
+            "noise_key": f"{name}.noise",
+            "members": public,
+        }
+        if limits:
+            settings["limits"] = dict(limits)
+        if authority is not None:
+            authority.issue(folder, f"{name}.tls", name=name, hosts=[host])
+            settings["tls"] = {
+                "certificate": f"{name}.tls.pem",
+                "key": f"{name}.tls.key",
+                "client_ca": "ca.pem",
+            }
+        (folder / f"{name}.toml").write_text(tomli_w.dumps(settings))
+    return authority

@@ -1,7 +1,9 @@
-"""A whole group of services on this machine: started, watched, restarted where one dies, and stopped.
+"""Whole groups on this machine: parties of this process, or services as they are deployed.
 
-The services are the same as in a deployment, each a process of its own with its own keys, spool and
-journal; only that one owner runs them all.
+`local_links` holds the rounds of all parties in this process, by the services' own code: what is left out is
+what one owner of all parties has no use for, the network, certificates, uploads and journals on disk. Each
+party's worker is a process of its own all the same. `LocalParties` are the services themselves, each with its
+own keys, uploads and journal: started, watched, restarted where one dies, and stopped.
 """
 
 import contextlib
@@ -14,21 +16,146 @@ import threading
 import time
 import tomllib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import privkd
-from privkd.errors import ChannelError
-from privkd.secure.endpoint import ClientTls
-from privkd.secure.keys import CLOUD, TestAuthority, create_noise_key, create_sealing_key, write_secret
+from privkd.errors import ChannelError, RefusalError
+from privkd.secure.client import ClientTls
+from privkd.secure.keys import CLOUD, LimitsConfig, Party, public_hex, write_parties
+from privkd.secure.rounds import Rounds
+from privkd.secure.terms import RoundTerms
+from privkd.secure.uploads import UploadsInMemory
+from privkd.secure.worker import Worker, WorkerSupervisor, first_death
 
 _WATCH_SECONDS = 0.1
 _END_SECONDS = 5.0
 _HOST = "127.0.0.1"
+_MAX_BLOCK_BYTES = 1 << 28
+
+
+def local_links(
+    aggregators: int,
+    noise_keys: Sequence[bytes],
+    *,
+    third_party: bool = False,
+    step_seconds: float,
+    start_seconds: float,
+) -> "list[LocalLink]":
+    """Links to new parties of this process; their workers start with the first session.
+
+    Args:
+        aggregators: how many there are.
+        noise_keys: the parties' noise keys, by rank.
+        third_party: whether there is a third party too.
+        step_seconds: that each step of a worker may take.
+        start_seconds: that the workers may take to come up.
+    """
+    sealing_keys = [X25519PrivateKey.generate() for _ in range(aggregators + third_party)]
+    limits = LimitsConfig(
+        minimum_devices=1,
+        start_seconds=start_seconds,
+        step_seconds=step_seconds,
+        hang_seconds=step_seconds,
+        max_upload_bytes=_MAX_BLOCK_BYTES,
+    )
+    members = tuple(public_hex(key) for key in sealing_keys)
+    group = _Group()
+    return [
+        LocalLink(Party(rank=rank, parties=aggregators, members=members, limits=limits), key, noise, group)
+        for rank, (key, noise) in enumerate(zip(sealing_keys, noise_keys, strict=True))
+    ]
+
+
+class _Group:
+    """The workers of a local group: one lost is all lost, and is told by all alike."""
+
+    def __init__(self) -> None:
+        self.supervisors: list[WorkerSupervisor] = []
+        self._judging = threading.Lock()
+        self._verdict: str | None = None
+
+    def lost(self, error: ChannelError) -> ChannelError:
+        """What to raise for an ``error`` of one worker; ends all."""
+        with self._judging:
+            if self._verdict is None:
+                self._verdict = self._blame(error)
+                for supervisor in self.supervisors:
+                    supervisor.stop()
+            return ChannelError(f"{self._verdict}; nothing was released")
+
+    def _blame(self, error: ChannelError) -> str:
+        """A worker whose peer was killed or stands still complains first, but the other one is to blame."""
+        others: list[Worker] = [s.worker for s in self.supervisors if s.worker is not None]
+        death = first_death(others)
+        silent = [worker.name for worker in others if worker.silent]
+        return death or (f"{', '.join(silent)} stopped answering" if silent else str(error))
+
+
+class LocalLink:
+    """The link to a party of this process. One round is held at a time, and forgotten when the next opens.
+
+    So a round that failed, or is asked for again, is simply held again, and as its noise is a function of the
+    set of uploads, the same uploads meet the same noise and others another.
+    """
+
+    def __init__(self, party: Party, sealing_key: X25519PrivateKey, noise_key: bytes, group: _Group) -> None:
+        self._party = party
+        self._group = group
+        self.supervisor = WorkerSupervisor(party, sealing_key, noise_key, [], name=party.name)
+        group.supervisors.append(self.supervisor)
+        self._rounds = self._no_rounds()
+
+    def _no_rounds(self) -> Rounds:
+        return Rounds(self._party, self.supervisor, journal=[], create=UploadsInMemory)
+
+    @property
+    def name(self) -> str:
+        """As its worker is called."""
+        return self._party.name
+
+    def about(self, deadline: float) -> Mapping[str, Any]:
+        """See `PartyLink.about`, as for all below."""
+        return self._party.public
+
+    def join(self, session: str, port: int | None, deadline: float) -> int:
+        """Start its worker."""
+        return self.supervisor.join(session, port)
+
+    def open(self, terms: RoundTerms, deadline: float) -> None:
+        """Open a round, and forget the one before."""
+        self._rounds = self._no_rounds()
+        self._rounds.open(terms)
+
+    def relay(self, round: int, envelopes: Sequence[bytes], deadline: float) -> list[str]:
+        """Take uploads; what was refused."""
+        return self._rounds.upload_all(round, envelopes)
+
+    def status(self, round: int, deadline: float) -> Mapping[str, Any]:
+        """What is public of a round."""
+        return self._rounds.status(round)
+
+    def share(self, round: int, session: str, *, agree: bool, kept: bool, deadline: float) -> bytes:
+        """Close a round; the party's part of the result. The workers' own limits say how long it takes."""
+        try:
+            return self._rounds.close(round, session, agree=agree, kept=kept)
+        except RefusalError:
+            raise
+        except ChannelError as error:
+            raise self._group.lost(error) from error
+
+    def abandon(self, round: int, deadline: float) -> None:
+        """Never release anything of a round."""
+        self._rounds.abandon(round)
+
+    def close(self) -> None:
+        """End its worker. Idempotent."""
+        self.supervisor.stop()
 
 
 class LocalParties:
@@ -64,8 +191,9 @@ class LocalParties:
         self._folder = tempfile.TemporaryDirectory(prefix="privkd-parties-")
         self.folder = Path(self._folder.name)
         count = parties + third_party
-        self._tls = tls
-        self._configure(parties, count, dict(limits or {}), noise_keys)
+        self.authority = write_parties(
+            self.folder, parties, [_HOST] * count, tls=tls, noise_keys=noise_keys, limits=limits
+        )
         self._processes: list[subprocess.Popen[bytes]] = []
         self._watch = _Watch(self.folder, self._processes)
         self._finalizer = weakref.finalize(
@@ -81,39 +209,6 @@ class LocalParties:
             self.stop()
             raise
         threading.Thread(target=self._watch.run, daemon=True).start()
-
-    def _configure(
-        self, parties: int, count: int, limits: dict[str, Any], noise_keys: tuple[bytes, ...]
-    ) -> None:
-        public = [create_sealing_key(self.folder / f"party-{rank}.key") for rank in range(count)]
-        self.authority = authority = TestAuthority() if self._tls else None
-        if authority is not None:
-            authority.write(self.folder)
-            authority.issue(self.folder, CLOUD, name=CLOUD)
-        for rank in range(count):
-            noise = self.folder / f"party-{rank}.noise"
-            if noise_keys:
-                write_secret(noise, noise_keys[rank])
-            else:
-                create_noise_key(noise)
-            settings: dict[str, Any] = {
-                "rank": rank,
-                "parties": parties,
-                "listen": f"{_HOST}:0",
-                "directory": f"state-{rank}",
-                "sealing_key": f"party-{rank}.key",
-                "noise_key": noise.name,
-                "members": public,
-                "limits": limits,
-            }
-            if authority is not None:
-                authority.issue(self.folder, f"party-{rank}.tls", name=f"party-{rank}", hosts=[_HOST])
-                settings["tls"] = {
-                    "certificate": f"party-{rank}.tls.pem",
-                    "key": f"party-{rank}.tls.key",
-                    "client_ca": "ca.pem",
-                }
-            (self.folder / f"party-{rank}.toml").write_text(tomli_w.dumps(settings))
 
     def _address(self, rank: int, deadline: float) -> str:
         """Where a service listens, which it says first; from then on it keeps that port."""
@@ -135,7 +230,7 @@ class LocalParties:
     @property
     def client_tls(self) -> ClientTls | None:
         """What the cloud trusts and shows."""
-        if not self._tls:
+        if self.authority is None:
             return None
         return ClientTls(self.folder / "ca.pem", self.folder / f"{CLOUD}.pem", self.folder / f"{CLOUD}.key")
 
@@ -167,7 +262,7 @@ def _launch(folder: Path, rank: int) -> "subprocess.Popen[bytes]":
     )
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "privkd.secure.commands", str(folder / f"party-{rank}.toml")],
+            [sys.executable, "-P", "-m", "privkd.secure.service", str(folder / f"party-{rank}.toml")],
             # Held open by us alone: its end is how a service learns of ours.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -180,7 +275,7 @@ def _launch(folder: Path, rank: int) -> "subprocess.Popen[bytes]":
 
 
 class _Watch:
-    """Starts each service again that dies: it takes up its spool and journal."""
+    """Starts each service again that dies: it takes up its uploads and journal."""
 
     def __init__(self, folder: Path, processes: "list[subprocess.Popen[bytes]]") -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""The rounds of one party's service: opened, filled, closed, released once.
+"""The rounds of one party: opened, filled, closed, released once.
 
 What a party decides is in its journal before it acts on it:
 
@@ -19,53 +19,198 @@ that it is left out at all aggregators; a set that holds one all the same is nev
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
-from privkd.errors import ChannelError, ConfigError
-from privkd.journal import Journal
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from privkd.config.schema import MIN_PROJECTIONS
+from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.events import PartyId
-from privkd.secure.admission import RefusalError, admit_header, admit_terms
-from privkd.secure.envelope import Header, header_of, unseal
-from privkd.secure.keys import load_noise_key, load_sealing_key, public_hex
-from privkd.secure.party import PartyConfig
-from privkd.secure.posts import agreed_in, made_in, session_mark
-from privkd.secure.seating import Seating
-from privkd.secure.spool import RoundSpool, stored_rounds
-from privkd.secure.standing import Standing
-from privkd.secure.terms import RoundTerms, attempt_label, set_digest
-from privkd.secure.totals import DeviceTotals
-from privkd.secure.wire import Kind
-from privkd.secure.worker import Task, WorkerError, pack_identifiers, unpack_identifiers
+from privkd.secure.frames import Kind, Task, pack_identifiers, unpack_identifiers
+from privkd.secure.keys import Party
+from privkd.secure.terms import (
+    ROUNDING,
+    DeviceTotals,
+    RoundTerms,
+    agreed_in,
+    attempt_label,
+    made_in,
+    session_mark,
+    set_digest,
+)
+from privkd.secure.upload import Header, header_of, unseal
+from privkd.secure.uploads import RoundUploads
+from privkd.secure.worker import Records, WorkerError, WorkerSupervisor
 
 _MAX_STRANGERS = 100
+
+
+@dataclass
+class RoundState:
+    """How far one attempt at a round has come at one party: the journal's word, but for who was refused.
+
+    Attributes:
+        uploads: what this party holds of it, and its terms.
+        opened: whether it takes part in anything.
+        closed: digest of the uploads that were held when it stopped taking more.
+        agreed: digest of the set over which it is released.
+        devices: that set.
+        left_out: why the other devices are not in it.
+        failure: why nothing will ever be released of it.
+        abandoned: whether a next attempt may be made.
+        posted: whether this party's share left it.
+        pruned: whether the uploads were deleted.
+        refused: why uploads were refused, by device.
+        lock: held by whoever decides.
+    """
+
+    uploads: RoundUploads
+    opened: bool = False
+    closed: str | None = None
+    agreed: str | None = None
+    devices: list[PartyId] = field(default_factory=list)
+    left_out: dict[PartyId, str] = field(default_factory=dict)
+    failure: str | None = None
+    abandoned: bool = False
+    posted: bool = False
+    pruned: bool = False
+    refused: dict[PartyId, str] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @cached_property
+    def roster(self) -> frozenset[PartyId]:
+        """The devices that may contribute."""
+        return frozenset(self.uploads.terms.roster)
+
+    def recall(self, record: dict[str, Any]) -> None:
+        """Take up one record of the journal."""
+        match record["event"]:
+            case "opened":
+                self.opened = True
+            case "closed":
+                self.closed = record["held"]
+            case "agreed":
+                self.agreed = record["set"]
+                self.devices, self.left_out = record["devices"], record["left_out"]
+            case "failed":
+                self.failure = record["reason"]
+            case "abandoned":
+                self.abandon()
+            case "posted":
+                self.posted = True
+
+    def abandon(self) -> None:
+        """From here on nothing is ever released of it."""
+        self.abandoned = True
+        self.failure = f"round {self.uploads.terms.folder} was abandoned"
+
+    @property
+    def shared(self) -> bool:
+        """Whether this party's share was made, so that it may have left."""
+        return self.posted or self.uploads.share is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the uploads serve nothing but repeating what was done."""
+        return self.posted or self.failure is not None
+
+    def absent(self, agreed: set[PartyId]) -> dict[PartyId, str]:
+        """Why each device is left out: those on the roster, and strangers who tried."""
+        reasons: dict[PartyId, str] = {}
+        held = self.uploads.held
+        for device in (*self.uploads.terms.roster, *sorted(self.refused)):
+            if device in agreed or device in reasons:
+                continue
+            default = f"{device}: its upload is missing, or another one, at another aggregator"
+            missing = self.refused.get(device, f"{device}: no upload")
+            reasons[device] = default if device in held else missing
+        return reasons
+
+
+def admit_terms(party: Party, terms: RoundTerms) -> None:
+    """Hold a round's terms to this party's own.
+
+    Raises:
+        RefusalError: it does not take part in such a round.
+    """
+    limits, name = party.limits, f"round {terms.folder}"
+    if party.deals:
+        raise RefusalError(404, f"{party.name} holds no shares, so it takes part in no round")
+    if terms.keys != party.members[: party.parties]:
+        raise RefusalError(409, f"{name}: its keys are not those of this party's members")
+    if terms.expires <= time.time():
+        raise RefusalError(410, f"{name} has expired")
+    if terms.minimum < limits.minimum_devices:
+        raise RefusalError(
+            403, f"{name}: minimum={terms.minimum}, this party asks for {limits.minimum_devices}"
+        )
+    if terms.entries * 4 > limits.max_upload_bytes:
+        raise RefusalError(413, f"{name}: {terms.entries} entries, more than this party takes")
+    if terms.needs_third_party and not party.third_party:
+        what = "the norm check" if terms.projections else "a vote"
+        raise RefusalError(409, f"{name}: {what} needs a third party, and this group has none")
+    if 0 < terms.projections < MIN_PROJECTIONS:
+        raise RefusalError(
+            403, f"{name}: {terms.projections} projections, a norm check takes {MIN_PROJECTIONS}"
+        )
+    rho = terms.rho
+    for limit, most in (("max_rho", limits.max_rho), ("max_rho_total", limits.max_rho_total)):
+        if most is not None and (rho is None or rho > Fraction(most) * ROUNDING):
+            raise RefusalError(403, f"{name}: less noise than this party's {limit}={most:g} asks for")
+
+
+def admit_header(party: Party, roster: Container[PartyId], terms: RoundTerms, header: Header) -> None:
+    """Hold an upload's outside to the round that it was sent to.
+
+    Raises:
+        RefusalError: it is for another round or party, or of a stranger.
+    """
+    found = (header.round, header.party, header.parties, header.entries)
+    expected = (terms.label, party.rank, party.parties, terms.entries)
+    if found != expected:
+        names = ("round", "aggregator", "number of aggregators", "number of entries")
+        wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
+        raise RefusalError(400, f"{header.device}: upload for another {wrong[0]}")
+    if header.device not in roster:
+        raise RefusalError(403, f"{header.device}: not on the roster of round {terms.folder}")
 
 
 class Rounds:
     """All rounds of one party. Safe to call from many threads."""
 
-    def __init__(self, party: PartyConfig) -> None:
-        """Take up what the party's directory holds.
+    def __init__(
+        self,
+        party: Party,
+        supervisor: WorkerSupervisor,
+        *,
+        journal: Records,
+        create: Callable[[RoundTerms], RoundUploads],
+        stored: Iterable[RoundUploads] = (),
+        sealing_key: X25519PrivateKey | None = None,
+    ) -> None:
+        """Take up what there is.
 
-        Raises:
-            ConfigError: a key is missing, or not the one that the members list names.
-            RunError: the journal is damaged.
+        Args:
+            party: whose rounds they are.
+            supervisor: of this party's worker.
+            journal: of what it decided.
+            create: makes room for the uploads of a new round.
+            stored: what it holds of the rounds so far.
+            sealing_key: to which devices seal their shares, to try each upload as it comes; none where all
+                are made in this process, so that the worker's trial is enough.
         """
         self.party = party
-        self._sealing_key = load_sealing_key(party.sealing_key)
-        if public_hex(self._sealing_key) != party.members[party.rank]:
-            raise ConfigError(
-                f"{party.sealing_key}: its public key is {public_hex(self._sealing_key)}, "
-                f"but members[{party.rank}] says {party.members[party.rank]}"
-            )
-        self.seating = Seating(party, self._sealing_key, load_noise_key(party.noise_key))
-        self._spools = party.directory / "rounds"
-        self._spools.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(party.directory / "journal.jsonl")
+        self.supervisor = supervisor
+        self._sealing_key = sealing_key
+        self._create = create
+        self._journal = journal
         self._journalling = threading.Lock()
-        self._rounds = {spool.terms.label: Standing(spool) for spool in stored_rounds(self._spools)}
-        # Known by the journal alone: without a spool nothing can be said of them but that they were.
+        self._rounds = {uploads.terms.label: RoundState(uploads) for uploads in stored}
+        # Known by the journal alone: without uploads nothing can be said of them but that they were.
         self._gone: set[int] = set()
         self._abandoned: set[int] = set()
         for record in self._journal:
@@ -98,13 +243,13 @@ class Rounds:
         """
         with self._opening:
             state = self._rounds.get(terms.label)
-            if state is not None and state.spool.terms != terms:
+            if state is not None and state.uploads.terms != terms:
                 raise RefusalError(409, f"round {terms.folder} was opened with other terms")
             if terms.label in self._abandoned:
                 raise RefusalError(409, f"round {terms.folder} was abandoned")
             if state is None:
                 self._check(terms)
-                state = Standing(RoundSpool.create(self._spools / terms.folder, terms))
+                state = RoundState(self._create(terms))
                 self._rounds[terms.label] = state
             if not state.opened:
                 self._record(terms.label, "opened", terms=terms.model_dump())
@@ -143,7 +288,7 @@ class Rounds:
             if state.abandoned:
                 return
             if state.shared:
-                name = f"round {state.spool.terms.folder}"
+                name = f"round {state.uploads.terms.folder}"
                 raise RefusalError(
                     409, f"{name}: this party's share of it was made, so it can only be completed"
                 )
@@ -158,14 +303,14 @@ class Rounds:
         for state in done[: -self.party.limits.keep_rounds]:
             # Once each: a party that has seen thousands of rounds would else spend its time on them.
             if not state.pruned:
-                state.spool.drop_uploads()
+                state.uploads.drop_uploads()
                 state.pruned = True
 
     def status(self, label: int) -> dict[str, Any]:
         """What is public of a round: its terms, how far it is, and over which devices it is released."""
         state = self._opened(label)
-        terms = state.spool.terms
-        share = None if terms.votes is None else state.spool.share
+        terms = state.uploads.terms
+        share = None if terms.votes is None else state.uploads.share
         expired = state.closed is None and terms.expires <= time.time()
         return {
             "terms": terms.pack().decode(),
@@ -189,7 +334,7 @@ class Rounds:
         """
         state = self._opened(label)
         device = self._take(state, envelope)
-        state.spool.sync()
+        state.uploads.sync()
         return device
 
     def upload_all(self, label: int, envelopes: Iterable[bytes]) -> list[str]:
@@ -201,10 +346,10 @@ class Rounds:
                 self._take(state, envelope)
             except RefusalError as refusal:
                 refused.append(str(refusal))
-        state.spool.sync()
+        state.uploads.sync()
         return refused
 
-    def _take(self, state: Standing, envelope: bytes) -> PartyId:
+    def _take(self, state: RoundState, envelope: bytes) -> PartyId:
         try:
             header = header_of(envelope)
         except ChannelError as error:
@@ -214,20 +359,21 @@ class Rounds:
         except RefusalError as refusal:
             known = header.device in state.roster or len(state.refused) < _MAX_STRANGERS
             # A device whose upload is held is not besmirched by what others send in its name.
-            if known and not state.spool.holds(header.device):
+            if known and not state.uploads.holds(header.device):
                 state.refused[header.device] = str(refusal)
             raise
         return header.device
 
-    def _admit(self, state: Standing, header: Header, envelope: bytes) -> None:
-        terms = state.spool.terms
+    def _admit(self, state: RoundState, header: Header, envelope: bytes) -> None:
+        terms = state.uploads.terms
         admit_header(self.party, state.roster, terms, header)
-        try:
-            unseal(envelope, self._sealing_key)[1].check(terms.entries)
-        except ChannelError as error:
-            raise RefusalError(400, str(error)) from error
+        if self._sealing_key is not None:
+            try:
+                unseal(envelope, self._sealing_key)[1].check(terms.entries)
+            except ChannelError as error:
+                raise RefusalError(400, str(error)) from error
         with state.lock:
-            if not state.spool.holds(header.device):
+            if not state.uploads.holds(header.device):
                 if state.closed is not None or state.failure is not None:
                     raise RefusalError(409, f"{header.device}: round {terms.folder} is closed")
                 if terms.expires <= time.time():
@@ -237,13 +383,13 @@ class Rounds:
                 if beyond:
                     raise RefusalError(403, self._too_dear(header.device, terms))
             try:
-                state.spool.add(header, envelope)
+                state.uploads.add(header, envelope)
             except ChannelError as error:
                 if isinstance(error.__cause__, OSError):
                     raise
                 raise RefusalError(409, str(error)) from error
 
-    def _opened(self, label: int) -> Standing:
+    def _opened(self, label: int) -> RoundState:
         state = self._rounds.get(label)
         if state is None or not state.opened:
             raise RefusalError(404, f"round {label:016x} is not open here")
@@ -252,14 +398,14 @@ class Rounds:
     # ---- closing ------------------------------------------------------------------------------------
 
     def close(self, label: int, session: str, *, agree: bool = True, kept: bool = False) -> bytes:
-        """This party's post over the agreed set: see ``privkd.secure.posts``.
+        """This party's part of the result over the agreed set: see ``privkd.secure.terms``.
 
         Args:
             label: of the round.
             session: the group of workers to do it with.
             agree: whether some aggregator does not know the agreed set yet. All must then take part in
                 agreeing on it, those too that have made their shares.
-            kept: whether all have kept a post of one session, which is then wanted whatever ``session`` is.
+            kept: whether all have kept a part of one session, which is then wanted whatever ``session`` is.
 
         Raises:
             RefusalError: nothing is released, for good.
@@ -272,22 +418,22 @@ class Rounds:
             if agree:
                 self._freeze(state)
                 self._agree(state, session)
-            share = state.spool.share
+            share = state.uploads.share
             # Shares of a vote belong together only if they were made together.
-            voted_apart = state.spool.terms.votes is not None and not kept
+            voted_apart = state.uploads.terms.votes is not None and not kept
             if share is None or (voted_apart and made_in(share) != session_mark(session).hex()):
                 self._freeze(state)
                 share = self._share(state, session)
-                state.spool.keep_share(share)
+                state.uploads.keep_share(share)
             if not state.posted:
                 self._record(label, "posted")
                 state.posted = True
             return share
 
-    def _freeze(self, state: Standing) -> None:
+    def _freeze(self, state: RoundState) -> None:
         """From here on the round takes no more uploads, even after a restart."""
-        terms = state.spool.terms
-        held = set_digest(terms, [header.identifier for header in state.spool.held.values()]).hex()
+        terms = state.uploads.terms
+        held = set_digest(terms, [header.identifier for header in state.uploads.held.values()]).hex()
         if state.closed is None:
             if terms.expires <= time.time():
                 self._fail(state, f"round {terms.folder} expired before it was closed")
@@ -296,16 +442,14 @@ class Rounds:
         elif state.closed != held:
             raise RefusalError(409, f"round {terms.folder}: the spool has changed since the round was closed")
 
-    def _agree(self, state: Standing, session: str) -> None:
+    def _agree(self, state: RoundState, session: str) -> None:
         """Settle with the other aggregators over which devices the sum is, once and for all."""
-        terms = state.spool.terms
-        held = {header.identifier: device for device, header in state.spool.held.items()}
-        answer = self.seating.ask(session, Kind.AGREE, pack_identifiers(list(held)))
-        agreed = unpack_identifiers(answer)
+        terms = state.uploads.terms
+        held = {header.identifier: device for device, header in state.uploads.held.items()}
+        agreed = unpack_identifiers(self.supervisor.ask(session, Kind.AGREE, pack_identifiers(held)))
         too_long: set[bytes] = set()
         if terms.projections and agreed:
-            task = Task(str(state.spool.folder), terms.pack().decode(), tuple(held[i] for i in agreed))
-            passed = self.seating.ask(session, Kind.CHECK, task.pack())
+            passed = self._ask(state, session, Kind.CHECK, [held[i] for i in agreed])
             too_long = {i for i, flag in zip(agreed, passed, strict=True) if not flag}
             agreed = [i for i in agreed if i not in too_long]
         devices = sorted(held[identifier] for identifier in agreed)
@@ -328,13 +472,19 @@ class Rounds:
             self._totals.charge(terms.label, devices, terms.rho)
         state.agreed, state.devices, state.left_out = digest, devices, absent
 
+    def _ask(self, state: RoundState, session: str, kind: Kind, devices: Sequence[PartyId]) -> bytes:
+        """What the worker answers to a step over the uploads of ``devices``."""
+        uploads = state.uploads
+        task = Task(str(uploads.folder or ""), uploads.terms.pack().decode(), tuple(devices))
+        return self.supervisor.ask(session, kind, task.pack(), uploads.unread(devices))
+
     def _too_dear(self, device: PartyId, terms: RoundTerms) -> str:
         limit = f"max_rho_total={self._totals.limit:g}"
         return f"{device}: round {terms.folder} would take it beyond this party's {limit}"
 
-    def _share(self, state: Standing, session: str) -> bytes:
-        """This party's post over the set in the journal."""
-        terms = state.spool.terms
+    def _share(self, state: RoundState, session: str) -> bytes:
+        """This party's part of the result over the set in the journal."""
+        terms = state.uploads.terms
         if state.agreed is None:
             raise WorkerError(f"{self.party.name} has not agreed with the others yet")
         if not state.shared:
@@ -343,14 +493,12 @@ class Rounds:
                 beyond = self._totals.beyond(state.devices, Fraction(0))
             if beyond:
                 self._fail(state, self._too_dear(beyond[0], terms))
-        task = Task(str(state.spool.folder), terms.pack().decode(), tuple(state.devices))
-        kind = Kind.SUM if terms.votes is None else Kind.VOTE
-        share = self.seating.ask(session, kind, task.pack())
+        share = self._ask(state, session, Kind.SUM if terms.votes is None else Kind.VOTE, state.devices)
         if agreed_in(share) != state.agreed:
             raise WorkerError(f"{self.party.name}: its worker worked on another set")
         return share
 
-    def _fail(self, state: Standing, reason: str) -> None:
-        self._record(state.spool.terms.label, "failed", reason=reason)
+    def _fail(self, state: RoundState, reason: str) -> None:
+        self._record(state.uploads.terms.label, "failed", reason=reason)
         state.failure = reason
         raise RefusalError(409, reason)

@@ -5,7 +5,7 @@
     PUT  /v1/rounds/<name>            the round's terms; GET what is public of it
     POST /v1/rounds/<name>/uploads    one sealed upload
     POST /v1/rounds/<name>/relay      many sealed uploads, each behind its length; why some are refused
-    POST /v1/rounds/<name>/share      {"session", "agree", "kept"}: close the round; this party's post
+    POST /v1/rounds/<name>/share      {"session", "agree", "kept"}: close the round; this party's part of it
     POST /v1/rounds/<name>/abandon    never release anything of the round
 
 Refusals carry ``{"error": ...}``: 4xx are final, 503 may be tried again. Every request has a deadline in all,
@@ -17,21 +17,32 @@ import contextlib
 import io
 import json
 import re
+import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, cast
 
-from privkd.errors import ChannelError, ConfigError, PrivkdError
-from privkd.secure.admission import RefusalError
-from privkd.secure.envelope import header_of, unpacked
-from privkd.secure.keys import CLOUD
-from privkd.secure.party import PartyConfig
+from privkd.errors import ChannelError, ConfigError, PrivkdError, RefusalError
+from privkd.journal import Journal
+from privkd.secure.keys import (
+    CLOUD,
+    PartyConfig,
+    load_noise_key,
+    load_party,
+    load_sealing_key,
+    public_hex,
+)
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
+from privkd.secure.upload import header_of, unpacked
+from privkd.secure.uploads import UploadsOnDisk, stored_rounds
+from privkd.secure.worker import WorkerSupervisor
 
 _ROUND = re.compile(r"/v1/rounds/([0-9a-f]{16})(/uploads|/relay|/share|/abandon)?")
 _MAX_JSON = 1 << 24
@@ -166,7 +177,7 @@ class Service(ThreadingHTTPServer):
             ConfigError: keys, certificates or the address do not serve.
         """
         self.party = party
-        self.rounds = Rounds(party)
+        self.rounds = _rounds(party)
         self._context = _server_context(party)
         self._connections = threading.BoundedSemaphore(party.limits.max_connections)
         try:
@@ -194,11 +205,11 @@ class Service(ThreadingHTTPServer):
             WorkerError: it may be tried again.
         """
         if (method, path) == ("GET", "/v1/party"):
-            return self._about()
+            return json.dumps(self.party.public).encode()
         if (method, path) == ("POST", "/v1/session"):
             _only_cloud(caller)
             fields = _parse(body)
-            port = self.rounds.seating.join(str(fields.get("session", "")), _port(fields.get("port")))
+            port = self.rounds.supervisor.join(str(fields.get("session", "")), _port(fields.get("port")))
             return json.dumps({"port": port}).encode()
         match = _ROUND.fullmatch(path)
         if match is None:
@@ -225,16 +236,6 @@ class Service(ThreadingHTTPServer):
             case _:
                 raise RefusalError(405, f"{method} is not offered at {path}")
         return b"{}"
-
-    def _about(self) -> bytes:
-        party = self.party
-        facts = {
-            "rank": party.rank,
-            "parties": party.parties,
-            "key": party.members[party.rank],
-            "members": len(party.members),
-        }
-        return json.dumps(facts).encode()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; the handshake is the handler's, so that a silent client stops nobody else."""
@@ -270,7 +271,39 @@ class Service(ThreadingHTTPServer):
         """Stop serving and end the worker. Idempotent; not from the serving thread."""
         self.shutdown()
         self.server_close()
-        self.rounds.seating.stop()
+        self.rounds.supervisor.stop()
+
+
+def _rounds(party: PartyConfig) -> Rounds:
+    """Those that a service's directory holds.
+
+    Raises:
+        ConfigError: a key is missing, or not the one that the members list names.
+        RunError: a journal is damaged.
+    """
+    sealing_key = load_sealing_key(party.sealing_key)
+    if public_hex(sealing_key) != party.members[party.rank]:
+        raise ConfigError(
+            f"{party.sealing_key}: its public key is {public_hex(sealing_key)}, "
+            f"but members[{party.rank}] says {party.members[party.rank]}"
+        )
+    supervisor = WorkerSupervisor(
+        party,
+        sealing_key,
+        load_noise_key(party.noise_key),
+        Journal(party.directory / "sessions.jsonl"),
+        name=f"{party.name}'s worker",
+    )
+    folder = party.directory / "rounds"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Rounds(
+        party,
+        supervisor,
+        journal=Journal(party.directory / "journal.jsonl"),
+        create=lambda terms: UploadsOnDisk.create(folder / terms.folder, terms),
+        stored=stored_rounds(folder),
+        sealing_key=sealing_key,
+    )
 
 
 def _server_context(party: PartyConfig) -> ssl.SSLContext | None:
@@ -334,3 +367,41 @@ def _terms(body: bytes, label: int) -> RoundTerms:
     if terms.label != label:
         raise RefusalError(400, f"terms of round {terms.folder} sent to round {label:016x}")
     return terms
+
+
+def serve(config: Path, *, while_input: bool = False) -> None:
+    """Run one party until it is told to end (SIGINT or SIGTERM); its address is the first line on stdout.
+
+    Args:
+        config: the party's TOML.
+        while_input: end with the standard input too, and so with whoever holds its other end.
+
+    Raises:
+        ConfigError: the configuration, a key or a certificate is wrong.
+        RunError: the journal is damaged.
+    """
+    service = Service(load_party(config))
+    done = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: done.set())
+    if while_input:
+        threading.Thread(target=_after_input, args=(done,), daemon=True).start()
+    threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+    sys.stdout.write(f"{service.party.name} listens on {service.url}\n")
+    sys.stdout.flush()
+    try:
+        done.wait()
+    finally:
+        service.stop()
+
+
+def _after_input(done: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    done.set()
+
+
+if __name__ == "__main__":
+    try:
+        serve(Path(sys.argv[1]), while_input=True)
+    except PrivkdError as error:
+        sys.exit(str(error))

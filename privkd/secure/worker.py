@@ -1,117 +1,131 @@
-"""The worker of a party's service, as the service sees it: started, asked under deadlines, ended.
+"""The worker of one party, which runs CrypTen: started, asked under deadlines, ended, session after session.
 
-The process itself is ``privkd.secure.seat``. It holds nothing that matters: uploads lie in the spool,
-decisions in the service's journal, so it may be killed at any moment and started again. The service itself
-never imports torch.
+The process itself is ``privkd.secure.protocol``. It holds nothing that matters, so it may be killed at any
+moment and started again. Whoever starts it never imports torch.
+
+The parties' common streams, and so the third party's correlated randomness, are functions of their keys and
+the session's name. Under a name that was used before they would repeat, and mask other secrets than the first
+time. So every name is recorded before its worker starts, and none is taken twice: not after the worker died,
+and not after a service was started anew, whose record is ``sessions.jsonl``.
 """
 
 import contextlib
-import json
 import os
 import select
+import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Self
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
-from privkd.errors import ChannelError
-from privkd.privacy.events import PartyId
-from privkd.secure.aggregator import IDENTIFIER_BYTES
-from privkd.secure.parties import Party, obituary, spawn
-from privkd.secure.wire import Frame, Kind, LinkClosedError
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-_MODULE = "privkd.secure.seat"
+import privkd
+from privkd.errors import ChannelError, RefusalError
+from privkd.secure.frames import Frame, Kind, Link, LinkClosedError, WorkerSetup
+from privkd.secure.keys import Party
+from privkd.secure.terms import session_mark
+
+_MODULE = "privkd.secure.protocol"
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _END_SECONDS = 5.0
+_REAP_SECONDS = 0.5
 _START_PATIENCE = 4
 _PING_SECONDS = 1.0
+_SILENT_SECONDS = 2 * _PING_SECONDS
 
 
 class WorkerError(ChannelError):
     """A worker died, hangs or failed. Nothing was released, and the step may be tried again."""
 
 
-@dataclass(frozen=True)
-class WorkerSetup:
-    """What a worker is told when it starts: over the link, as the keys must not be on display."""
+class Records(Protocol):
+    """Where decisions are recorded: a `privkd.journal.Journal`, or a list where nothing is to outlive us."""
 
-    rank: int
-    parties: int
-    host: str
-    port: int
-    interface: str
-    sealing_key: str
-    noise_key: str
-    members: tuple[str, ...]
-    session: str
+    def append(self, record: dict[str, Any], /) -> None:
+        """Add a record; it lasts when this returns."""
+        ...
 
-    @property
-    def third_party(self) -> bool:
-        """Whether the group has a third party."""
-        return len(self.members) > self.parties
-
-    def pack(self) -> bytes:
-        """As JSON."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def unpack(cls, body: bytes) -> Self:
-        """From ``pack``."""
-        fields = json.loads(body)
-        return cls(**fields | {"members": tuple(fields["members"])})
-
-
-@dataclass(frozen=True)
-class Task:
-    """A step over some uploads of a round, which lie in ``folder``."""
-
-    folder: str
-    terms: str
-    devices: tuple[PartyId, ...]
-
-    def pack(self) -> bytes:
-        """As JSON."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def unpack(cls, body: bytes) -> Self:
-        """From ``pack``."""
-        fields = json.loads(body)
-        return cls(**fields | {"devices": tuple(fields["devices"])})
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
 class Worker:
-    """A running worker, seen from the service. Every call has a deadline; whoever is late is killed."""
+    """A running worker. Every call has a deadline; whoever is late is killed.
+
+    The process ends with this object, with the interpreter, or with the link when this process is killed.
+    """
 
     def __init__(
         self, setup: WorkerSetup, name: str, listener: socket.socket | None, *, start_seconds: float
     ) -> None:
-        """Start the process, and return while it sets itself up."""
+        """Start the process, and return while it sets itself up.
+
+        Args:
+            setup: what it is told.
+            name: how errors call it.
+            listener: at rank 0, the socket of the peers' store.
+            start_seconds: that it may take to come up.
+
+        Raises:
+            ChannelError: it cannot be started.
+        """
         self.session = setup.session
         self.name = name
-        self._party = spawn(setup.rank, listener, _MODULE, f"{name}'s worker")
-        self._finalizer = weakref.finalize(self, _end, self._party, os.getpid())
+        self._process, self._link = _spawn(name, listener)
+        self._finalizer = weakref.finalize(self, _end, self._process, os.getpid())
         self._ready = False
+        self._heard: float | None = None
         self._start_by = time.monotonic() + start_seconds
-        self._party.send(Frame(Kind.SETUP, setup.pack()), time.monotonic() + start_seconds)
+        self._send(Frame(Kind.SETUP, setup.pack()), self._start_by)
 
     @property
     def pid(self) -> int:
         """The process."""
-        return self._party.process.pid
+        return self._process.pid
+
+    @property
+    def death(self) -> str | None:
+        """How the process died, in words; none while it lives, or if it was ended here."""
+        code = self._process.poll()
+        if code is None or self.ended:
+            return None
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return f"{self.name} {how}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was ended here."""
+        return not self._finalizer.alive
 
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._finalizer.alive and self._party.death() is None
+        return not self.ended and self._process.poll() is None
 
-    def call(self, frame: Frame, *, step_seconds: float, hang_seconds: float) -> bytes:
+    @property
+    def silent(self) -> bool:
+        """Whether its answer is awaited, and it has given no sign of life for a while."""
+        heard = self._heard
+        return heard is not None and time.monotonic() - heard > _SILENT_SECONDS
+
+    def call(
+        self, frame: Frame, *, step_seconds: float, hang_seconds: float, uploads: Iterable[bytes] = ()
+    ) -> bytes:
         """What the worker answers to a step, once it is up.
 
+        Args:
+            frame: the step.
+            step_seconds: that it may take.
+            hang_seconds: without a sign of life before it counts as lost.
+            uploads: envelopes that the step is about, where the worker cannot read them itself.
+
         Raises:
-            WorkerError: it died, failed, or gave no sign of life for ``hang_seconds``; it is killed.
+            WorkerError: it died, failed or is late; it is killed.
         """
         try:
             if not self._ready:
@@ -119,61 +133,213 @@ class Worker:
                 self._await(Kind.READY, self._start_by, _START_PATIENCE * hang_seconds)
                 self._ready = True
             deadline = time.monotonic() + step_seconds
-            self._party.send(frame, deadline)
+            for envelope in uploads:
+                self._send(Frame(Kind.UPLOAD, envelope), deadline)
+            self._send(frame, deadline)
             return self._await(frame.kind, deadline, hang_seconds)
         except ChannelError as error:
             self.stop()
             raise WorkerError(str(error)) from error
+        finally:
+            self._heard = None
+
+    def _send(self, frame: Frame, deadline: float) -> None:
+        try:
+            self._link.send(frame, deadline)
+        except TimeoutError:
+            raise ChannelError(f"{self.name} is stopped or stuck: it took nothing in time") from None
+        except LinkClosedError:
+            raise ChannelError(self._obituary()) from None
 
     def _await(self, kind: Kind, deadline: float, hang_seconds: float) -> bytes:
-        heard = pinged = time.monotonic()
+        self._heard = pinged = time.monotonic()
         while True:
             frame = self._poll(min(_PING_SECONDS, deadline - time.monotonic()))
             now = time.monotonic()
             if frame is not None:
-                heard = now
+                self._heard = now
                 if frame.kind is kind:
                     return frame.body
                 if frame.kind is Kind.FAILED:
-                    raise ChannelError(obituary([self._party], f"{self._party.name}: {frame.body.decode()}"))
-            elif now - heard > hang_seconds:
-                raise ChannelError(f"{self._party.name} stopped answering")
+                    raise ChannelError(self._obituary(f"{self.name}: {frame.body.decode()}"))
+            elif now - self._heard > hang_seconds or (now >= deadline and self.silent):
+                raise ChannelError(f"{self.name} stopped answering")
             elif now >= deadline:
-                raise ChannelError(f"{self._party.name} did not finish in time")
+                raise ChannelError(f"{self.name} did not finish in time")
             if now - pinged >= _PING_SECONDS:
                 pinged = now
-                self._party.send(Frame(Kind.PING), deadline)
+                self._send(Frame(Kind.PING), deadline)
 
     def _poll(self, seconds: float) -> Frame | None:
-        link = self._party.link
-        frame = link.buffered()
-        if frame is None and select.select([link], [], [], max(seconds, 0.0))[0]:
+        frame = self._link.buffered()
+        if frame is None and select.select([self._link], [], [], max(seconds, 0.0))[0]:
             try:
-                frame = link.poll()
+                frame = self._link.poll()
             except LinkClosedError:
-                raise ChannelError(obituary([self._party])) from None
+                raise ChannelError(self._obituary()) from None
         return frame
+
+    def _obituary(self, otherwise: str | None = None) -> str:
+        return first_death([self]) or otherwise or f"{self.name} closed its link"
 
     def stop(self) -> None:
         """End the process. Idempotent."""
         self._finalizer()
 
 
-def _end(party: Party, owner: int) -> None:
+def first_death(workers: Iterable[Worker]) -> str | None:
+    """Which of ``workers`` died and how; waits a moment, as a death shows on sockets before it is reaped."""
+    watched = [worker for worker in workers if not worker.ended]
+    until = time.monotonic() + _REAP_SECONDS
+    while True:
+        deaths = [death for worker in watched if (death := worker.death)]
+        if deaths or not watched or time.monotonic() >= until:
+            return ", ".join(deaths) or None
+        time.sleep(0.01)
+
+
+def _spawn(name: str, listener: socket.socket | None) -> "tuple[subprocess.Popen[bytes], Link]":
+    ours, theirs = socket.socketpair()
+    descriptors = {"--link": theirs.fileno()}
+    if listener is not None:
+        descriptors["--store"] = listener.fileno()
+    options = [word for option, number in descriptors.items() for word in (option, str(number))]
+    sources = [str(Path(privkd.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, sources))
+    # No GPU: CrypTen would otherwise claim memory on each.
+    environment = os.environ | _ONE_THREAD | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _MODULE, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=tuple(descriptors.values()),
+                # Out of the terminal's foreground group: Ctrl-C is ours to handle.
+                process_group=0,
+            )
+        except OSError as error:
+            ours.close()
+            raise ChannelError(f"{name} cannot be started: {error}") from error
+    return process, Link(ours)
+
+
+def _end(process: "subprocess.Popen[bytes]", owner: int) -> None:
     """Kill the process. The link stays open for a thread that reads it, and sees its end."""
     # A forked child inherits the finalizer, but the process is its parent's.
     if os.getpid() != owner:
         return
-    party.process.kill()
+    process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        party.process.wait(_END_SECONDS)
+        process.wait(_END_SECONDS)
 
 
-def pack_identifiers(identifiers: Sequence[bytes]) -> bytes:
-    """The body of an ``AGREE`` frame."""
-    return b"".join(identifiers)
+class WorkerSupervisor:
+    """Starts one party's workers and asks them. Safe to call from many threads."""
 
+    def __init__(
+        self,
+        party: Party,
+        sealing_key: X25519PrivateKey,
+        noise_key: bytes,
+        sessions: Records,
+        *,
+        name: str,
+    ) -> None:
+        """Take up the names of the ``sessions`` so far; nothing is started yet. ``name``: see `Worker`."""
+        self._sessions = sessions
+        self._used = {record["session"] for record in sessions}
+        self._party = party
+        self._sealing_key = sealing_key
+        self._noise_key = noise_key
+        self._name = name
+        self._changing = threading.Lock()
+        self._port = 0
+        self.worker: Worker | None = None
 
-def unpack_identifiers(body: bytes) -> list[bytes]:
-    """From ``pack_identifiers``."""
-    return [body[i : i + IDENTIFIER_BYTES] for i in range(0, len(body), IDENTIFIER_BYTES)]
+    def join(self, session: str, port: int | None) -> int:
+        """Start a worker that joins the parties' ``session``; the port of its rendezvous.
+
+        A group of workers cannot be mended, so a new session ends the worker of the one before. While the
+        worker lives, the same session again changes nothing.
+
+        Args:
+            session: names the group of workers, and no other before or after.
+            port: of rank 0's rendezvous; rank 0 itself needs none, and binds it.
+
+        Raises:
+            RefusalError: the name was used before, or the port is missing.
+            RunError: the name cannot be recorded.
+            WorkerError: the worker cannot be started.
+        """
+        with self._changing:
+            if self.worker is not None and self.worker.session == session and self.worker.alive:
+                return self._port
+            if session_mark(session).hex() in self._used:
+                raise RefusalError(409, "the name of this session was used before; take a new one")
+            self._end()
+            if self._party.rank == 0:
+                with self._bind() as listener:
+                    self._port = listener.getsockname()[1]
+                    self.worker = self._start(session, listener)
+            else:
+                if port is None:
+                    raise RefusalError(400, "a session needs the port of rank 0's rendezvous")
+                self._port = port
+                self.worker = self._start(session, None)
+            return self._port
+
+    def _bind(self) -> socket.socket:
+        peers = self._party.peers
+        try:
+            return socket.create_server((peers.host, peers.port), backlog=64)
+        except OSError as error:
+            raise WorkerError(
+                f"{self._party.name}: cannot listen on {peers.host}:{peers.port}: {error}"
+            ) from error
+
+    def _start(self, session: str, listener: socket.socket | None) -> Worker:
+        mark = session_mark(session).hex()
+        self._sessions.append({"session": mark})
+        self._used.add(mark)
+        party = self._party
+        setup = WorkerSetup(
+            rank=party.rank,
+            parties=party.parties,
+            host=party.peers.host,
+            port=self._port,
+            interface=party.peers.interface,
+            sealing_key=self._sealing_key.private_bytes_raw().hex(),
+            noise_key=self._noise_key.hex(),
+            members=party.members,
+            session=session,
+        )
+        return Worker(setup, self._name, listener, start_seconds=party.limits.start_seconds)
+
+    def ask(self, session: str, kind: Kind, body: bytes, uploads: Iterable[bytes] = ()) -> bytes:
+        """What the session's worker answers to a step; ``uploads``: see `Worker.call`.
+
+        Raises:
+            WorkerError: there is none, or it failed.
+        """
+        worker, limits = self.worker, self._party.limits
+        if worker is None or worker.session != session:
+            raise WorkerError(f"{self._party.name} has no worker in this session")
+        return worker.call(
+            Frame(kind, body),
+            step_seconds=limits.step_seconds,
+            hang_seconds=limits.hang_seconds,
+            uploads=uploads,
+        )
+
+    def _end(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker = None
+
+    def stop(self) -> None:
+        """End the worker. Idempotent."""
+        with self._changing:
+            self._end()

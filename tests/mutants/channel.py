@@ -5,17 +5,14 @@ from fractions import Fraction
 from typing import Any
 
 import privkd.channels.channel
-import privkd.secure.aggregator
-import privkd.secure.channel
-import privkd.secure.posts
-import privkd.secure.remote
+import privkd.channels.secure
+import privkd.secure.terms
 from mutants.mutant import Fault, Mutant, Put, nowhere, variance_away
 from mutants.parties import forget_labels, quieter
 from privkd.channels.channel import noise_variance
+from privkd.channels.secure import SecureChannel
 from privkd.privacy.noise import Keystream, NoiseRoot
-from privkd.secure.channel import SecureChannel
 from privkd.secure.fixedpoint import FixedPoint
-from privkd.secure.remote import ServiceChannel
 
 _SECURE = ("secure", "services")
 _DRAWS = 800
@@ -30,8 +27,7 @@ def _told(share: float) -> Fault:
     """What the cloud believes that the aggregators add, by the same code as theirs."""
 
     def put_it(put: Put) -> None:
-        for module in (privkd.secure.aggregator, privkd.secure.posts):
-            put(module, "discrete_gaussian", quieter(share))
+        put(privkd.secure.terms, "discrete_gaussian", quieter(share))
 
     return put_it
 
@@ -54,21 +50,17 @@ def _relabelled(chosen: Callable[[Sequence[Any]], Sequence[Any]]) -> Fault:
 def _divided_by_the_devices(put: Put) -> None:
     """The noise is for the sensitivity of the mean, and is added to the sum."""
     released: list[int] = [1]
-    for channel in (SecureChannel, ServiceChannel):
+    whole = SecureChannel.release
 
-        def release(
-            self: Any, answers: Any, *, devices: Sequence[str], round: int, whole: Any = channel.release
-        ) -> Any:
-            released[0] = len(devices)
-            return whole(self, answers, devices=devices, round=round)
-
-        put(channel, "release", release)
+    def release(self: Any, answers: Any, *, devices: Sequence[str], round: int) -> Any:
+        released[0] = len(devices)
+        return whole(self, answers, devices=devices, round=round)
 
     def variance(bound: int, rho: float) -> Fraction:
         return noise_variance(bound // released[0], rho)
 
-    for module in (privkd.secure.channel, privkd.secure.remote):
-        put(module, "noise_variance", variance)
+    put(SecureChannel, "release", release)
+    put(privkd.channels.secure, "noise_variance", variance)
 
 
 def _clipped_at_twice(put: Put) -> None:

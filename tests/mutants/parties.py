@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 VARIABLE = "PRIVKD_MUTANT"
 """The environment variable that names the mutant."""
 AGGREGATORS = (0, 1)
-_OWN = {"aggregator", "service"}
+_OWN = "service"
 """The first label of the parties' streams."""
 
 
@@ -42,7 +42,7 @@ def forget_labels(kept: int) -> Callable[[Put], None]:
         whole = NoiseRoot.stream
 
         def stream(self: NoiseRoot, *labels: Any) -> Keystream:
-            return whole(self, *(labels[:kept] if labels[0] in _OWN else labels))
+            return whole(self, *(labels[:kept] if labels[0] == _OWN else labels))
 
         put(NoiseRoot, "stream", stream)
 

@@ -1,11 +1,9 @@
-"""Puts the fault that the environment names into an aggregator's process, and does nothing in any other."""
+"""Puts the fault that the environment names into a party's worker, and does nothing in any other process."""
 
 import os
 import sys
 
-_PARTIES = ("privkd.secure.aggregator", "privkd.secure.seat")
-
-if any(module in sys.orig_argv for module in _PARTIES):
+if "privkd.secure.protocol" in sys.orig_argv:
     from mutants.parties import FAULTS, VARIABLE
 
     FAULTS[os.environ[VARIABLE]](setattr)

@@ -1,4 +1,4 @@
-"""Frames between the cloud and an aggregator, over one local stream socket.
+"""Frames between a party and its worker, over one local stream socket, and what they carry.
 
 A frame is a kind, a length and a body. Nothing on the wire is pickled.
 """
@@ -7,34 +7,31 @@ import json
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from fractions import Fraction
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
+from privkd.privacy.events import PartyId
 
 _HEAD = struct.Struct("<BI")
 _CHUNK = 1 << 18
+_IDENTIFIER_BYTES = 32
 
 
 class Kind(IntEnum):
-    """What a frame is. The last four go to the worker of a service, and come back."""
+    """What a frame is. The last four are the protocol's steps: they go to the worker, and come back."""
 
     SETUP = 1
-    ROUND = 2
-    UPLOAD = 3
-    FINISH = 4
-    PING = 5
-    READY = 6
-    SHARE = 7
-    FAILED = 8
-    PONG = 9
-    AGREE = 10
-    CHECK = 11
-    SUM = 12
-    VOTE = 13
+    READY = 2
+    PING = 3
+    PONG = 4
+    FAILED = 5
+    UPLOAD = 6
+    AGREE = 7
+    CHECK = 8
+    SUM = 9
+    VOTE = 10
 
 
 @dataclass(frozen=True)
@@ -127,13 +124,23 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What an aggregator is told when it starts: over the link, as the noise key must not be on display."""
+class WorkerSetup:
+    """What a worker is told when it starts: over the link, as the keys must not be on display."""
 
     rank: int
     parties: int
+    host: str
     port: int
+    interface: str
+    sealing_key: str
     noise_key: str
+    members: tuple[str, ...]
+    session: str
+
+    @property
+    def third_party(self) -> bool:
+        """Whether the group has a third party."""
+        return len(self.members) > self.parties
 
     def pack(self) -> bytes:
         """As JSON."""
@@ -142,61 +149,40 @@ class Setup:
     @classmethod
     def unpack(cls, body: bytes) -> Self:
         """From ``pack``."""
-        return cls(**json.loads(body))
+        fields = json.loads(body)
+        return cls(**fields | {"members": tuple(fields["members"])})
 
 
 @dataclass(frozen=True)
-class RoundNotice:
-    """The public parameters of one round.
+class Task:
+    """A step over some uploads of a round.
 
-    Attributes:
-        entries: length of each device's block.
-        minimum: fewest devices over which the sum may be released.
-        fraction_bits: see ``FixedPoint``.
-        bound: see ``FixedPoint``.
-        sigma2: variance of each aggregator's discrete Gaussian, as ``"p/q"``; none for no noise.
+    They lie in ``folder``; where that is empty, each came in a frame of its own before the task.
     """
 
-    round: int
-    entries: int
-    minimum: int
-    fraction_bits: int
-    bound: int
-    sigma2: str | None
-
-    @property
-    def variance(self) -> Fraction | None:
-        """``sigma2`` as a number."""
-        return None if self.sigma2 is None else Fraction(self.sigma2)
+    folder: str
+    terms: str
+    devices: tuple[PartyId, ...]
 
     def pack(self) -> bytes:
-        """As JSON, equal for equal notices."""
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        """As JSON."""
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
     def unpack(cls, body: bytes) -> Self:
         """From ``pack``."""
-        return cls(**json.loads(body))
+        fields = json.loads(body)
+        return cls(**fields | {"devices": tuple(fields["devices"])})
 
 
-@dataclass(frozen=True)
-class SharePost:
-    """What one aggregator posts to the cloud: its noisy share ``[entry]`` of the sum over the agreed set.
+def pack_identifiers(identifiers: Iterable[bytes]) -> bytes:
+    """The body of an ``AGREE`` frame."""
+    return b"".join(identifiers)
 
-    ``agreed`` is the digest of round, parameters and agreed uploads.
-    """
 
-    agreed: bytes
-    share: NDArray[np.uint32]
-
-    def pack(self) -> bytes:
-        """Digest, then ring elements."""
-        return self.agreed + self.share.astype("<u4", copy=False).tobytes()
-
-    @classmethod
-    def unpack(cls, body: bytes) -> Self:
-        """From ``pack``."""
-        return cls(body[:32], np.frombuffer(body[32:], "<u4").astype(np.uint32, copy=False))
+def unpack_identifiers(body: bytes) -> list[bytes]:
+    """From ``pack_identifiers``."""
+    return [body[i : i + _IDENTIFIER_BYTES] for i in range(0, len(body), _IDENTIFIER_BYTES)]
 
 
 def _remaining(deadline: float | None) -> float | None:

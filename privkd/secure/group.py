@@ -1,28 +1,79 @@
-"""The cloud's side of rounds among services: open, close, add the shares. It sees no device's answers."""
+"""The cloud's side of rounds among a group's parties: open, close, add the shares.
+
+It sees no device's answers. A party is reached by a `PartyLink`: over the network (``privkd.secure.client``),
+or in this process (``privkd.secure.local``).
+"""
 
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privkd.errors import ChannelError, ConfigError
+from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.events import PartyId
-from privkd.secure.endpoint import ClientTls, Endpoint, RefusedError, UnreachableError, persistently
-from privkd.secure.posts import agreed_in, combine
-from privkd.secure.terms import MAX_ATTEMPTS, RoundTerms
+from privkd.secure.terms import MAX_ATTEMPTS, RoundTerms, agreed_in, combine
+from privkd.secure.upload import Upload
 
-_ATTEMPT_SECONDS = 15.0
 _PAUSE = 0.2
 _GRACE = 1.0
 T = TypeVar("T")
+
+
+class UnreachableError(ChannelError):
+    """A party did not answer in time, or asks to try again."""
+
+
+class PartyLink(Protocol):
+    """One party as the cloud reaches it, for one thread at a time. Every call may be repeated.
+
+    Calls end by their ``deadline`` on ``time.monotonic``, or by those of the party itself. They raise
+    `RefusalError` where the party refuses for good, `UnreachableError` where it may be asked again, and
+    `ChannelError` where its group is lost.
+    """
+
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+        ...
+
+    def about(self, deadline: float) -> Mapping[str, Any]:
+        """``rank``, ``parties`` (how many aggregators), public ``key`` and number of ``members``."""
+        ...
+
+    def join(self, session: str, port: int | None, deadline: float) -> int:
+        """Have it start a worker for a common ``session``; the port of rank 0's rendezvous."""
+        ...
+
+    def open(self, terms: RoundTerms, deadline: float) -> None:
+        """Publish a round."""
+        ...
+
+    def relay(self, round: int, envelopes: Sequence[bytes], deadline: float) -> list[str]:
+        """Hand on sealed uploads to the attempt ``round``; what was refused."""
+        ...
+
+    def status(self, round: int, deadline: float) -> Mapping[str, Any]:
+        """What is public of an attempt at a round; see ``privkd.secure.rounds``."""
+        ...
+
+    def share(self, round: int, session: str, *, agree: bool, kept: bool, deadline: float) -> bytes:
+        """Close an attempt; the party's part of the result."""
+        ...
+
+    def abandon(self, round: int, deadline: float) -> None:
+        """Have it never release anything of an attempt."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the party. Idempotent."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,40 +89,30 @@ class Total:
 
 
 class PartyGroup:
-    """The running services of one group. For one thread at a time."""
+    """The parties of one group. For one thread at a time."""
 
-    def __init__(
-        self, urls: Sequence[str], tls: ClientTls | None = None, *, pins: Sequence[str] = ()
-    ) -> None:
-        """Check the addresses; nothing is sent yet.
+    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = ()) -> None:
+        """Nothing is sent yet.
 
         Args:
-            urls: of the aggregators, and of the third party if there is one, in any order.
-            tls: what to trust, and the cloud's own certificate.
+            links: to the aggregators, and to the third party if there is one, in any order.
             pins: the aggregators' public keys by rank, in hexadecimal; else what they say is believed.
-
-        Raises:
-            ConfigError: an address is malformed or named twice.
         """
-        if len(set(urls)) != len(urls):
-            raise ConfigError("an aggregator's address is named twice")
-        self._endpoints = [Endpoint(url, tls) for url in urls]
-        # Apart, as sessions are renewed while other requests still wait for their answers.
-        self._seats = [Endpoint(url, tls) for url in urls]
+        self._links = list(links)
         self._pins = tuple(pins)
-        self._pool = ThreadPoolExecutor(max_workers=2 * len(urls) or 1, thread_name_prefix="party")
+        self._pool = ThreadPoolExecutor(max_workers=2 * len(links) or 1, thread_name_prefix="party")
         self._session: str | None = None
         self._keys: tuple[str, ...] = ()
 
     @property
-    def aggregators(self) -> list[Endpoint]:
+    def aggregators(self) -> list[PartyLink]:
         """The aggregators by rank, once ``keys`` was asked for."""
-        return self._endpoints[: len(self._keys)]
+        return self._links[: len(self._keys)]
 
     @property
     def third_party(self) -> bool:
         """Whether the group has one, once ``keys`` was asked for."""
-        return len(self._endpoints) > len(self._keys)
+        return len(self._links) > len(self._keys)
 
     def keys(self, deadline: float) -> tuple[str, ...]:
         """The aggregators' public keys, by rank.
@@ -80,19 +121,18 @@ class PartyGroup:
             ChannelError: a party cannot be reached, they are not one whole group, or a key is not as pinned.
         """
         if not self._keys:
-            facts = self._each(self._endpoints, lambda e: _facts(e, deadline))
+            facts = self._each(self._links, lambda link: link.about(deadline))
             order = sorted(range(len(facts)), key=lambda i: int(facts[i]["rank"]))
             found = [(f["rank"], f["parties"], f["members"]) for f in (facts[i] for i in order)]
             parties = int(facts[0]["parties"])
             if found != [(rank, parties, len(facts)) for rank in range(len(facts))]:
-                named = ", ".join(f"{e.url} is rank {f['rank']} of {f['members']}"
-                                  for e, f in zip(self._endpoints, facts, strict=True))  # fmt: skip
+                named = ", ".join(f"{link.name} is rank {f['rank']} of {f['members']}"
+                                  for link, f in zip(self._links, facts, strict=True))  # fmt: skip
                 raise ChannelError(f"the addresses do not name every party of one group once: {named}")
             keys = tuple(str(facts[i]["key"]) for i in order[:parties])
             if self._pins and keys != self._pins:
                 raise ChannelError("the aggregators' keys are not the pinned ones; nothing was sent")
-            self._endpoints = [self._endpoints[i] for i in order]
-            self._seats = [self._seats[i] for i in order]
+            self._links = [self._links[i] for i in order]
             self._keys = keys
         return self._keys
 
@@ -101,11 +141,9 @@ class PartyGroup:
         if self._session is None:
             session = secrets.token_hex(16)
             self.keys(deadline)
-            first, *others = self._seats
-            port = json.loads(_post(first, "/v1/session", {"session": session}, deadline))["port"]
-            self._each(
-                others, lambda e: _post(e, "/v1/session", {"session": session, "port": port}, deadline)
-            )
+            first, *others = self._links
+            port = first.join(session, None, deadline)
+            self._each(others, lambda link: link.join(session, port, deadline))
             self._session = session
         return self._session
 
@@ -116,18 +154,12 @@ class PartyGroup:
             ChannelError: an aggregator refused it or cannot be reached.
         """
         self.keys(deadline)
-        path = f"/v1/rounds/{terms.folder}"
-        self._each(
-            self.aggregators,
-            lambda e: persistently(
-                lambda: e.request("PUT", path, terms.pack(), deadline=_soon(deadline)), deadline
-            ),
-        )
+        self._each(self.aggregators, lambda link: link.open(terms, deadline))
 
     def close(self, terms: RoundTerms, deadline: float) -> Total:
         """Close a round and put the parties' shares together.
 
-        Where a worker dies or hangs, all parties start new ones and go on from their spools; the outcome is
+        Where a worker dies or hangs, all parties start new ones and go on from their uploads; the outcome is
         the same as it would have been.
 
         Raises:
@@ -137,8 +169,8 @@ class PartyGroup:
         failure: ChannelError | None = None
         while time.monotonic() < deadline:
             try:
-                posts = self._shares(terms, deadline)
-                return self._attributed(terms, combine(terms, posts), agreed_in(posts[0]), deadline)
+                parts = self._shares(terms, deadline)
+                return self._attributed(terms, combine(terms, parts), agreed_in(parts[0]), deadline)
             except UnreachableError as error:
                 failure = error
                 time.sleep(_PAUSE)
@@ -146,18 +178,14 @@ class PartyGroup:
 
     def _shares(self, terms: RoundTerms, deadline: float) -> list[bytes]:
         session = self.gather(deadline)
-        path = f"/v1/rounds/{terms.folder}"
-        found = self._each(self.aggregators, lambda e: _status(e, path, deadline))
+        found = self._each(self.aggregators, lambda link: link.status(terms.label, deadline))
         # Those who agreed before a failure have to help those who did not get so far.
         made_in = {status["made_in"] for status in found}
-        closing = {
-            "session": session,
-            "agree": any(status["set"] is None for status in found),
-            "kept": len(made_in) == 1 and made_in != {None},
-        }
+        agree = any(status["set"] is None for status in found)
+        kept = len(made_in) == 1 and made_in != {None}
         return self._each(
             self.aggregators,
-            lambda e: _post(e, f"{path}/share", closing, deadline),
+            lambda link: link.share(terms.label, session, agree=agree, kept=kept, deadline=deadline),
             on_failure=lambda: self._renew(deadline),
         )
 
@@ -170,8 +198,7 @@ class PartyGroup:
     def _attributed(
         self, terms: RoundTerms, integers: NDArray[np.int64], agreed: str, deadline: float
     ) -> Total:
-        path = f"/v1/rounds/{terms.folder}"
-        found = self._each(self.aggregators, lambda e: _status(e, path, deadline))
+        found = self._each(self.aggregators, lambda link: link.status(terms.label, deadline))
         if len({tuple(status["devices"]) for status in found}) != 1:
             raise ChannelError("the aggregators name different devices; nothing was released")
         left_out: dict[PartyId, str] = {}
@@ -200,24 +227,23 @@ class PartyGroup:
         self.keys(deadline)
         for attempt in range(MAX_ATTEMPTS):
             fresh = terms.model_copy(update={"attempt": attempt})
-            path = f"/v1/rounds/{fresh.folder}"
-            found = self._each(self.aggregators, partial(_known, path=path, deadline=deadline))
+            found = self._each(self.aggregators, partial(_known, round=fresh.label, deadline=deadline))
             known = [status for status in found if status is not None]
             if any(status["shared"] for status in known) or not any(status["over"] for status in known):
                 opened = {status["terms"] for status in known}
                 under = RoundTerms.unpack(opened.pop().encode()) if len(opened) == 1 else fresh
                 return under if under.substance() == fresh.substance() else fresh
-            self._each(self.aggregators, partial(_post, path=f"{path}/abandon", fields={}, deadline=deadline))
+            self._each(self.aggregators, partial(_abandon, round=fresh.label, deadline=deadline))
         raise ChannelError(f"round {terms.folder} came to nothing {MAX_ATTEMPTS} times; nothing was released")
 
     def _each(
         self,
-        endpoints: Sequence[Endpoint],
-        work: Callable[[Endpoint], T],
+        links: Sequence[PartyLink],
+        work: Callable[[PartyLink], T],
         on_failure: Callable[[], None] = lambda: None,
     ) -> list[T]:
         """``work`` on all at once; a refusal outweighs a failure, and all are awaited."""
-        futures = [self._pool.submit(work, endpoint) for endpoint in endpoints]
+        futures = [self._pool.submit(work, link) for link in links]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         errors = [error for future in finished if (error := future.exception()) is not None]
         # After a refusal the others are about to refuse too, unless they wait for the one that did.
@@ -226,7 +252,7 @@ class PartyGroup:
             on_failure()
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in errors:
-            if isinstance(error, RefusedError) or not isinstance(error, ChannelError):
+            if not isinstance(error, UnreachableError):
                 raise error
         if errors:
             reasons = [str(error) for error in errors]
@@ -234,38 +260,37 @@ class PartyGroup:
         return [future.result() for future in futures]
 
     def disconnect(self) -> None:
-        """Close the connections; the services go on. Idempotent."""
+        """Let go of the parties. Idempotent."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for endpoint in (*self._endpoints, *self._seats):
-            endpoint.close()
+        for link in self._links:
+            link.close()
 
 
-def _facts(endpoint: Endpoint, deadline: float) -> dict[str, Any]:
-    answer = persistently(lambda: endpoint.request("GET", "/v1/party", deadline=_soon(deadline)), deadline)
+def relay(uploads: Sequence[Upload], links: Sequence["PartyLink"], *, deadline: float) -> list[str]:
+    """Hand on many devices' uploads to one round, blind; what was refused.
+
+    Args:
+        uploads: from ``prepare``, of one round.
+        links: to the aggregators, by rank.
+        deadline: on ``time.monotonic``.
+
+    Raises:
+        ChannelError: an aggregator cannot be reached in time.
+    """
+    refused: list[str] = []
+    for rank, link in enumerate(links):
+        envelopes = [upload.envelopes[rank] for upload in uploads]
+        refused += link.relay(uploads[0].round, envelopes, deadline) if uploads else []
+    return refused
+
+
+def _known(link: PartyLink, round: int, deadline: float) -> Mapping[str, Any] | None:
+    """The status of an attempt; none of one that the party does not have open."""
     try:
-        facts = json.loads(answer)
-        return {name: facts[name] for name in ("rank", "parties", "key", "members")}
-    except (ValueError, TypeError, KeyError):
-        raise ChannelError(f"{endpoint.url} is not a party's service") from None
-
-
-def _status(endpoint: Endpoint, path: str, deadline: float) -> dict[str, Any]:
-    answer = persistently(lambda: endpoint.request("GET", path, deadline=_soon(deadline)), deadline)
-    status: dict[str, Any] = json.loads(answer)
-    return status
-
-
-def _known(endpoint: Endpoint, path: str, deadline: float) -> dict[str, Any] | None:
-    """``_status``; none of a round that the party does not have open."""
-    try:
-        return _status(endpoint, path, deadline)
-    except RefusedError:
+        return link.status(round, deadline)
+    except RefusalError:
         return None
 
 
-def _post(endpoint: Endpoint, path: str, fields: dict[str, Any], deadline: float) -> bytes:
-    return endpoint.request("POST", path, json.dumps(fields).encode(), deadline=deadline)
-
-
-def _soon(deadline: float) -> float:
-    return min(deadline, time.monotonic() + _ATTEMPT_SECONDS)
+def _abandon(link: PartyLink, round: int, deadline: float) -> None:
+    link.abandon(round, deadline)

@@ -1,12 +1,7 @@
-"""What an aggregator asks of the machinery that holds shares, and the same in plain numpy.
-
-A backend is one party's seat at the table. ``CryptenBackend`` is the one in service; ``RingBackend`` says
-the same in a few lines of numpy, among the threads of one process, and is the oracle in tests.
-"""
+"""The aggregators' backend in plain numpy, among the threads of one process: the oracle of CrypTen's."""
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,64 +9,6 @@ from numpy.typing import NDArray
 from privkd.privacy.votes import tally
 from privkd.secure.normcheck import NormTest
 from privkd.secure.shares import reconstruct, to_ring
-
-
-class Backend(Protocol):
-    """One party's seat among ``parties``. Every party must make the same calls in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """Which party this is, from 0."""
-        ...
-
-    @property
-    def parties(self) -> int:
-        """How many parties there are."""
-        ...
-
-    def gather(self, message: bytes) -> list[bytes]:
-        """Every party's message, by rank. All parties see all of them."""
-        ...
-
-    def noisy_sum(
-        self, shares: Sequence[NDArray[np.uint32]], noise: NDArray[np.int64] | None
-    ) -> NDArray[np.uint32]:
-        """This party's share ``[entry]`` of the sum over devices of ``shares``, plus its own ``noise``.
-
-        Nothing is revealed: the sum appears only to whoever adds the shares of all parties.
-
-        Args:
-            shares: one array ``[entry]`` a device, as this party holds them.
-            noise: integers ``[entry]`` that this party adds, or none.
-        """
-        ...
-
-    def within(self, projected: NDArray[np.uint32], test: NormTest) -> NDArray[np.bool_]:
-        """Which devices pass ``test``: ``[device]``, known to all parties, which learn nothing else.
-
-        Args:
-            projected: this party's shares of the devices' projections, ``[device, projection]``.
-            test: what to hold them to.
-        """
-        ...
-
-    def winners(
-        self, votes: NDArray[np.uint32], scores: NDArray[np.uint32], threshold: int
-    ) -> NDArray[np.bool_]:
-        """This party's share ``[query, class]`` of ``voting.tally``: all parties' shares xor to it.
-
-        Nothing is revealed to the parties. Inputs stand for integers in ``[-2^30, 2^30)``.
-
-        Args:
-            votes: this party's shares of the noisy counts for the argmax, ``[query, class]``.
-            scores: its shares of the counts with the threshold's noise, ``[query, class]``.
-            threshold: fewest votes that make a consensus.
-        """
-        ...
-
-    def close(self) -> None:
-        """Leave the table. Idempotent."""
-        ...
 
 
 class LocalGroup:

@@ -2,12 +2,12 @@
 
 import os
 
+from privkd.channels.secure import SecureOptions
 from privkd.config import Config
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.votes import VoteRule
 from privkd.runs.folder import RunFolder
-from privkd.secure.remote import ServiceOptions
 
 
 def noise_root(config: Config, folder: RunFolder) -> NoiseRoot:
@@ -21,17 +21,18 @@ def noise_root(config: Config, folder: RunFolder) -> NoiseRoot:
     return NoiseRoot(folder.secret("noise.key", NoiseRoot.from_system().key))
 
 
-def service_options(
+def secure_options(
     config: Config, folder: RunFolder, roster: tuple[PartyId, ...], votes: VoteRule | None = None
-) -> ServiceOptions | None:
-    """How to reach the secure channel's services, if the run goes through any. Raises as `noise_root`.
+) -> SecureOptions | None:
+    """Where the secure channel's parties run, and how it holds rounds; none over another channel.
 
-    ``roster``: all devices of the run.
+    Raises as `noise_root`. ``roster``: all devices of the run.
     """
     channel = config.channel
-    if not channel.through_services:
+    if channel.kind != "secure":
         return None
-    return ServiceOptions(
+    return SecureOptions(
+        services=channel.through_services,
         urls=channel.aggregator_urls,
         ca=channel.ca,
         certificate=channel.certificate,

@@ -6,26 +6,23 @@ import json
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from privkd.errors import ChannelError, ConfigError
+from privkd.errors import ChannelError, ConfigError, RefusalError
+from privkd.secure.group import UnreachableError
+from privkd.secure.terms import RoundTerms
+from privkd.secure.upload import Upload, packed
 
 _CHUNK = 1 << 18
 _MAX_ANSWER = 1 << 30
+_RELAY_BYTES = 1 << 22
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+_ATTEMPT_SECONDS = 15.0
 T = TypeVar("T")
-
-
-class RefusedError(ChannelError):
-    """The party said no, for good."""
-
-
-class UnreachableError(ChannelError):
-    """The party did not answer in time, or asks to try again."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,15 @@ class Endpoint:
             deadline: on ``time.monotonic``.
 
         Raises:
-            RefusedError: refused for good.
+            RefusalError: refused for good.
             UnreachableError: no answer by the deadline, or to be tried again.
+            ChannelError: its certificate is not trusted.
         """
         try:
             status, answer = self._exchange(method, path, body, deadline)
         except ssl.SSLCertVerificationError as error:
             self.close()
-            raise RefusedError(
+            raise ChannelError(
                 f"{self.url}: its certificate is not trusted ({error.verify_message})"
             ) from error
         except TimeoutError as error:
@@ -104,9 +102,17 @@ class Endpoint:
             raise UnreachableError(f"{self.url}: {error or type(error).__name__}") from error
         if status == 200:
             return answer
-        raise (RefusedError if 400 <= status < 500 else UnreachableError)(
-            f"{self.url}: {_reason(status, answer)}"
-        )
+        reason = f"{self.url}: {_reason(status, answer)}"
+        raise RefusalError(status, reason) if 400 <= status < 500 else UnreachableError(reason)
+
+    def insist(self, method: str, path: str, body: bytes = b"", *, deadline: float) -> bytes:
+        """`request`, tried again with growing pauses for as long as the party is unreachable."""
+
+        def attempt() -> bytes:
+            by = min(deadline, time.monotonic() + _ATTEMPT_SECONDS)
+            return self.request(method, path, body, deadline=by)
+
+        return persistently(attempt, deadline)
 
     def _exchange(self, method: str, path: str, body: bytes, deadline: float) -> tuple[int, bytes]:
         kept = self._connection is not None
@@ -188,3 +194,109 @@ def _reason(status: int, answer: bytes) -> str:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return str(json.loads(answer)["error"])
     return f"HTTP status {status}"
+
+
+def send(upload: Upload, endpoints: Sequence[Endpoint], *, deadline: float) -> None:
+    """Send each aggregator its envelope, again and again where it cannot be reached.
+
+    Args:
+        upload: from ``prepare``.
+        endpoints: the aggregators, by rank.
+        deadline: on ``time.monotonic``.
+
+    Raises:
+        ChannelError: an aggregator refused it, or cannot be reached in time.
+    """
+    path = f"/v1/rounds/{upload.round:016x}/uploads"
+    for endpoint, envelope in zip(endpoints, upload.envelopes, strict=True):
+        endpoint.insist("POST", path, envelope, deadline=deadline)
+
+
+class HttpLink(Endpoint):
+    """The link to a party that runs as a service; see ``privkd.secure.service``."""
+
+    def __init__(self, url: str, tls: ClientTls | None = None) -> None:
+        """Check the address; nothing is sent. Raises as `Endpoint`."""
+        super().__init__(url, tls)
+        # Apart, as sessions are renewed while another request still waits for its answer.
+        self._sessions = Endpoint(url, tls)
+
+    @property
+    def name(self) -> str:
+        """Its address."""
+        return self.url
+
+    def about(self, deadline: float) -> Mapping[str, Any]:
+        """What the party says of itself."""
+        answer = self.insist("GET", "/v1/party", deadline=deadline)
+        try:
+            facts = json.loads(answer)
+            return {name: facts[name] for name in ("rank", "parties", "key", "members")}
+        except (ValueError, TypeError, KeyError):
+            raise ChannelError(f"{self.url} is not a party's service") from None
+
+    def join(self, session: str, port: int | None, deadline: float) -> int:
+        """Have it start a worker; the port of rank 0's rendezvous."""
+        fields = {"session": session} | ({} if port is None else {"port": port})
+        answer = self._sessions.request("POST", "/v1/session", json.dumps(fields).encode(), deadline=deadline)
+        return int(json.loads(answer)["port"])
+
+    def open(self, terms: RoundTerms, deadline: float) -> None:
+        """Publish a round."""
+        self.insist("PUT", f"/v1/rounds/{terms.folder}", terms.pack(), deadline=deadline)
+
+    def relay(self, round: int, envelopes: Sequence[bytes], deadline: float) -> list[str]:
+        """Hand on sealed uploads; what was refused."""
+        refused: list[str] = []
+        for batch in _batches(envelopes):
+            answer = self.insist("POST", f"{_path(round)}/relay", packed(batch), deadline=deadline)
+            refused += json.loads(answer)["refused"]
+        return refused
+
+    def status(self, round: int, deadline: float) -> Mapping[str, Any]:
+        """What is public of an attempt at a round."""
+        status: dict[str, Any] = json.loads(self.insist("GET", _path(round), deadline=deadline))
+        return status
+
+    def share(self, round: int, session: str, *, agree: bool, kept: bool, deadline: float) -> bytes:
+        """Close an attempt; the party's part of the result."""
+        fields = {"session": session, "agree": agree, "kept": kept}
+        return self.request("POST", f"{_path(round)}/share", json.dumps(fields).encode(), deadline=deadline)
+
+    def abandon(self, round: int, deadline: float) -> None:
+        """Have it never release anything of an attempt."""
+        self.request("POST", f"{_path(round)}/abandon", b"{}", deadline=deadline)
+
+    def close(self) -> None:
+        """Close the connections; the service goes on. Idempotent."""
+        super().close()
+        self._sessions.close()
+
+
+def _path(round: int) -> str:
+    return f"/v1/rounds/{round:016x}"
+
+
+def service_links(urls: Sequence[str], tls: ClientTls | None = None) -> list[HttpLink]:
+    """Links to the services at ``urls``; ``tls``: what to trust, and the cloud's own certificate.
+
+    Raises:
+        ConfigError: an address is malformed or named twice.
+    """
+    if len(set(urls)) != len(urls):
+        raise ConfigError("an aggregator's address is named twice")
+    return [HttpLink(url, tls) for url in urls]
+
+
+def _batches(envelopes: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Runs of envelopes that fit one request together."""
+    batch: list[bytes] = []
+    size = 0
+    for envelope in envelopes:
+        if batch and size + len(envelope) > _RELAY_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(envelope)
+        size += len(envelope)
+    if batch:
+        yield batch

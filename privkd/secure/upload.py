@@ -1,23 +1,31 @@
-"""A share sealed to one aggregator, so that spools, pipes and the cloud carry it blind. Device side.
+"""The device's side of a round: clip, encode, share, seal. Without torch and without CrypTen.
 
-X25519 with a fresh key for each envelope, HKDF-SHA256, AES-256-GCM. The header travels in clear and is
-authenticated. The key serves one envelope only, so the nonce is constant.
+Each share is sealed to one aggregator, so that files, pipes and the cloud carry it blind: X25519 with a fresh
+key for each envelope, HKDF-SHA256, AES-256-GCM. The header travels in clear and is authenticated. The key
+serves one envelope only, so the nonce is constant.
 """
 
 import hashlib
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 
 from privkd.errors import ChannelError
 from privkd.privacy.events import PartyId
-from privkd.secure.shares import RING_BITS, Form, Share
+from privkd.privacy.noise import KEY_BYTES, NoiseRoot, discrete_gaussian
+from privkd.secure.fixedpoint import FixedPoint, content_digest, finite_or_zero
+from privkd.secure.shares import RING_BITS, Form, Share, split
+from privkd.secure.terms import RoundTerms
 
 UPLOAD_ID_BYTES = 16
 _MAGIC = b"PKDU"
@@ -26,6 +34,98 @@ _FIXED = struct.Struct("<4sBBBBBIQ16sH")
 _PUBLIC_KEY_BYTES = 32
 _NONCE = bytes(12)
 _LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A device's whole contribution to a round: one envelope an aggregator, by rank.
+
+    A retry sends these same bytes. Keep them (``pack``) until every aggregator has them: sharing the answers
+    anew would leave the aggregators with shares that do not belong together, and the device left out.
+    ``round`` is the label of the attempt.
+    """
+
+    round: int
+    device: PartyId
+    upload_id: bytes
+    envelopes: tuple[bytes, ...]
+
+    def pack(self) -> bytes:
+        """As bytes, for the device's own disk."""
+        name = self.device.encode()
+        parts = (self.round.to_bytes(8, "little"), name, self.upload_id, *self.envelopes)
+        return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """From ``pack``.
+
+        Raises:
+            ChannelError: cut off or not an upload.
+        """
+        parts, position = [], 0
+        try:
+            while position < len(data):
+                (length,) = _LENGTH.unpack_from(data, position)
+                position += _LENGTH.size + length
+                if position > len(data):
+                    raise ValueError("cut off")
+                parts.append(data[position - length : position])
+            round, name, upload_id, *envelopes = parts
+            return cls(int.from_bytes(round, "little"), name.decode(), upload_id, tuple(envelopes))
+        except (struct.error, ValueError) as error:
+            raise ChannelError(f"kept upload: damaged ({error})") from error
+
+
+def prepare(
+    block: NDArray[np.floating], terms: RoundTerms, device: PartyId, entropy: bytes | None = None
+) -> Upload:
+    """A device's ``block`` of answers, of any shape with ``terms.entries`` entries, ready to be sent.
+
+    The block is clipped in L2 and truncated to integers of norm at most ``terms.bound``, exactly. One with a
+    value that is not finite is sent as zeros, so that no device betrays itself by failing. Where the devices
+    add the noise, this one adds its share. What is drawn (shares, keys, noise) is a function of
+    ``entropy``, round, device and content, so no two contents ever meet the same draw.
+
+    Args:
+        block: the answers.
+        terms: of the round.
+        device: this device's name.
+        entropy: 32 secret bytes; fresh from the operating system unless given. Simulations give their own.
+
+    Raises:
+        ChannelError: the block has another size; nothing is sent.
+    """
+    values = np.asarray(block, np.float64).reshape(1, -1)
+    if values.size != terms.entries:
+        raise ChannelError(f"{device}: {values.size} answers, but the round takes {terms.entries}")
+    integers = FixedPoint(terms.fraction_bits, terms.bound).encode(finite_or_zero(values))[0]
+    return seal_integers(integers, terms, device, entropy)
+
+
+def seal_integers(
+    integers: NDArray[np.int64], terms: RoundTerms, device: PartyId, entropy: bytes | None = None
+) -> Upload:
+    """``prepare`` from the clipped ``integers`` ``[entry]`` on."""
+    root = NoiseRoot(os.urandom(KEY_BYTES) if entropy is None else entropy)
+    # The upload's name says what it holds; its keys are also of the round's terms, so of the recipients.
+    content = root.subkey("upload", terms.round, device, terms.substance(), content_digest(integers))
+    own = NoiseRoot(NoiseRoot(content).subkey("sealed under", terms.pack()))
+    if terms.device_variance is not None:
+        stream = NoiseRoot(content).stream("noise")
+        integers = integers + discrete_gaussian(terms.device_variance, terms.entries, stream)
+    upload_id = NoiseRoot(content).subkey("name")[:UPLOAD_ID_BYTES]
+    shares = split(integers, len(terms.keys), own.stream("shares"))
+    envelopes = tuple(
+        seal(
+            Header(terms.label, device, upload_id, party, len(shares), terms.entries, share.form),
+            share,
+            bytes.fromhex(key),
+            own.subkey("envelope", party),
+        )
+        for party, (share, key) in enumerate(zip(shares, terms.keys, strict=True))
+    )
+    return Upload(terms.label, device, upload_id, envelopes)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Sealed uploads on disk: what was accepted outlives the process, and nothing is ever accepted twice.
+"""The sealed uploads that a party holds of a round, on disk or in memory; nothing is ever accepted twice.
 
-One folder a round: ``terms.json``, the log ``uploads``, and ``share`` once it is made. The log takes one
-envelope after the other, each behind its length and checksum, so that many become durable with one sync; what
-a crash cut short at its end was never acknowledged. The other files are written aside, synced and then
-renamed, so each is there whole or not at all.
+On disk, what was accepted outlives the process. One folder a round: ``terms.json``, the log ``uploads``, and
+``share`` once it is made. The log takes one envelope after the other, each behind its length and checksum, so
+that many become durable with one sync; what a crash cut short at its end was never acknowledged. The other
+files are written aside, synced and then renamed, so each is there whole or not at all.
 """
 
 import os
@@ -11,17 +11,19 @@ import struct
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from privkd.errors import ChannelError
 from privkd.privacy.events import PartyId
-from privkd.secure.envelope import Header, header_of
 from privkd.secure.terms import RoundTerms
+from privkd.secure.upload import Header, header_of
 
 _UPLOADS, _TERMS, _SHARE = "uploads", "terms.json", "share"
 _RECORD = struct.Struct("<II")
+_ANOTHER = "{}: another upload in this round was accepted before; a retry sends the same bytes"
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,103 @@ class _Place:
     size: int
 
 
-class RoundSpool:
+class RoundUploads(Protocol):
     """What one party holds of one round. Safe to call from many threads."""
+
+    @property
+    def terms(self) -> RoundTerms:
+        """The round's."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the party's worker reads the uploads; none where it must be sent them."""
+        ...
+
+    @property
+    def held(self) -> dict[PartyId, Header]:
+        """The header of each device's upload; all of them are kept."""
+        ...
+
+    def holds(self, device: PartyId) -> bool:
+        """Whether there is an upload of this device."""
+        ...
+
+    def add(self, header: Header, envelope: bytes) -> None:
+        """Take a device's upload, whose header was checked. It is kept once ``sync`` returns.
+
+        The same bytes again change nothing.
+
+        Raises:
+            ChannelError: other bytes of this device are held already, or cannot be compared.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Make all that was added last. Raises `ChannelError` where it cannot be written."""
+        ...
+
+    def unread(self, devices: Sequence[PartyId]) -> Sequence[bytes]:
+        """The envelopes of ``devices`` that the party's worker must be sent: none where it reads them."""
+        ...
+
+    @property
+    def share(self) -> bytes | None:
+        """This party's part of the result, once it was made."""
+        ...
+
+    def keep_share(self, share: bytes) -> None:
+        """Keep the part for as long as the round."""
+        ...
+
+    def drop_uploads(self) -> None:
+        """Forget the sealed uploads of a finished round."""
+        ...
+
+
+class UploadsInMemory:
+    """`RoundUploads` that end with this object."""
+
+    folder = None
+
+    def __init__(self, terms: RoundTerms) -> None:
+        """None yet."""
+        self.terms = terms
+        self.share: bytes | None = None
+        self._kept: dict[PartyId, tuple[Header, bytes]] = {}
+
+    @property
+    def held(self) -> dict[PartyId, Header]:
+        """The header of each device's upload."""
+        return {device: header for device, (header, _) in self._kept.items()}
+
+    def holds(self, device: PartyId) -> bool:
+        """Whether there is an upload of this device."""
+        return device in self._kept
+
+    def add(self, header: Header, envelope: bytes) -> None:
+        """Take a device's upload; see `RoundUploads.add`."""
+        if self._kept.setdefault(header.device, (header, envelope))[1] != envelope:
+            raise ChannelError(_ANOTHER.format(header.device))
+
+    def sync(self) -> None:
+        """Nothing outlasts this object."""
+
+    def unread(self, devices: Sequence[PartyId]) -> Sequence[bytes]:
+        """The envelopes of ``devices``."""
+        return [self._kept[device][1] for device in devices]
+
+    def keep_share(self, share: bytes) -> None:
+        """Keep this party's part of the result."""
+        self.share = share
+
+    def drop_uploads(self) -> None:
+        """Forget all uploads."""
+        self._kept.clear()
+
+
+class UploadsOnDisk:
+    """`RoundUploads` in a folder."""
 
     def __init__(self, folder: Path, terms: RoundTerms) -> None:
         """Take up what the folder holds.
@@ -62,8 +159,8 @@ class RoundSpool:
         self._durable = self._end
 
     @classmethod
-    def create(cls, folder: Path, terms: RoundTerms) -> "RoundSpool":
-        """A new round's spool."""
+    def create(cls, folder: Path, terms: RoundTerms) -> "UploadsOnDisk":
+        """A new round's."""
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / _TERMS, terms.pack())
         (folder / _UPLOADS).touch()
@@ -84,13 +181,7 @@ class RoundSpool:
             return device in self._places
 
     def add(self, header: Header, envelope: bytes) -> None:
-        """Take a device's upload, whose header was checked. It is kept once ``sync`` returns.
-
-        The same bytes again change nothing.
-
-        Raises:
-            ChannelError: other bytes of this device are held already, or the log cannot be read.
-        """
+        """Take a device's upload; see `RoundUploads.add`."""
         with self._lock:
             place = self._places.get(header.device)
             if place is None:
@@ -101,10 +192,7 @@ class RoundSpool:
                 return
             kept = self._waiting.get(header.device)
         if (self._read(place) if kept is None else kept) != envelope:
-            raise ChannelError(
-                f"{header.device}: another upload in this round was accepted before; "
-                "a retry sends the same bytes"
-            )
+            raise ChannelError(_ANOTHER.format(header.device))
 
     def _read(self, place: _Place) -> bytes:
         try:
@@ -140,16 +228,20 @@ class RoundSpool:
                     del self._waiting[device]
                 self._durable = reached
 
+    def unread(self, devices: Sequence[PartyId]) -> Sequence[bytes]:
+        """None: the worker reads them."""
+        return ()
+
     @property
     def share(self) -> bytes | None:
-        """This party's post, once it was made."""
+        """This party's part of the result, once it was made."""
         try:
             return (self.folder / _SHARE).read_bytes()
         except FileNotFoundError:
             return None
 
     def keep_share(self, share: bytes) -> None:
-        """Keep the post for as long as the round's folder."""
+        """Keep the part for as long as the round's folder."""
         write_durably(self.folder / _SHARE, share)
 
     def drop_uploads(self) -> None:
@@ -158,14 +250,14 @@ class RoundSpool:
             os.truncate(self._log, 0)
 
 
-def stored_rounds(directory: Path) -> Iterator[RoundSpool]:
-    """The rounds in a party's spool ``directory``."""
+def stored_rounds(directory: Path) -> Iterator[UploadsOnDisk]:
+    """What a party's ``directory`` of rounds holds."""
     for folder in sorted(directory.iterdir()):
         if (folder / _TERMS).is_file():
-            yield RoundSpool(folder, RoundTerms.unpack((folder / _TERMS).read_bytes()))
+            yield UploadsOnDisk(folder, RoundTerms.unpack((folder / _TERMS).read_bytes()))
 
 
-def spooled(folder: Path) -> Iterator[tuple[PartyId, bytes]]:
+def stored_uploads(folder: Path) -> Iterator[tuple[PartyId, bytes]]:
     """Each device's sealed upload in a round's ``folder``, as they came.
 
     Raises:
