@@ -322,7 +322,7 @@ class SecureChannel(Channel):
         self._parties.close()
 
     def carry(self, question: Question, answers: Tensor, devices: Sequence[PartyId]) -> Release:
-        """See `Channel.carry`. An error ends the parties that were started here; a later round has new ones."""
+        """See `Channel.carry`. An error ends the parties that were started here; others are started then."""
         try:
             return super().carry(question, answers, devices)
         except BaseException:
