@@ -89,7 +89,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Let private students teach the cloud teacher, within a stated budget."""
-    from audits.commands import closing_audit
+    from audits import closing_audit
     from privkd.commands import TrainRequest, train_command
 
     train_command(
@@ -191,10 +191,10 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write what an officer reads: report.html, .md, .json, registry.yaml. Exit code 3 is an alarm in it."""
-    from audits.dossier.commands import report_command
+    from audits import report as write
+    from privkd.terminal import show
 
-    folder = _path(path)
-    report_command(folder, _path(out), as_json=json_)
+    show(write(path, out), as_json=json_)
 
 
 @app.command()
@@ -204,9 +204,10 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Set two runs, or two curves, side by side: differences with intervals, settings, ledgers."""
-    from audits.comparison.commands import compare_command
+    from audits import compare as beside
+    from privkd.terminal import show
 
-    compare_command(Path(first), Path(second), as_json=json_)
+    show(beside(first, second), as_json=json_)
 
 
 @app.command()
@@ -287,11 +288,16 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a device's student with its preprocessing as one file that answers as the original does."""
-    from privkd.export.commands import ExportRequest, export_command
     from privkd.runs.plugged import load_plugins_for
 
     load_plugins_for(Path(run), plugin or ())
-    export_command(ExportRequest(Path(run), format_, device_index, _path(out), json_))
+    from privkd.export.formats import check_asked
+
+    check_asked(format_, device_index, _path(out))
+    from privkd.export.export import export as write
+    from privkd.terminal import show
+
+    show(write(Path(run), format_, device_index, _path(out)), as_json=json_)
 
 
 audit = typer.Typer(
@@ -329,7 +335,7 @@ def membership(
     json_: Json = False,
 ) -> None:
     """Guess who is in a device's records, from what each view of a run shows. Exit code 3 is an alarm."""
-    from audits.commands import MembershipRequest, load_plugins_of, membership_command
+    from audits.requests import MembershipRequest, load_plugins_of
 
     load_plugins_of(_path(run), plugin or ())
     request = MembershipRequest(
@@ -341,7 +347,12 @@ def membership(
         device=device,
         seed=seed,
     )
-    membership_command(_path(run), request, as_json=json_)
+    from audits import membership as attack_run
+    from privkd.terminal import progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = attack_run(run, request, progress=progress)
+    show(found, as_json=json_)
 
 
 @audit.command()
@@ -363,7 +374,7 @@ def reconstruction(
     json_: Json = False,
 ) -> None:
     """Rebuild what a device held, from what each view of a run shows. Exit code 3 is an alarm."""
-    from audits.commands import ReconstructionRequest, load_plugins_of, reconstruction_command
+    from audits.requests import ReconstructionRequest, load_plugins_of
 
     load_plugins_of(_path(run), plugin or ())
     request = ReconstructionRequest(
@@ -375,7 +386,12 @@ def reconstruction(
         device=device,
         seed=seed,
     )
-    reconstruction_command(_path(run), request, as_json=json_)
+    from audits import reconstruction as attack_run
+    from privkd.terminal import progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = attack_run(run, request, progress=progress)
+    show(found, as_json=json_)
 
 
 @audit.command()
@@ -384,9 +400,12 @@ def mechanism(
     json_: Json = False,
 ) -> None:
     """Put worst-case inputs through the channels and the DP-SGD step. Exit code 3 is an alarm."""
-    from audits.commands import mechanism_command
+    from audits import mechanism as attack_mechanisms
+    from privkd.terminal import progress_on_stderr, show
 
-    mechanism_command(seed=seed, as_json=json_)
+    with progress_on_stderr() as progress:
+        found = attack_mechanisms(seed=seed, progress=progress)
+    show(found, as_json=json_)
 
 
 papers = typer.Typer(

@@ -58,10 +58,10 @@ def train_command(request: TrainRequest, audit: "ClosingAudit") -> None:
 
 def _start(config: Config, request: TrainRequest, audit: "ClosingAudit") -> None:
     check_channel(config.channel)
-    from privkd.console import print_folder, print_taken
     from privkd.data.constants import PUBLIC_SOURCES
     from privkd.prepared import prepare
     from privkd.runs.folder import RunFolder, default_folder
+    from privkd.terminal import print_folder, print_taken
 
     # Bad data, models or budgets fail here, before a run folder exists.
     prepared = prepare(config)
@@ -85,26 +85,21 @@ def _resume(request: TrainRequest, path: Path, audit: "ClosingAudit") -> None:
 
 def _run(folder: "RunFolder", prepared: "Prepared | None", audit: "ClosingAudit", *, as_json: bool) -> None:
     """Start ``prepared``, or go on with the folder's run where there is none."""
-    from privkd.console import print_result, progress_on_stderr
-    from privkd.result import raise_crossed, result_tree
-    from privkd.result import train as run_training
+    from privkd.runner import train as run_training
+    from privkd.terminal import progress_on_stderr, show
 
     with progress_on_stderr() as progress:
         resumed = prepared is None
         result = run_training(
             folder.config, folder, progress, resumed=resumed, prepared=prepared, audit=audit
         )
-    if as_json:
-        print_json(result_tree(result))
-    else:
-        print_result(result)
-    raise_crossed(result)
+    show(result, as_json=as_json)
 
 
 def _forecast(config: Config, *, as_json: bool) -> None:
-    from privkd.console import print_forecast
     from privkd.prepared import forecast
-    from privkd.result import plain
+    from privkd.records import plain
+    from privkd.terminal import print_forecast
 
     found = forecast(config)
     if as_json:

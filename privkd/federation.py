@@ -30,8 +30,8 @@ from privkd.privacy.ledger import Charge, Ledger
 from privkd.privacy.randomness import seeded_generator, seeded_layers
 from privkd.privacy.votes import VoteRule, data_dependent_rdp, rdp_epsilon
 from privkd.progress import Progress
+from privkd.result import RoundFigures
 from privkd.runs.checkpoint import (
-    RoundFigures,
     State,
     commit,
     load_state,

@@ -1,27 +1,55 @@
-"""A finished run as plain figures: for the final table, for ``--json`` and for the run folder."""
+"""A finished run as plain figures: the final table, ``--json``, and ``result.json`` in the run's folder."""
 
-import hashlib
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from privkd.config import Config
-from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
-from privkd.data.scenario import LabelledSet
-from privkd.errors import AuditAlarm
-from privkd.federation import ClosingAudit, Run, run
-from privkd.latency import latencies_ms
-from privkd.models.zoo import parameter_count
-from privkd.prepared import Finished, Prepared, finished, prepare, reopen
-from privkd.privacy.bounds import Check, LowerBound, raise_failed
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from privkd.privacy.bounds import Audited, Check, LowerBound, failure
 from privkd.privacy.events import Unit
-from privkd.privacy.ledger import Statement
-from privkd.progress import Progress
-from privkd.runs.checkpoint import RoundFigures
-from privkd.runs.folder import RunFolder
+from privkd.privacy.ledger import Statement, Statements
+from privkd.records import Count, Measured, Value
+
+NO_RECORD_DP = Text("No differential privacy: epsilon is inf, records are not protected.", style="bold red")
+
+
+@dataclass(frozen=True)
+class RoundFigures:
+    """How things stand after a round. Accuracies are on the global test set unless named otherwise.
+
+    Attributes:
+        teacher: accuracy of the teacher after the round.
+        self_distilled: accuracy of the teacher that learned its own answers, with zero devices.
+        labels_only: accuracy of the teacher that learned the public labels alone, with zero devices.
+        students: mean accuracy of the devices' students, of 20 of them at most.
+        accepted: share of the proposed update that the gate let through; 0 is a rollback.
+        epsilon_record: upper bound spent so far, worst device.
+        epsilon_device: likewise, per device.
+        personal: mean accuracy of the students, each on its device's own test set.
+        devices: how many contributed to the round's release; 0 before the first.
+
+    No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
+    records are involved, and no run where there is nothing to measure them on. They are NaN then.
+    """
+
+    teacher: Measured
+    self_distilled: Measured
+    labels_only: Measured
+    students: Measured
+    accepted: Measured
+    epsilon_record: Measured
+    epsilon_device: Measured
+    personal: Measured
+    devices: Count
+
+    @property
+    def control(self) -> float:
+        """The better of the two teachers that learned with zero devices: what devices must beat."""
+        return max(self.self_distilled, self.labels_only)
 
 
 @dataclass(frozen=True)
@@ -31,13 +59,13 @@ class TeacherResult:
     ``control`` is the better of the two that learned with zero devices: ``self_distilled``, ``labels_only``.
     """
 
-    before: float
-    after: float
-    control: float
-    self_distilled: float
-    labels_only: float
-    latency_ms: float
-    parameters: int
+    before: Measured
+    after: Measured
+    control: Measured
+    self_distilled: Measured
+    labels_only: Measured
+    latency_ms: Measured
+    parameters: Count
 
 
 @dataclass(frozen=True)
@@ -50,30 +78,29 @@ class StudentResult:
     or NaN, was not computed.
     """
 
-    mean: float
-    personal: float
-    trained: float
-    direct: float | None
-    direct_private: float | None
-    public_only: float
-    latency_ms: float
-    parameters: int
+    mean: Measured
+    personal: Measured
+    trained: Measured
+    direct: Measured | None
+    direct_private: Measured | None
+    public_only: Measured
+    latency_ms: Measured
+    parameters: Count
 
 
 @dataclass(frozen=True)
 class TestSet:
     """The global test set: how many ``records``, and the SHA-256 of their inputs and labels."""
 
-    records: int
+    records: Count
     digest: str
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Value):
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
-    The ledger's epsilons are upper bounds; ``lower_bounds`` has one for each unit that was audited, and
-    ``checks`` what was asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's.
+    The ledger's epsilons are upper bounds, each beside its lower bound where the unit was audited; ``checks``
+    were asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's.
     """
 
     run: str
@@ -82,177 +109,137 @@ class Result:
     test: TestSet
     teacher: TeacherResult
     student: StudentResult
-    ledger: tuple[Statement, ...]
-    lower_bounds: tuple[LowerBound, ...]
+    ledger: Statements
     checks: tuple[Check, ...]
     rounds: tuple[RoundFigures, ...]
     noise: str
     warnings: tuple[str, ...]
-    taken: Mapping[str, str]
+    taken: dict[str, str]
     seconds: float
 
-    def lower_bound(self, unit: Unit) -> LowerBound | None:
-        """That of ``unit``, if it was audited."""
-        return next((bound for bound in self.lower_bounds if bound.unit is unit), None)
+    @property
+    def lower_bounds(self) -> tuple[LowerBound, ...]:
+        """One for each unit that was audited."""
+        return tuple(row.lower_bound for row in self.ledger if row.lower_bound)
+
+    @property
+    def audited(self) -> Audited:
+        """What the audit at the end of the run came to."""
+        return Audited(self.lower_bounds, self.checks)
+
+    def statement(self, unit: Unit) -> Statement:
+        """The ledger's row of one unit."""
+        return next(row for row in self.ledger if row.unit is unit)
+
+    @property
+    def alarm(self) -> str | None:
+        """A lower bound above the ledger's upper bound, or a check that failed."""
+        failed = failure(self.checks)
+        crossed = next((row.alarm for row in self.ledger if row.alarm), None)
+        if failed or crossed is None:
+            return failed
+        return f"{crossed}; do not release {self.run}, the mechanism or its accounting is broken"
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row a round; the first is before any."""
+        return [{"round": number, **asdict(figures)} for number, figures in enumerate(self.rounds)]
+
+    def __rich__(self) -> RenderableType:
+        folder = Text(f"run folder: {self.run}   ({self.seconds:.1f} s)", no_wrap=True, overflow="ignore")
+        return Group(_accuracies(self), _ledger(self), *_remarks(self), folder)
 
 
-def train(
-    config: Config,
-    folder: RunFolder,
-    progress: Progress,
-    *,
-    resumed: bool = False,
-    prepared: Prepared | None = None,
-    audit: ClosingAudit | None = None,
-) -> Result:
-    """Run ``config`` in ``folder``, audit it, and write ``result.json`` there.
-
-    ``prepared`` is that of ``config``, if there is one already. Raises as `prepare` and `federation.run` do;
-    bounds that cross are the caller's to raise, by `raise_crossed`.
-    """
-    start = time.monotonic()
-    prepared = prepared or (reopen(folder) if resumed else prepare(config))
-    done = run(prepared, folder, progress, resumed=resumed, audit=audit)
-    left_with = _left_with(prepared, folder, done, progress)
-    result = _result(done, left_with, config, folder.path, start)
-    folder.write_json("result.json", result_tree(result))
-    folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
-    return result
+def warned(warnings: Sequence[str]) -> list[Text]:
+    """What a plan or a result says that its epsilons and delta are not worth."""
+    return [Text(f"Warning: {words}.", style="bold red") for words in warnings]
 
 
-def raise_crossed(result: Result) -> None:
-    """Do nothing, unless a lower bound lies above the ledger's upper bound, or a check failed.
-
-    Raises:
-        AuditAlarm: it names the unit and both bounds, or the check.
-    """
-    raise_failed(result.checks)
-    for statement in result.ledger:
-        bound = result.lower_bound(statement.unit)
-        alarm = bound and bound.alarm(statement.epsilon.high, statement.delta)
-        if alarm:
-            raise AuditAlarm(
-                f"{alarm}; do not release {result.run}, the mechanism or its accounting is broken"
-            )
-
-
-def result_tree(result: Result) -> dict[str, Any]:
-    """The result as JSON values: infinity is ``"inf"``, what was not computed is ``null``."""
-    tree = asdict(result)
-    del tree["lower_bounds"]
-    tree["ledger"] = {
-        statement.unit.value: _statement_tree(statement, result.lower_bound(statement.unit))
-        for statement in result.ledger
-    }
-    tree["rounds"] = [asdict(figures) for figures in result.rounds]
-    return {key: plain(value) for key, value in tree.items()}
-
-
-@dataclass(frozen=True)
-class _LeftWith:
-    """Accuracies of the students that the devices are left with: see `StudentResult`."""
-
-    mean: float
-    personal: float
-
-
-def _left_with(prepared: Prepared, folder: RunFolder, done: Run, progress: Progress) -> _LeftWith:
-    """NaN in a deployment, where no budget of a device covers them."""
-    if not prepared.simulated:
-        return _LeftWith(math.nan, math.nan)
-    ended = Finished(done.state, done.students) if done.students else finished(prepared, folder)
-    devices = prepared.scenario.devices
-    numbers = measured_devices(len(devices))
-    students = prepared.personalised(ended, numbers, progress)
-    personal = personal_accuracy(students, [devices[number] for number in numbers])
-    return _LeftWith(mean_accuracy(students, prepared.scenario.test), personal)
-
-
-def _result(
-    done: Run,
-    left_with: _LeftWith,
-    config: Config,
-    path: Path,
-    start: float,
-) -> Result:
-    state, controls, figures = done.state, done.controls, done.state.figures
-    teacher_ms, student_ms = latencies_ms((state.teacher, done.example), (done.student, done.example))
-    teacher = TeacherResult(
-        before=figures[0].teacher,
-        after=figures[-1].teacher,
-        control=figures[-1].control,
-        self_distilled=figures[-1].self_distilled,
-        labels_only=figures[-1].labels_only,
-        latency_ms=teacher_ms,
-        parameters=parameter_count(state.teacher),
+def _accuracies(result: Result) -> Table:
+    teacher, student = result.teacher, result.student
+    table = Table(title="Accuracy on the global test set", title_justify="left")
+    for name in ("model", "result", "control", "what the control is"):
+        table.add_column(name, justify="left" if name in ("model", "what the control is") else "right")
+    table.add_row("teacher", percent_text(teacher.after), percent_text(teacher.before), "the teacher before")
+    table.add_row("", "", percent_text(teacher.self_distilled), "self-distilled with zero devices")
+    table.add_row("", "", percent_text(teacher.labels_only), "public labels alone, zero devices")
+    table.add_row(
+        "students, mean",
+        percent_text(student.mean),
+        percent_text(student.public_only),
+        "public distillation only",
     )
-    student = StudentResult(
-        mean=left_with.mean,
-        personal=left_with.personal,
-        trained=figures[-1].students,
-        direct=controls.direct,
-        direct_private=controls.direct_private,
-        public_only=done.public_only,
-        latency_ms=student_ms,
-        parameters=parameter_count(done.student),
+    table.add_row("", "", percent_text(student.trained), "as they answered in the last round")
+    table.add_row("", "", percent_text(student.direct_private), "trained directly, same budget")
+    table.add_row("", "", percent_text(student.direct), "trained directly, no DP")
+    table.add_row(
+        "students, own data", percent_text(student.personal), "", "each on its device's own test set"
     )
-    return Result(
-        run=str(path),
-        seed=config.seed,
-        channel=config.channel.kind,
-        test=_test_set(done.test),
-        teacher=teacher,
-        student=student,
-        ledger=done.ledger.statement(),
-        lower_bounds=done.audited.bounds,
-        checks=done.audited.checks,
-        rounds=figures,
-        noise=config.privacy.noise,
-        warnings=done.plan.warnings,
-        taken=done.plan.taken,
-        seconds=time.monotonic() - start,
+    size = f"{teacher.parameters:,} parameters" if teacher.parameters else ""
+    table.add_row(
+        "one answer", f"{student.latency_ms:.2f} ms", f"{teacher.latency_ms:.2f} ms", f"the teacher ({size})"
     )
+    return table
 
 
-def _test_set(test: LabelledSet) -> TestSet:
-    digest = hashlib.sha256(test.inputs.cpu().numpy().tobytes())
-    digest.update(test.labels.cpu().numpy().tobytes())
-    return TestSet(len(test), digest.hexdigest())
+def _ledger(result: Result) -> Table:
+    table = Table(title="Epsilon spent, all rounds (units are never added)", title_justify="left")
+    for name in ("unit", "at least", "at most", "budget", "delta"):
+        table.add_column(name, justify="left" if name == "unit" else "right")
+    table.add_column("neighbouring relation")
+    for row in result.ledger:
+        bound = row.lower_bound
+        table.add_row(
+            row.unit.value,
+            Text(f"{bound.epsilon:.2f}" if bound else "-", style="bold red" if row.alarm else ""),
+            Text(epsilon_text(row.high), style="red" if math.isinf(row.high) else ""),
+            epsilon_text(row.budget),
+            f"{row.delta:g}",
+            row.neighbouring_relation,
+        )
+    return table
 
 
-def _statement_tree(statement: Statement, lower_bound: LowerBound | None) -> dict[str, Any]:
-    audited = lower_bound and {
-        "epsilon": lower_bound.epsilon,
-        "confidence": lower_bound.confidence,
-        "canaries": lower_bound.canaries,
-        "path": lower_bound.path,
-    }
-    return {
-        "epsilon": statement.epsilon.high,
-        "epsilon_low": statement.epsilon.low,
-        "epsilon_estimate": statement.epsilon.estimate,
-        "lower_bound": audited,
-        "delta": statement.delta,
-        "budget": statement.budget,
-        "neighbouring_relation": statement.neighbouring_relation,
-        "parties": statement.parties,
-        "charges": statement.charges,
-        "method": statement.method,
-        "reasons": list(statement.reasons),
-    }
+def _remarks(result: Result) -> list[Text]:
+    remarks = _lower_bounds(result) + warned(result.warnings)
+    for row in result.ledger:
+        if row.unit is Unit.RECORD and math.isinf(row.high):
+            remarks.append(NO_RECORD_DP)
+        if row.unit is Unit.DEVICE:
+            remarks += [
+                Text(f"epsilon per device is inf: {reason}", style="yellow") for reason in row.reasons
+            ]
+    if result.noise == "seeded":
+        remarks.append(
+            Text("Simulation: noise is drawn from the seed; --set privacy.noise=system deploys.", style="dim")
+        )
+    if result.student.direct is not None:
+        remarks.append(Text("Controls trained on device records are not covered by the ledger.", style="dim"))
+    return remarks
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON spells it: infinities as ``"inf"``, ``"-inf"``; NaN as ``null``, tuples as lists."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
+def _lower_bounds(result: Result) -> list[Text]:
+    """What the column ``at least`` rests on."""
+    if not result.lower_bounds:
+        return []
+    trials = " and ".join(f"{bound.canaries:,} per {bound.unit}" for bound in result.lower_bounds)
+    confidence = f"{100 * result.lower_bounds[0].confidence:.4g} %"
+    words = f"At least: canaries through the run's own mechanisms, {trials}; confidence {confidence} each."
+    paths = "; ".join(f"per {bound.unit} {bound.path}" for bound in result.lower_bounds)
+    passed = sum(check.passed for check in result.checks)
+    checks = f"{passed} of {len(result.checks)} checks of them passed."
+    failed = [f"Check failed: {c.name} ({c.seen})" for c in result.checks if not c.passed]
+    return [
+        Text(words, style="dim"),
+        Text(f"Their path: {paths}. {checks}", style="dim"),
+        *(Text(line, style="bold red") for line in failed),
+    ]
 
 
-def epsilon_of(result: Result, unit: Unit) -> float:
-    """The upper bound that the run spent on ``unit``, at its worst party."""
-    return next(s.epsilon.high for s in result.ledger if s.unit is unit)
+def epsilon_text(value: float) -> str:
+    """An epsilon, to four digits."""
+    return "inf" if math.isinf(value) else f"{value:.4g}"
+
+
+def percent_text(value: float | None) -> str:
+    """A share; ``-`` where it was not measured."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f} %"

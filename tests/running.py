@@ -19,7 +19,8 @@ from privkd.plan import budgets
 from privkd.prepared import Prepared
 from privkd.privacy.ledger import Ledger
 from privkd.progress import Silent
-from privkd.result import Result, train
+from privkd.result import Result
+from privkd.runner import train
 from privkd.runs.fingerprints import UNKEPT
 from privkd.runs.folder import RunFolder
 

@@ -19,12 +19,12 @@ from running import SMALL, StopAt, play, same
 
 import privkd.doctor
 import privkd.prepared
-from audits.evidence.command import command_of
+from audits.wording import command_of
 from cli import app
 from privkd.config import Config, load_config
-from privkd.console import LiveProgress, progress_on_stderr
 from privkd.errors import ChannelError
 from privkd.options import OPTIONS
+from privkd.terminal import LiveProgress, progress_on_stderr
 
 SMALL_RUN = [word for setting in SMALL for word in ("--set", setting)]
 
@@ -463,7 +463,7 @@ class TestProgress:
         def terminal(**_: object) -> Console:
             return Console(file=screen, force_terminal=True, width=80)
 
-        monkeypatch.setattr("privkd.console.Console", terminal)
+        monkeypatch.setattr("privkd.terminal.Console", terminal)
         with progress_on_stderr() as progress:
             assert isinstance(progress, LiveProgress)
             progress.stage("round 1 of 2: devices")

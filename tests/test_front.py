@@ -128,7 +128,7 @@ class TestAUsersWorkingFolder:
         return tmp_path
 
     def test_the_twin_is_broken_without_it(self, folder: Path) -> None:
-        code, _, err = process(code="from audits import latest", cwd=folder, path=str(folder))
+        code, _, err = process(code="from audits import requests", cwd=folder, path=str(folder))
         assert (code, err) == (1, "audits of the working folder\n")
 
     @pytest.mark.parametrize("path", ["", "."])
@@ -144,7 +144,7 @@ class TestAUsersWorkingFolder:
             "from privkd.errors import DataError\nfrom privkd.own_code import users_callable\n"
             "assert users_callable('mine:records', 'source', DataError)() == 'not arrays'\n"
             "import sys; assert sys.path[0] == sys.argv[1]\n"
-            "import attacks.registry, audits.latest, papers.study, cli"
+            "import attacks.registry, audits.requests, papers.study, cli"
         )
         assert process(str(folder.resolve()), code=code, cwd=folder) == (0, "", "")
 

@@ -22,7 +22,7 @@ from mutants.registry import MUTANTS
 from mutants.settings import SETTINGS, SMALL, UNSOUND
 from typer.testing import CliRunner
 
-import audits.mechanisms.audit
+import audits.mechanisms.closing
 import audits.mechanisms.on_device
 import privkd.training.dpsgd
 import privkd.training.vectorised.cohort
@@ -46,7 +46,7 @@ class Ended:
 def found_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was proved with a fault in place is nobody else's, and canaries take a second."""
     monkeypatch.setattr(
-        audits.mechanisms.audit, "_UPLOADS", dict.fromkeys(audits.mechanisms.audit._UPLOADS, 0)
+        audits.mechanisms.closing, "_UPLOADS", dict.fromkeys(audits.mechanisms.closing._UPLOADS, 0)
     )
     monkeypatch.setattr(audits.mechanisms.on_device, "_POOL", 12)
     monkeypatch.setattr(audits.mechanisms.on_device, "_MOST_DRAWS", 600_000)

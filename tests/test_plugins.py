@@ -17,7 +17,7 @@ from test_front import HEAVY, process
 
 import attacks
 from attacks.registry import Attack
-from audits.latest import latest
+from audits.requests import latest
 from audits.sweeps.grid import Grid, Record
 from audits.sweeps.runner import _write
 from audits.sweeps.sweep import sweep

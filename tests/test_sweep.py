@@ -31,7 +31,7 @@ from privkd.config import load_config
 from privkd.errors import ConfigError, InputError, RunError
 from privkd.journal import Journal
 from privkd.progress import Silent
-from privkd.result import train
+from privkd.runner import train
 from privkd.runs.folder import RunFolder
 
 OVERRIDES = tuple(s for s in SMALL if not s.startswith("channel.kind"))

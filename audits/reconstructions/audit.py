@@ -7,17 +7,18 @@ last record?). Their secrets are drawn uniformly, so a guess without the release
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
-from attacks.reconstruction.similarity import is_image, nearest, ssim
-from audits.curves import blank, rendered
-from audits.estimators.validation import Floats
+from attacks.reconstruction.similarity import is_image
+from audits.evidence import RECONSTRUCTION
+from audits.findings import ReconstructionFinding
 from audits.game import DEPLOYED, ReplayContext
-from audits.membership_inference import views_of
-from audits.reconstructions.drawings import Drawn, GradientGame, draw_class, draw_record, simplex_scores
-from audits.reconstructions.finding import ReconstructionFinding, ReconstructionReport
+from audits.membership_audit import views_of
+from audits.reconstructions.drawings import Drawn, draw_class, draw_record
+from audits.reconstructions.gradient import GradientGame, simplex_scores
+from audits.reconstructions.grid import write_grid
 from audits.reconstructions.measures import (
     attribute_scores,
     image_scores,
@@ -26,99 +27,27 @@ from audits.reconstructions.measures import (
     reconstruction_rate,
     reidentification,
 )
-from audits.reconstructions.replays import Replays, Secrets, lacks_classes, numbers
-from audits.reconstructions.request import (
-    ATTACKS_OF,
+from audits.reconstructions.replays import Replays
+from audits.reconstructions.secrets import Floats, lacks_classes, numbers
+from audits.requests import (
     CLASS_ATTACKS,
     DECODERS,
+    RECONSTRUCTION_ATTACKS,
     ReconstructionRequest,
+    RunLike,
+    folder_of,
 )
+from audits.tables import ReconstructionReport
 from privkd.errors import ConfigError, InputError
 from privkd.prepared import Prepared, reopen_simulation
 from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
 from privkd.privacy.robustness import reconstruction_ceiling
-from privkd.progress import Progress
+from privkd.progress import Progress, Silent
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 from privkd.training.vectorised import train_cohort
-
-_EXAMPLES = 10
-_SIDE = 0.85
-_TITLES = ("target", "nearest public", "reconstruction")
-
-
-def write_grid(folder: RunFolder, finding: ReconstructionFinding, drawn: Drawn, public: Floats) -> str:
-    """Draw some trials as a PNG in the run's folder, and return its name there."""
-    name = f"audit/reconstruction-{finding.view}-{finding.attack}.png"
-    folder.write_bytes(name, draw_grid(finding, drawn, public))
-    return name
-
-
-def draw_grid(finding: ReconstructionFinding, drawn: Drawn, public: Floats) -> bytes:
-    """One column a trial, as PNG; trials with different targets come first.
-
-    ``public`` are the public images ``[image, channel, height, width]``. Under each reconstruction stand its
-    structural similarity to the target, and whether the target was picked.
-    """
-    assert drawn.images is not None
-    chosen = _varied(drawn.secrets)
-    images, targets = drawn.images[chosen], drawn.targets[chosen]
-    rows = (targets, public[nearest(images, public)], images)
-    likeness = ssim(images, targets)
-    right = drawn.table[chosen].argmax(axis=1) == drawn.secrets[chosen]
-    marks = ["picked" if hit else "missed" for hit in right]
-    captions = [f"{alike:.2f} {mark}" for alike, mark in zip(likeness, marks, strict=True)]
-    success = finding.success
-    title = (
-        f"{finding.view}, {finding.attack}: picked {100 * success.estimate:.0f} % of {success.trials}, "
-        f"chance {100 * success.chance:.0f} %"
-    )
-    return _rendered(np.stack(rows), captions, title)
-
-
-def _rendered(pictures: Floats, captions: list[str], title: str) -> bytes:
-    """All ``pictures`` ``[row, column, channel, height, width]`` as one image, with words around it."""
-    rows, columns = pictures.shape[:2]
-    mosaic, height, width = _mosaic(pictures)
-    figure = blank(_SIDE * columns + 0.8, _SIDE * rows + 0.6)
-    panel = figure.subplots()
-    panel.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    panel.set_xticks([(column + 0.5) * width - 1 for column in range(columns)], captions, fontsize=6)
-    panel.set_yticks([(row + 0.5) * height - 1 for row in range(rows)], _TITLES, fontsize=7)
-    panel.tick_params(length=0)
-    for side in panel.spines.values():
-        side.set_visible(False)
-    panel.set_title(title, fontsize=8)
-    return rendered(figure, "png")
-
-
-def _mosaic(pictures: Floats) -> tuple[Floats, int, int]:
-    """One image of all, with white seams; and the height and width of a picture with its seam."""
-    shown = _pixels(pictures)
-    seam = [(0, 0), (0, 0), (0, 1), (0, 1)] + [(0, 0)] * (shown.ndim - 4)
-    padded = np.pad(shown, seam, constant_values=1.0)
-    rows, columns, height, width = padded.shape[:4]
-    whole = np.moveaxis(padded, 1, 2).reshape(rows * height, columns * width, *padded.shape[4:])
-    return whole[:-1, :-1], height, width
-
-
-def _varied(secrets: Secrets) -> list[int]:
-    """Indices of at most ten trials, one of each target before a second of any."""
-    seen: dict[int, int] = {}
-    ranks = []
-    for secret in secrets.tolist():
-        ranks.append((seen.get(secret, 0), secret))
-        seen[secret] = seen.get(secret, 0) + 1
-    return sorted(range(len(ranks)), key=ranks.__getitem__)[:_EXAMPLES]
-
-
-def _pixels(pictures: Floats) -> Floats:
-    """``[row, column, height, width, 3]`` for three channels, else their mean without the last axis."""
-    clipped = np.clip(pictures, 0, 1)
-    return np.moveaxis(clipped, 2, -1) if clipped.shape[2] == 3 else clipped.mean(axis=2)
-
 
 _GRADIENT_TRIALS = 2000
 _ATTRIBUTES = (
@@ -130,11 +59,10 @@ _NO_CLASS = "the public set lacks no class, so none can be drawn: train with --s
 
 @dataclass(frozen=True)
 class _Ceiling:
-    """The most success that the ledger allows: per ``unit``; not ``claimed`` where it allows anything."""
+    """The most success that the ledger allows: per ``unit``; ``None`` where it allows anything."""
 
     unit: Unit
-    value: float
-    claimed: bool
+    value: float | None
 
 
 def audit_reconstruction(
@@ -161,11 +89,39 @@ def audit_reconstruction(
         drawn = audit.drawn(view, attack)
         finding = audit.finding(view, attack, drawn)
         findings.append(finding)
-        if finding.images is not None:
+        if finding.ssim is not None:
             grids.append(write_grid(folder, finding, drawn, audit.public))
     return ReconstructionReport(
-        str(folder.path), run.config.channel.kind, tuple(findings), tuple(grids), notes
+        run=str(folder.path),
+        channel=run.config.channel.kind,
+        findings=tuple(findings),
+        grids=tuple(grids),
+        notes=notes,
     )
+
+
+def reconstruction(
+    run: RunLike = None,
+    request: ReconstructionRequest | None = None,
+    *,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> ReconstructionReport:
+    """Try to rebuild what the devices of ``run`` held, and keep the report in the run's folder.
+
+    Args:
+        run: a run, or its folder; the latest under ``runs/`` by default.
+        request: what to audit; or ``asked``, its fields by name.
+        progress: told of each stage.
+
+    Raises:
+        PrivkdError: as `audit_reconstruction`, or there is no such run.
+    """
+    wanted = request or ReconstructionRequest(**asked)
+    with RunFolder.resume(folder_of(run, "run")) as folder:
+        report = audit_reconstruction(folder, wanted, progress or Silent())
+        folder.write_json(RECONSTRUCTION, report.tree())
+    return report
 
 
 def plan_attacks(
@@ -177,7 +133,7 @@ def plan_attacks(
         ConfigError: the run does not have the view, or the view not the attack.
     """
     views = views_of(run, request.view)
-    offered = [(view, attack) for view in views for attack in ATTACKS_OF[view]]
+    offered = [(view, attack) for view in views for attack in RECONSTRUCTION_ATTACKS[view]]
     wanted = [pair for pair in offered if request.attack in ("all", pair[1])]
     if not wanted:
         names = sorted({attack for _, attack in offered})
@@ -233,8 +189,9 @@ class _Audit:
             prior=f"uniform over {drawn.table.shape[1]} {'classes' if of_class else 'records'}",
             success=reidentification(drawn.table, drawn.secrets),
             ceiling=ceiling.value,
-            claimed=ceiling.claimed,
-            images=images,
+            ssim=images and images.ssim,
+            psnr=images and images.psnr,
+            mse=images and images.mse,
             attributes=attributes,
             tpr_at_fpr=reconstruction_rate(drawn.table, drawn.secrets),
             likeness=likeness,
@@ -263,8 +220,9 @@ class _Audit:
             found.append(
                 self._of_unit(Unit.DEVICE, kappa, rounds=1 if of_class else self._replays.side.rounds)
             )
-        nothing = _Ceiling(Unit.DEVICE if of_class else Unit.RECORD, 1.0, claimed=False)
-        return min((ceiling for ceiling in found if ceiling.claimed), key=lambda c: c.value, default=nothing)
+        nothing = _Ceiling(Unit.DEVICE if of_class else Unit.RECORD, None)
+        claimed = [(ceiling.value, ceiling) for ceiling in found if ceiling.value is not None]
+        return min(claimed, key=lambda pair: pair[0], default=(1.0, nothing))[1]
 
     def _of_unit(self, unit: Unit, kappa: float, *, rounds: int) -> _Ceiling:
         """From the audited device's charges, of the ``rounds`` that were replayed."""
@@ -276,7 +234,7 @@ class _Audit:
 
 def _ceiling_of(unit: Unit, events: tuple[PrivacyEvent, ...], kappa: float) -> _Ceiling:
     value = reconstruction_ceiling(events, kappa)
-    return _Ceiling(unit, value, claimed=value < 1)
+    return _Ceiling(unit, value if value < 1 else None)
 
 
 def _target(view: str, of_class: bool) -> str:

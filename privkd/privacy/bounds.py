@@ -1,12 +1,14 @@
 """What an audit proves of a run, to stand beside what the ledger promises."""
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Literal
 
-from privkd.errors import AuditAlarm, RunError
+from pydantic import StrictBool
+
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
+from privkd.records import Count, Real, Record, record_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,9 @@ class LowerBound:
     """
 
     unit: Unit
-    epsilon: float
-    confidence: float
-    canaries: int
+    epsilon: Real
+    confidence: Real
+    canaries: Count
     path: str
 
     def alarm(self, epsilon_upper: float, delta: float) -> str | None:
@@ -37,7 +39,7 @@ class Check:
     """A yes-or-no question put to a running mechanism: its ``name``, whether it ``passed``, what was seen."""
 
     name: str
-    passed: bool
+    passed: StrictBool
     seen: str
 
 
@@ -49,12 +51,17 @@ class Audited:
     checks: tuple[Check, ...] = ()
 
 
-_STEP = "audited"
+class _Note(Record):
+    """What an audit came to, in a run's journal."""
+
+    step: Literal["audited"] = "audited"
+    bounds: tuple[LowerBound, ...]
+    checks: tuple[Check, ...]
 
 
 def note_audit(journal: Journal, audited: Audited) -> None:
     """Note in a run's journal what its audit came to. Durable on return."""
-    journal.append({"step": _STEP, **json.loads(json.dumps(asdict(audited)))})
+    journal.append(_Note(bounds=audited.bounds, checks=audited.checks).tree())
 
 
 def noted_audit(journal: Journal) -> Audited | None:
@@ -63,29 +70,19 @@ def noted_audit(journal: Journal) -> Audited | None:
     Raises:
         RunError: the note is not of this version's form.
     """
-    row = next((row for row in journal if row.get("step") == _STEP), None)
+    row = next((row for row in journal if row.get("step") == "audited"), None)
     if row is None:
         return None
-    try:
-        bounds = tuple(LowerBound(**{**bound, "unit": Unit(bound["unit"])}) for bound in row["bounds"])
-        return Audited(bounds, tuple(Check(**check) for check in row["checks"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{journal.path} is not of this version's form ({error!r}): restore it from a copy"
-        ) from None
+    note = record_of(_Note, row, journal.path)
+    return Audited(note.bounds, note.checks)
 
 
-def raise_failed(checks: Iterable[Check]) -> None:
-    """Do nothing, unless a check failed.
-
-    Raises:
-        AuditAlarm: it names the first that did.
-    """
+def failure(checks: Iterable[Check]) -> str | None:
+    """The first of the checks that failed, if any did, in words."""
     for check in checks:
         if not check.passed:
-            raise AuditAlarm(
-                f"the check {check.name!r} fails: {check.seen}; do not release, the mechanism is broken"
-            )
+            return f"the check {check.name!r} fails: {check.seen}; do not release, the mechanism is broken"
+    return None
 
 
 def crossed(unit: Unit, lower: float, upper: float, *, confidence: float, delta: float) -> str:

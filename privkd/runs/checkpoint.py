@@ -17,42 +17,8 @@ from privkd.errors import RunError
 from privkd.journal import Head
 from privkd.messages import Release
 from privkd.privacy.events import PartyId
+from privkd.result import RoundFigures
 from privkd.runs.folder import RunFolder, prefixed, restore
-
-
-@dataclass(frozen=True)
-class RoundFigures:
-    """How things stand after a round. Accuracies are on the global test set unless named otherwise.
-
-    Attributes:
-        teacher: accuracy of the teacher after the round.
-        self_distilled: accuracy of the teacher that learned its own answers, with zero devices.
-        labels_only: accuracy of the teacher that learned the public labels alone, with zero devices.
-        students: mean accuracy of the devices' students, of 20 of them at most.
-        accepted: share of the proposed update that the gate let through; 0 is a rollback.
-        epsilon_record: upper bound spent so far, worst device.
-        epsilon_device: likewise, per device.
-        personal: mean accuracy of the students, each on its device's own test set.
-        devices: how many contributed to the round's release; 0 before the first.
-
-    No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
-    records are involved, and no run where there is nothing to measure them on. They are NaN then.
-    """
-
-    teacher: float
-    self_distilled: float
-    labels_only: float
-    students: float
-    accepted: float
-    epsilon_record: float
-    epsilon_device: float
-    personal: float
-    devices: int
-
-    @property
-    def control(self) -> float:
-        """The better of the two teachers that learned with zero devices: what devices must beat."""
-        return max(self.self_distilled, self.labels_only)
 
 
 @dataclass(frozen=True)
