@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from privkd.config.schema import MAX_PROJECTIONS, MIN_PROJECTIONS
 from privkd.errors import RefusalError
 from privkd.secure.client import service_links
 from privkd.secure.fixedpoint import FixedPoint
@@ -16,6 +15,8 @@ from privkd.secure.group import PartyGroup
 from privkd.secure.local import LocalParties
 from privkd.secure.normcheck import (
     FALSE_ALARM,
+    MAX_PROJECTIONS,
+    MIN_PROJECTIONS,
     NormTest,
     challenge_key,
     false_alarm,
