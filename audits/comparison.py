@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainSerializer, computed_field
@@ -14,13 +13,14 @@ from rich.text import Text
 from audits.estimators.rates import CONFIDENCE, Interval, difference, mean_of
 from audits.evidence import Accuracies, RunRecord, read_run
 from audits.findings import Finding
+from audits.requests import RunLike, folder_of
 from audits.sweeps.grid import is_sweep, spelt
 from audits.sweeps.sweep import Sweep, read_sweep
 from audits.wording import epsilon_text, percent, points, settings_of
 from privkd.errors import InputError
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Statement
-from privkd.records import Count, Record, Value
+from privkd.records import Count, FileRecord, Record, Value
 from privkd.runs.binding import Binding
 
 _NAMES = {
@@ -84,7 +84,7 @@ class Leaks:
     second: Finding | None
 
 
-class RunComparison(Value):
+class RunComparison(FileRecord, Value):
     """Two finished runs.
 
     Attributes:
@@ -160,7 +160,7 @@ class PointComparison(Record):
     runs: tuple[RunComparison, ...]
 
 
-class CurveComparison(Value):
+class CurveComparison(FileRecord, Value):
     """Two curves in the folders ``first`` and ``second``, at the points that both have."""
 
     kind: Literal["curves"] = "curves"
@@ -195,14 +195,14 @@ class CurveComparison(Value):
         return Group(*_legend(self.first, self.second), _settings(self.settings), table, *ledgers)
 
 
-def compare(first: Path | str, second: Path | str) -> RunComparison | CurveComparison:
+def compare(first: RunLike, second: RunLike) -> RunComparison | CurveComparison:
     """Two runs, or two curves, side by side.
 
     Raises:
         InputError: they cannot be compared; the message says why.
         RunError: a folder is neither, or damaged.
     """
-    one, other = Path(first), Path(second)
+    one, other = (folder_of(run, "run", "curve") for run in (first, second))
     if is_sweep(one) != is_sweep(other):
         raise InputError(f"{one} and {other}: one is a curve and the other is not; compare two of a kind")
     if is_sweep(one):

@@ -5,8 +5,8 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,12 +21,12 @@ from audits.wording import command_of
 from privkd.config import Config, load_config
 from privkd.errors import RunError
 from privkd.export.record import Exported
-from privkd.journal import Head, Journal
+from privkd.journal import Journal
 from privkd.privacy.bounds import Audited
 from privkd.privacy.events import Batch, TaggedEvent, Unit
 from privkd.privacy.ledger import Ledger, Statement
-from privkd.records import Count, Real, Record, read_json
-from privkd.result import Result
+from privkd.records import Count, Record, read_json, record_of
+from privkd.result import Result, RoundRecord
 from privkd.runs.binding import Binding, binding_of
 
 MEMBERSHIP = "audit/membership.json"
@@ -100,17 +100,6 @@ class Accuracies(Record):
             direct=measured(student.direct),
             direct_private=measured(student.direct_private),
         )
-
-
-class RoundRecord(Record):
-    """What the journal says of one committed round: its number from 0, which is before the first, how many
-    ``devices`` contributed, and the upper bounds on epsilon that were spent by its end."""
-
-    number: Count
-    devices: Count
-    accepted: Real
-    epsilon_record: Real
-    epsilon_device: Real
 
 
 class BookedRecord(Record):
@@ -264,9 +253,9 @@ def read_run(path: Path) -> RunRecord:
     journal = tuple(Journal(path / "journal.jsonl"))
     _check_settings(path, journal)
     config = load_config(path / "config.toml")
-    with _well_formed(path / "journal.jsonl"):
-        rounds = tuple(_round(row) for row in journal if row.get("step") == "round")
-    ledger, result = _ledger(path / "ledger.jsonl", journal), _result(path, journal)
+    rows = (row for row in journal if row.get("step") == "round")
+    rounds = tuple(record_of(RoundRecord, row, path / "journal.jsonl") for row in rows)
+    ledger, result = _ledger(path / "ledger.jsonl", rounds), _result(path, journal)
     statements = _beside(ledger.statement() if ledger else (), result)
     rebuilt = _optional(ReconstructionReport, path / RECONSTRUCTION)
     exports = _exports(path)
@@ -319,11 +308,9 @@ def _check_settings(path: Path, journal: Sequence[Mapping[str, Any]]) -> None:
         raise RunError(f"{path / 'config.toml'} was changed since the run was started: restore it")
 
 
-def _ledger(path: Path, journal: Sequence[Mapping[str, Any]]) -> Ledger | None:
+def _ledger(path: Path, rounds: Sequence[RoundRecord]) -> Ledger | None:
     """The ledger, with all that the journal saw of it; ``None`` before it was begun."""
-    with _well_formed(path.parent / "journal.jsonl"):
-        heads = [row["ledger"] for row in journal if row.get("step") == "round" and row["ledger"]]
-        seen = Head(int(heads[-1]["lines"]), str(heads[-1]["digest"])) if heads else None
+    seen = next((row.ledger for row in reversed(rounds) if row.ledger), None)
     if not path.exists():
         if seen is None:
             return None
@@ -345,11 +332,6 @@ def _beside(statements: Sequence[Statement], result: Result | None) -> tuple[Sta
     """The ledger's statements as they are now, each beside the lower bound that the run ended with."""
     bounds = {bound.unit: bound for bound in result.lower_bounds} if result else {}
     return tuple(row.model_copy(update={"lower_bound": bounds.get(row.unit)}) for row in statements)
-
-
-def _round(row: Mapping[str, Any]) -> RoundRecord:
-    found = {name: row["figures"][name] for name in ("accepted", "epsilon_record", "epsilon_device")}
-    return RoundRecord(number=row["round"], devices=len(row.get("devices", ())), **found)
 
 
 def _charges(path: Path) -> tuple[BookedRecord, ...]:
@@ -426,12 +408,3 @@ def _picture(path: Path, name: str) -> bytes:
     if not data.startswith(_PNG):
         raise RunError(f"{path}: picture {name!r} is no PNG: make the audit anew")
     return data
-
-
-@contextmanager
-def _well_formed(path: Path) -> Iterator[None]:
-    """Turn what a row of another form leads to into one line."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged or was changed ({error!r}): restore it, or make it anew") from None

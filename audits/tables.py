@@ -24,7 +24,7 @@ from audits.findings import (
     alarm_of,
 )
 from privkd.privacy.bounds import Check, failure
-from privkd.records import Real, Value
+from privkd.records import FileRecord, Real, Value
 from privkd.result import epsilon_text
 
 One = TypeVar("One", Finding, ReconstructionFinding)
@@ -51,7 +51,7 @@ class Scored:
     inside: NDArray[np.bool_]
 
 
-class MembershipReport(Value):
+class MembershipReport(FileRecord, Value):
     """What a run's views give away about who is in a device's records, and about a device's classes.
 
     Attributes:
@@ -112,7 +112,7 @@ class MembershipReport(Value):
         return Group(*shown, *(_path(f"curves: {self.run}/{name}") for name in self.curves))
 
 
-class ReconstructionReport(Value):
+class ReconstructionReport(FileRecord, Value):
     """What could be rebuilt of a run's records, and the picture grids by their names in the run's folder."""
 
     run: str
@@ -150,7 +150,7 @@ class ReconstructionReport(Value):
         )
 
 
-class MechanismReport(Value):
+class MechanismReport(FileRecord, Value):
     """All mechanisms; sound ones together fail one of the checks with probability ``false_alarm`` at most.
 
     A check's name begins with its mechanism's, see `of`.

@@ -7,7 +7,7 @@ which version of its form it has; without, it has the first.
 import io
 import json
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypeVar
@@ -61,7 +61,7 @@ def _finite_or_not(value: Any) -> Any:
 
 
 def _measured(value: Any) -> Any:
-    return math.nan if value is None else _number(value)
+    return math.nan if value is None or value == "nan" else _number(value)
 
 
 _SPELT = PlainSerializer(plain, when_used="json")
@@ -70,7 +70,7 @@ Plain: TypeAlias = Annotated[Any, _SPELT]
 Real: TypeAlias = Annotated[float, BeforeValidator(_finite_or_not), _SPELT]
 """A number or an infinity, never NaN."""
 Measured: TypeAlias = Annotated[float, BeforeValidator(_measured), _SPELT]
-"""Likewise, or NaN where nothing was measured."""
+"""Likewise, or NaN where nothing was measured; the journals of version 0.1.0 spelt that ``"nan"``."""
 Count: TypeAlias = Annotated[int, Field(strict=True, ge=0)]
 """How many."""
 
@@ -94,7 +94,7 @@ class Record(BaseModel):
 
 
 class FileRecord(Record):
-    """A record that is a file, or all that a command prints."""
+    """A record that is a file, or all that a command prints: it has a version."""
 
     version: Literal[1] = 1
 
@@ -108,8 +108,12 @@ class FileRecord(Record):
         return record_of(cls, read_json(path), path)
 
 
-class Value(FileRecord):
-    """What a public function gives: it knows its data frame, its table, and its alarm."""
+class Value(ABC):
+    """What a public function gives: it knows its JSON form, its data frame, its table, and its alarm."""
+
+    @abstractmethod
+    def tree(self) -> dict[str, Any]:
+        """The JSON form."""
 
     @abstractmethod
     def rows(self) -> Sequence[Mapping[str, Any]]:

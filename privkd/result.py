@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
+from pydantic import Field, model_validator
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from privkd.journal import Head
 from privkd.privacy.bounds import Audited, Check, LowerBound, failure
-from privkd.privacy.events import Unit
+from privkd.privacy.events import PartyId, Unit
 from privkd.privacy.ledger import Statement, Statements
-from privkd.records import Count, Measured, Value
+from privkd.records import Count, FileRecord, Measured, Record, Value
 
 NO_RECORD_DP = Text("No differential privacy: epsilon is inf, records are not protected.", style="bold red")
 
@@ -50,6 +52,38 @@ class RoundFigures:
     def control(self) -> float:
         """The better of the two teachers that learned with zero devices: what devices must beat."""
         return max(self.self_distilled, self.labels_only)
+
+
+class RoundRecord(Record):
+    """What the journal says of a committed round.
+
+    Attributes:
+        number: from 0, which is before the first.
+        files: SHA-256 of what was kept of it, by name.
+        devices: that contributed.
+        measured: its figures by name, but the number of devices.
+        ledger: how far the ledger had come.
+    """
+
+    step: Literal["round"] = "round"
+    number: Count = Field(alias="round")
+    files: dict[str, str]
+    devices: tuple[PartyId, ...] = ()
+    measured: dict[str, Measured] = Field(alias="figures")
+    ledger: Head | None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        kept = {"cloud", "wire"} if self.number else {"cloud"}
+        names = {field.name for field in fields(RoundFigures)} - {"devices"}
+        if not kept <= set(self.files) or set(self.measured) != names:
+            raise ValueError("files or figures are missing or unknown")
+        return self
+
+    @property
+    def figures(self) -> RoundFigures:
+        """How things stood after it."""
+        return RoundFigures(**self.measured, devices=len(self.devices))
 
 
 @dataclass(frozen=True)
@@ -96,7 +130,7 @@ class TestSet:
     digest: str
 
 
-class Result(Value):
+class Result(FileRecord, Value):
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
     The ledger's epsilons are upper bounds, each beside its lower bound where the unit was audited; ``checks``

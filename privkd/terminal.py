@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -12,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from privkd.errors import AuditAlarm
-from privkd.prepared import Forecast
 from privkd.progress import Progress
 from privkd.records import WIDTH, Value
 from privkd.result import NO_RECORD_DP, epsilon_text, warned
 from privkd.stdout import print_json
+
+if TYPE_CHECKING:
+    from privkd.prepared import Forecast
 
 
 class LiveProgress:
@@ -113,7 +116,7 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))
 
 
-def print_forecast(forecast: Forecast) -> None:
+def print_forecast(forecast: "Forecast") -> None:
     """What ``--dry-run`` says."""
     plan = forecast.plan
     table = Table(title="Plan (nothing was trained, nothing was spent)", title_justify="left")
@@ -154,7 +157,7 @@ def _inferred(constants: tuple[str, ...]) -> Text:
     return Text(f"{said} A deployment must be given them as settings under data.", style="yellow")
 
 
-def _vote_rows(forecast: Forecast) -> list[tuple[str, str]]:
+def _vote_rows(forecast: "Forecast") -> list[tuple[str, str]]:
     votes = forecast.plan.votes
     if votes is None:
         return []

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from privkd.journal import Journal
 from privkd.privacy.bounds import Check
 from privkd.privacy.events import Batch, Charge, DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, Unit, ZCdp
 from privkd.records import Count, FileRecord, Measured, Real, Value
-from privkd.result import Result
+from privkd.result import Result, RoundFigures, RoundRecord
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TestRecord:
             "total": 3,
         }
 
-    @pytest.mark.parametrize("value", ["3", True, None, [], "nan", math.nan])
+    @pytest.mark.parametrize("value", ["3", True, None, [], "nan", math.nan, "Infinity"])
     def test_takes_no_lookalike_for_a_number(self, value: Any) -> None:
         with pytest.raises(ValidationError):
             Whole.model_validate({"parts": [{"real": value, "measured": 0.0, "count": 1}]})
@@ -237,6 +237,18 @@ def test_a_run_of_version_0_1_0_is_read(tmp_path: Path) -> None:
     assert old.reconstruction is not None
     assert [row.verdict for row in old.reconstruction.findings] == ["within bound"]
     assert old.statements == new.statements
+
+
+def test_a_journal_of_version_0_1_0_spelt_nan_as_text() -> None:
+    names = {field.name for field in fields(RoundFigures)} - {"devices"}
+    figures = dict.fromkeys(names, 0.5) | {"students": "nan", "epsilon_device": "inf"}
+    row = {"step": "round", "round": 0, "files": {"cloud": "0"}, "figures": figures, "ledger": None}
+    record = RoundRecord.model_validate(row)
+    assert math.isnan(record.figures.students)
+    assert record.figures.epsilon_device == math.inf
+    assert record.tree()["figures"]["students"] is None
+    with pytest.raises(ValidationError):
+        RoundRecord.model_validate(row | {"figures": figures | {"more": 0.0}})
 
 
 def test_an_alarm_of_version_0_1_0_is_still_one(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from audits.sweeps.sweep import Sweep, read_sweep
 from audits.wording import counted, epsilon_text
 from privkd.export.record import Exported
 from privkd.privacy.ledger import Statements
-from privkd.records import Plain, Record, Value
+from privkd.records import FileRecord, Plain, Record, Value
 
 One = TypeVar("One", "RunReport", "CurveReport")
 
@@ -75,7 +75,7 @@ class ReconstructionRecord(Record):
     grids: tuple[str, ...]
 
 
-class _Report(Value):
+class _Report(FileRecord, Value):
     """A written report: its verdict, and the files that were ``written``."""
 
     verdict: Verdict

@@ -84,7 +84,7 @@ def _closing(facts: RunRecord) -> tuple[str, ...]:
 def _silence(facts: RunRecord) -> tuple[str, ...]:
     """How many devices took part, where not all did."""
     everyone = facts.config.data.devices
-    fewest = min((row.devices for row in facts.rounds if row.number), default=everyone)
+    fewest = min((len(row.devices) for row in facts.rounds if row.number), default=everyone)
     if fewest == everyone:
         return ()
     return (
@@ -115,7 +115,7 @@ def _so_far(facts: RunRecord, unit: Unit, number: int) -> str:
     found = next((row for row in facts.rounds if row.number == number), None)
     if found is None:
         return "round not finished"
-    value = found.epsilon_record if unit is Unit.RECORD else found.epsilon_device
+    value = found.figures.epsilon_record if unit is Unit.RECORD else found.figures.epsilon_device
     return f"{epsilon_text(value)} per {unit}"
 
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from privkd.records import Count, Real, Record, Value
+from privkd.records import Count, FileRecord, Real, Record, Value
 
 TOLERANCE = 1e-5
 """Of a logit between the artefact and the student."""
@@ -53,7 +53,7 @@ class Artefact(Record):
     original_ms: Real
 
 
-class Exported(Artefact, Value):
+class Exported(Artefact, FileRecord, Value):
     """The artefact of the student that ``device`` is left with by ``run`` after ``round`` rounds."""
 
     run: str
