@@ -89,22 +89,35 @@ def train(
     json_: Json = False,
 ) -> None:
     """Let private students teach the cloud teacher, within a stated budget."""
-    from audits import closing_audit
-    from privkd.commands import TrainRequest, train_command
+    from privkd.config import load_config
+    from privkd.errors import ConfigError
+    from privkd.plugins import load_plugins
+    from privkd.secure.installed import check_channel
+    from privkd.terminal import announce, progress_on_stderr, show
 
-    train_command(
-        TrainRequest(
-            settings=settings,
-            overrides=tuple(set_ or ()),
-            plugins=tuple(plugin or ()),
-            config=_path(config),
-            out=_path(out),
-            resume=_path(resume),
-            dry_run=dry_run,
-            json=json_,
-        ),
-        closing_audit,
-    )
+    if resume is not None:
+        if settings or set_ or config or out or dry_run:
+            words = "a run goes on with the settings it was started with; give no others"
+            raise ConfigError(f"--resume {resume}: {words}")
+        load_plugins(plugin or ())
+        from privkd.run import resume as go_on
+
+        with progress_on_stderr() as progress:
+            found = go_on(resume, progress=progress)
+        return show(found, as_json=json_)
+    # A typo is answered before the heavy libraries are loaded.
+    added = {"plugins": tuple(plugin)} if plugin else {}
+    wanted = load_config(_path(config), set_ or (), {**settings, **added})
+    if dry_run:
+        from privkd.prepared import forecast
+
+        return show(forecast(wanted), as_json=json_)
+    check_channel(wanted.channel)
+    from privkd.run import train as run_training
+
+    with progress_on_stderr() as progress:
+        found = run_training(wanted, out=out, progress=progress, announce=announce)
+    return show(found, as_json=json_)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from audits.requests import MembershipRequest  # noqa: E402
 from audits.tables import MembershipReport  # noqa: E402
 from privkd.config import Config, load_config  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
-from privkd.runner import train  # noqa: E402
+from privkd.run import train_in  # noqa: E402
 from privkd.runs.folder import RunFolder  # noqa: E402
 
 _CHANNELS = {"plain": None, "noised": 8.0, "secure": None}
@@ -50,7 +50,7 @@ def audited(args: argparse.Namespace, channel: str, epsilon: str) -> MembershipR
     path = Path(args.out) / f"{channel}-{epsilon}"
     if not (path / "result.json").exists():
         with RunFolder.create(path, config_of(args, channel, epsilon)) as folder:
-            train(folder.config, folder, Silent())
+            train_in(folder.config, folder, Silent())
     with RunFolder.resume(path) as folder:
         report = audit_membership(folder, MembershipRequest(targets=args.targets), Silent())
         return keep_membership(folder, report)

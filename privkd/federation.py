@@ -47,7 +47,7 @@ _SLOWLY = ", one record at a time: no faster computation gives this student's ow
 
 
 @dataclass(frozen=True)
-class Run:
+class Played:
     """A finished run: its last state and what it is measured against.
 
     ``students`` are the devices', none where no round was left to play. ``public_only`` is the mean accuracy
@@ -78,7 +78,7 @@ def run(
     *,
     resumed: bool = False,
     audit: ClosingAudit | None = None,
-) -> Run:
+) -> Played:
     """Play all rounds of ``prepared`` in ``folder``, or those that are left where ``resumed``, and audit it.
 
     A run is audited once: what came out is noted in the folder, and found there again.
@@ -317,7 +317,7 @@ def _finish(
     ledger: Ledger,
     audited: Audited,
     progress: Progress,
-) -> Run:
+) -> Played:
     """Measure the controls beside the finished rounds."""
     scenario, fresh = prepared.scenario, prepared.cloud.untrained_students()
     controls = Controls(None, None)
@@ -331,7 +331,7 @@ def _finish(
             seed=prepared.config.seed,
             progress=progress,
         )
-    return Run(
+    return Played(
         prepared.plan,
         state,
         students,

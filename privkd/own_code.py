@@ -5,6 +5,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,43 @@ from privkd.siblings import SIBLINGS
 
 _OURS = {"privkd", *SIBLINGS}
 _INSTALLED = {"site-packages", "dist-packages"}
+
+
+_HANDED_OVER = "python"
+"""In the place of a module, in the names of what no other process can import."""
+_HERE: dict[str, Any] = {}
+
+
+def name_of(given: Any, what: str) -> str:
+    """The name by which a setting asks `users_callable` for ``given``, or ``given`` itself where it is text.
+
+    A function or a class of a module is named by that; any other has a name that holds in this process.
+
+    Args:
+        given: text, a path, or something to call.
+        what: it is for, which names what has no name of its own.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(given, str | Path):
+        return str(given)
+    if not callable(given):
+        raise InputError(f"{what}: {type(given).__name__} is neither a name nor something to call")
+    module, name = getattr(given, "__module__", "__main__"), getattr(given, "__qualname__", "")
+    name = name if name.isidentifier() else what
+    if module != "__main__" and getattr(sys.modules.get(module), name, None) is given:
+        return f"{module}:{name}"
+    names = (f"{_HANDED_OVER}:{name}{number or ''}" for number in count())
+    free = next(each for each in names if _HERE.get(each, given) is given)
+    _HERE[free] = given
+    return free
+
+
+def hand_over(name: str, given: Any) -> None:
+    """Give ``given`` the ``name`` that `name_of` gave it in another process."""
+    if name.partition(":")[0] == _HANDED_OVER:
+        _HERE[name] = given
 
 
 def users_callable(path: str, what: str, error: type[InputError]) -> Any:
@@ -24,6 +62,10 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
         error: raised, in one line, where it cannot be imported or called.
     """
     module, _, name = path.partition(":")
+    if module == _HANDED_OVER:
+        if path not in _HERE:
+            raise error(f"{what} {path!r} was handed over in another process: give it to privkd.load again")
+        return _HERE[path]
     import_from(Path.cwd())
     try:
         found = getattr(importlib.import_module(module), name)

@@ -180,7 +180,12 @@ class Result(FileRecord, Value):
 
     def __rich__(self) -> RenderableType:
         folder = Text(f"run folder: {self.run}   ({self.seconds:.1f} s)", no_wrap=True, overflow="ignore")
-        return Group(_accuracies(self), _ledger(self), *_remarks(self), folder)
+        return Group(_accuracies(self), ledger_table(self), *_remarks(self), folder)
+
+
+def taken_lines(taken: Mapping[str, str]) -> list[Text]:
+    """What was taken for what in the data."""
+    return [Text(f"data, {name}: {words}", style="dim") for name, words in taken.items()]
 
 
 def warned(warnings: Sequence[str]) -> list[Text]:
@@ -215,7 +220,8 @@ def _accuracies(result: Result) -> Table:
     return table
 
 
-def _ledger(result: Result) -> Table:
+def ledger_table(result: Result) -> Table:
+    """What was spent on each unit, beside what was allowed and what an audit found."""
     table = Table(title="Epsilon spent, all rounds (units are never added)", title_justify="left")
     for name in ("unit", "at least", "at most", "budget", "delta"):
         table.add_column(name, justify="left" if name == "unit" else "right")

@@ -1,7 +1,7 @@
 """What a person sees in a terminal: progress on stderr; tables and plans on stdout."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
-from rich.text import Text
 
 from privkd.errors import AuditAlarm
 from privkd.progress import Progress
 from privkd.records import WIDTH, Value
-from privkd.result import NO_RECORD_DP, epsilon_text, warned
+from privkd.result import epsilon_text, taken_lines
 from privkd.stdout import print_json
 
 if TYPE_CHECKING:
-    from privkd.prepared import Forecast
+    from privkd.prepared import Prepared
 
 
 class LiveProgress:
@@ -80,20 +78,16 @@ def progress_on_stderr() -> Iterator[Progress]:
         yield LiveProgress(bars)
 
 
-def print_folder(path: Path) -> None:
-    """Where a run lies, said on stderr as it starts: whoever stops it must know what to resume."""
-    Console(stderr=True).print(f"run folder: {path}", highlight=False, markup=False, soft_wrap=True)
+def announce(path: Path, prepared: "Prepared") -> None:
+    """Say on stderr where a run goes, and what in the user's data was taken for what, before it is used."""
+    from privkd.data.constants import PUBLIC_SOURCES
 
-
-def print_taken(taken: Mapping[str, str]) -> None:
-    """What was taken for what in the data, said on stderr before anything is spent on it."""
     console = Console(stderr=True)
-    for line in _taken(taken):
+    console.print(f"run folder: {path}", highlight=False, markup=False, soft_wrap=True)
+    if prepared.config.data.source in PUBLIC_SOURCES:
+        return
+    for line in taken_lines(prepared.plan.taken):
         console.print(line, soft_wrap=True)
-
-
-def _taken(taken: Mapping[str, str]) -> list[Text]:
-    return [Text(f"data, {name}: {words}", style="dim") for name, words in taken.items()]
 
 
 def show(value: Value, *, as_json: bool) -> None:
@@ -114,60 +108,6 @@ def wide_console() -> Console:
     """A terminal's own width; a pipe or a file has none, and gets enough for every column."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))
-
-
-def print_forecast(forecast: "Forecast") -> None:
-    """What ``--dry-run`` says."""
-    plan = forecast.plan
-    table = Table(title="Plan (nothing was trained, nothing was spent)", title_justify="left")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    rows = [
-        ("rounds x devices", f"{plan.rounds} x {plan.devices}"),
-        ("devices that fall silent in each round", f"{plan.silent_devices}"),
-        ("DP-SGD steps a round", str(plan.steps)),
-        ("sampling rate", f"{plan.sampling_rate:g}"),
-        ("noise multiplier", f"{plan.noise_multiplier:.4f}"),
-        ("expected batch size", f"{plan.expected_batch_size:g}"),
-        (f"epsilon per record, whole run (delta {plan.delta:g})", epsilon_text(plan.record.high)),
-        (f"epsilon per device, whole run (delta {plan.delta:g})", epsilon_text(plan.device.high)),
-        ("channel noise (rho per release)", "none" if plan.rho is None else f"{plan.rho:.4g}"),
-        ("queries a round", str(plan.queries)),
-        ("clip norm of a device's answers", f"{plan.clip_norm:.4g}"),
-        ("upload per device and round", f"{plan.upload_bytes:,} bytes"),
-        ("student parameters", f"{forecast.parameters:,}"),
-        ("private training, one device after the other", f"about {forecast.seconds:.1f} s"),
-    ]
-    for row in rows + _vote_rows(forecast):
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    for line in _taken(plan.taken):
-        console.print(line, soft_wrap=True)
-    if math.isinf(plan.record.high):
-        console.print(NO_RECORD_DP)
-    if plan.inferred:
-        console.print(_inferred(plan.inferred))
-    for line in warned(plan.warnings):
-        console.print(line)
-
-
-def _inferred(constants: tuple[str, ...]) -> Text:
-    said = f"Simulation: read from all records, private ones too: {', '.join(constants)}."
-    return Text(f"{said} A deployment must be given them as settings under data.", style="yellow")
-
-
-def _vote_rows(forecast: "Forecast") -> list[tuple[str, str]]:
-    votes = forecast.plan.votes
-    if votes is None:
-        return []
-    noise = "none"
-    if votes.sigma2 is not None and votes.threshold_sigma2 is not None:
-        noise = f"{math.sqrt(votes.threshold_sigma2):.3g} / {math.sqrt(votes.sigma2):.3g}"
-    return [
-        ("votes for one class that make a consensus", f"{votes.threshold} of {forecast.plan.devices}"),
-        ("each aggregator's noise, threshold / count (std, in votes)", noise),
-    ]
 
 
 def _figures(figures: dict[str, float]) -> str:

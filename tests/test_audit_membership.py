@@ -38,7 +38,7 @@ from privkd.errors import AuditAlarm, ConfigError, DataError, RunError
 from privkd.prepared import prepare
 from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent
-from privkd.runner import train
+from privkd.run import train_in
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 
@@ -75,7 +75,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _finished(kind: str, path: Path) -> Path:
     with RunFolder.create(path, load_config(None, (), SMALL | SETTINGS[kind])) as folder:
-        train(folder.config, folder, Silent())
+        train_in(folder.config, folder, Silent())
     return path
 
 
@@ -188,7 +188,7 @@ def test_silent_devices_are_no_part_of_a_round(tmp_path: Path, audited: int) -> 
     """Else the sum of an audit would hide a device among more than the run's did."""
     silent = SMALL | SETTINGS["plain"] | {"data.devices": 4, "channel.dropout": 0.3, "rounds": 4}
     with RunFolder.create(tmp_path / "run", load_config(None, (), silent)) as folder:
-        train(folder.config, folder, Silent())
+        train_in(folder.config, folder, Silent())
         game = prepare(folder.config)
         side = ReplayContext.of(game, load_transcript(folder, game.cloud.untrained_teacher()))
     others = [number for number in range(4) if number != audited]

@@ -30,7 +30,7 @@ from privkd.errors import AuditAlarm, ConfigError, DataError
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
-from privkd.runner import train
+from privkd.run import train_in
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 
@@ -71,7 +71,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _finished(kind: str, path: Path, **more: Any) -> Path:
     with RunFolder.create(path, load_config(None, (), SMALL | SETTINGS[kind] | more)) as folder:
-        train(folder.config, folder, Silent())
+        train_in(folder.config, folder, Silent())
     return path
 
 

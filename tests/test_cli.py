@@ -107,7 +107,7 @@ class TestOptionsAreSettings:
     @pytest.mark.parametrize(
         ("name", "place", "shared"),
         [
-            ("train", "privkd.commands.train_command", list(OPTIONS)),
+            ("train", "privkd.config.load_config", list(OPTIONS)),
             ("curve", "audits.sweeps.sweep.sweep", ["data", "data_dir", "label", "drop", "devices"]),
         ],
     )
@@ -117,7 +117,7 @@ class TestOptionsAreSettings:
         asked: list[Any] = []
 
         def called(*requests: Any, **named: Any) -> None:
-            asked.append(requests[0].settings if requests else named["settings"])
+            asked.append(requests[2] if requests else named["settings"])
             raise SystemExit(0)
 
         monkeypatch.setattr(place, called)
@@ -137,10 +137,15 @@ class TestOptionsAreSettings:
             teacher="cnn", seed=4, device="cpu", reverse={"queries": 7},
         )  # fmt: skip
         asked: list[Any] = []
-        monkeypatch.setattr("privkd.commands.train_command", lambda request, *_: asked.append(request))
+
+        def called(*request: Any) -> None:
+            asked.append(request)
+            raise SystemExit(0)
+
+        monkeypatch.setattr("privkd.config.load_config", called)
         _, *words = shlex.split(command_of(config))
         assert command(*words).code == 0
-        assert load_config(None, asked[0].overrides, asked[0].settings) == config
+        assert load_config(*asked[0]) == config
 
     def test_completion_knows_them(self, tmp_path: Path) -> None:
         environment = os.environ | {

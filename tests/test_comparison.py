@@ -21,7 +21,7 @@ from cli import app
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
-from privkd.runner import train
+from privkd.run import train_in
 from privkd.runs.folder import RunFolder
 
 
@@ -176,7 +176,7 @@ def _curve(path: Path, *overrides: str, seeds: int = 2) -> Path:
     for trial in grid.trials:
         folder = path / TRIALS / trial.folder
         with RunFolder.create(folder, trial.config()) as opened:
-            train(opened.config, opened, Silent())
+            train_in(opened.config, opened, Silent())
         (folder / DONE).write_text(json.dumps({"key": trial.key}))
     (path / "curve.json").write_text(Record(request=grid).model_dump_json())
     return path

@@ -24,7 +24,7 @@ from cli import app
 from privkd.errors import RunError
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
-from privkd.runner import train
+from privkd.run import train_in
 from privkd.runs.folder import RunFolder
 
 ORDER = ["trust", "ledger", "membership", "reconstruction", "gain", "unprotected", "provenance"]
@@ -346,7 +346,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for trial in grid.trials:
         folder = curve / TRIALS / trial.folder
         with RunFolder.create(folder, trial.config()) as opened:
-            train(opened.config, opened, Silent())
+            train_in(opened.config, opened, Silent())
         cloud = "secure_sum" if trial.channel == "secure" else "per_client_logits"
         audited(
             folder,

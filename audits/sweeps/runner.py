@@ -113,7 +113,7 @@ def trained(path: Path, config: Config, progress: "Progress", stage: str = "") -
     from audits.evidence import is_run
     from privkd.data.sources import located
     from privkd.prepared import prepare
-    from privkd.runner import train
+    from privkd.run import train_in
     from privkd.runs.fingerprints import check_files
     from privkd.runs.folder import RunFolder
 
@@ -131,7 +131,7 @@ def trained(path: Path, config: Config, progress: "Progress", stage: str = "") -
         if not _is_finished(folder):
             if stage:
                 progress.stage(f"{stage}, in {path}")
-            train(config, folder, progress, resumed=kept, prepared=prepared)
+            train_in(config, folder, progress, resumed=kept, prepared=prepared)
         yield folder
 
 
