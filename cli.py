@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from privkd.oneline import OneLineErrors, help_alone, print_version, with_settings
+from privkd.command_line import OneLineErrors, help_alone, print_version, with_settings
 from privkd.options import OPTIONS
-from privkd.siblings import load_siblings
+from privkd.plugins import load_siblings
 
 load_siblings("attacks", "audits", "papers")
 
@@ -165,7 +165,7 @@ def curve(
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
     from audits.sweeps.sweep import sweep
     from privkd.errors import AuditAlarm, PrivkdError
-    from privkd.stdout import print_json
+    from privkd.terminal import print_json
 
     found = sweep(
         epsilons=epsilons,
@@ -284,9 +284,10 @@ def settings(
     json_: Json = False,
 ) -> None:
     """List the settings of a run: what each takes, its default, and what it means."""
-    from privkd.config.commands import settings_command
+    from privkd.config.reference import settings_reference
+    from privkd.terminal import show
 
-    settings_command(name, as_json=json_)
+    show(settings_reference(name), as_json=json_)
 
 
 @app.command()
@@ -436,7 +437,7 @@ def papers_list(
 ) -> None:
     """Say which papers there are, and at which scales each can be run."""
     from papers.catalogue import studies_table, studies_tree
-    from privkd.stdout import print_json
+    from privkd.terminal import print_json
 
     if json_:
         print_json(studies_tree())
@@ -471,7 +472,7 @@ def papers_run(
     """Run a paper's claims, or what is left of them, and print published beside ours."""
     from papers.reproduce import reproduce
     from privkd.errors import AuditAlarm
-    from privkd.stdout import print_json
+    from privkd.terminal import print_json
 
     found = reproduce(name, scale=scale, quick=quick, seeds=seeds, data_dir=data_dir, out=out, progress=True)
     if json_:

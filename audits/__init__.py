@@ -8,7 +8,7 @@ record (``tree()``), its data frame (``to_frame()``), its table (in a terminal a
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from privkd.siblings import load_siblings
+from privkd.plugins import load_siblings
 
 load_siblings("attacks")
 

@@ -26,8 +26,8 @@ from privkd.privacy.bounds import Audited
 from privkd.privacy.events import Batch, TaggedEvent, Unit
 from privkd.privacy.ledger import Ledger, Statement
 from privkd.records import Count, Record, read_json, record_of
-from privkd.result import Result, RoundRecord
 from privkd.runs.binding import Binding, binding_of
+from privkd.runs.result import Result, RoundRecord
 
 MEMBERSHIP = "audit/membership.json"
 RECONSTRUCTION = "audit/reconstruction.json"

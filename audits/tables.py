@@ -25,7 +25,7 @@ from audits.findings import (
 )
 from privkd.privacy.bounds import Check, failure
 from privkd.records import FileRecord, Real, Value
-from privkd.result import epsilon_text
+from privkd.runs.result import epsilon_text
 
 One = TypeVar("One", Finding, ReconstructionFinding)
 

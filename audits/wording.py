@@ -12,7 +12,7 @@ from audits.findings import Success
 from privkd.config import Config, config_tree
 from privkd.options import OPTIONS
 from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
-from privkd.result import epsilon_text
+from privkd.runs.result import epsilon_text
 
 __all__ = ["command_of", "counted", "epsilon_text", "event_text", "percent", "points", "settings_of"]
 

@@ -115,7 +115,7 @@ class Latency:
         """See `Measurement.measure`."""
         from privkd.export.export import export_model, raw_of
         from privkd.export.formats import format_named, suffix_of
-        from privkd.latency import latencies_ms
+        from privkd.models.latency import latencies_ms
         from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 
         progress.stage("papers: exporting student and teacher")

@@ -271,7 +271,7 @@ def folder_name(config: Config) -> str:
 def flat(tree: Any, prefix: str = "") -> Mapping[str, float]:
     """The numbers among nested JSON values by dotted names; the rest is left out.
 
-    As `privkd.result.plain` spells them: ``"inf"`` is infinity, ``null`` NaN.
+    As `privkd.runs.result.plain` spells them: ``"inf"`` is infinity, ``null`` NaN.
     """
     if isinstance(tree, Mapping | list):
         found: dict[str, float] = {}

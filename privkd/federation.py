@@ -30,7 +30,6 @@ from privkd.privacy.ledger import Charge, Ledger
 from privkd.privacy.randomness import seeded_generator, seeded_layers
 from privkd.privacy.votes import VoteRule, data_dependent_rdp, rdp_epsilon
 from privkd.progress import Progress
-from privkd.result import RoundFigures
 from privkd.runs.checkpoint import (
     State,
     commit,
@@ -41,6 +40,7 @@ from privkd.runs.checkpoint import (
 from privkd.runs.credentials import noise_root, secure_options
 from privkd.runs.fingerprints import Notes, bind, check_repeats
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import RoundFigures
 from privkd.training.fit import accuracy
 
 _SLOWLY = ", one record at a time: no faster computation gives this student's own gradients"

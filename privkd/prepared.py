@@ -34,10 +34,10 @@ from privkd.privacy.randomness import (
 )
 from privkd.progress import Progress
 from privkd.records import Value, plain
-from privkd.result import NO_RECORD_DP, epsilon_text, taken_lines, warned
 from privkd.runs.checkpoint import State, load_state, load_teachers, saved
 from privkd.runs.fingerprints import check_bound, check_files
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import NO_RECORD_DP, epsilon_text, taken_lines, warned
 from privkd.training.dpsgd import Mechanism, seconds_per_step
 from privkd.training.proof import Probe
 

@@ -18,16 +18,16 @@ from privkd.data.scenario import LabelledSet
 from privkd.errors import RunError
 from privkd.federation import ClosingAudit, Played
 from privkd.federation import run as play_rounds
-from privkd.latency import latencies_ms
+from privkd.models.latency import latencies_ms
 from privkd.models.zoo import parameter_count
 from privkd.options import put
-from privkd.own_code import hand_over, name_of
+from privkd.plugins import hand_over, name_of
 from privkd.prepared import Finished, Prepared, finished, prepare, reopen
 from privkd.progress import Progress, Silent
 from privkd.records import Value
-from privkd.result import Result, StudentResult, TeacherResult, TestSet, ledger_table
 from privkd.runs.checkpoint import load_state, saved
 from privkd.runs.folder import RunFolder, default_folder
+from privkd.runs.result import Result, StudentResult, TeacherResult, TestSet, ledger_table
 from privkd.secure.installed import check_channel
 
 Factory: TypeAlias = Callable[..., nn.Module]

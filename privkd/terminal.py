@@ -1,10 +1,12 @@
 """What a person sees in a terminal: progress on stderr; tables and plans on stdout."""
 
+import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -13,11 +15,19 @@ from rich.progress import Progress as Bars
 from privkd.errors import AuditAlarm
 from privkd.progress import Progress
 from privkd.records import WIDTH, Value
-from privkd.result import epsilon_text, taken_lines
-from privkd.stdout import print_json
+from privkd.runs.result import epsilon_text, taken_lines
 
 if TYPE_CHECKING:
     from privkd.prepared import Prepared
+
+
+def print_json(value: Any) -> None:
+    """Write ``value`` as one line of strict JSON.
+
+    Raises:
+        ValueError: a number is infinite or not one; commands spell those as text or ``null`` beforehand.
+    """
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 class LiveProgress:

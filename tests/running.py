@@ -19,10 +19,10 @@ from privkd.plan import budgets
 from privkd.prepared import Prepared
 from privkd.privacy.ledger import Ledger
 from privkd.progress import Silent
-from privkd.result import Result
 from privkd.run import train_in
 from privkd.runs.fingerprints import UNKEPT
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import Result
 
 SMALL = (
     "channel.kind=plain",

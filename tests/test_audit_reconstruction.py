@@ -17,11 +17,9 @@ from typer.testing import CliRunner
 import audits.reconstructions.audit
 from audits.findings import ReconstructionFinding, Success, alarm_of
 from audits.game import ReplayContext
-from audits.reconstructions.audit import audit_reconstruction, plan_attacks
+from audits.reconstructions.audit import audit_reconstruction, draw_grid, plan_attacks
 from audits.reconstructions.drawings import Drawn, paired_answers
-from audits.reconstructions.grid import draw_grid
-from audits.reconstructions.replays import Replays
-from audits.reconstructions.secrets import draw_classes, draw_records, without_classes
+from audits.reconstructions.replays import Replays, draw_classes, draw_records, without_classes
 from audits.requests import ReconstructionRequest
 from audits.tables import ReconstructionReport
 from cli import app

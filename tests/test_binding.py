@@ -26,7 +26,7 @@ from privkd.data.sources import data_files
 from privkd.errors import RunError
 from privkd.export.export import export_student
 from privkd.journal import Journal
-from privkd.own_code import own_code
+from privkd.plugins import own_code
 from privkd.prepared import prepare
 from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent

@@ -16,9 +16,9 @@ from privkd.errors import RunError
 from privkd.prepared import prepare
 from privkd.privacy.events import Unit
 from privkd.privacy.noise import Keystream, NoiseRoot
-from privkd.result import Result
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import Result
 
 Secure = tuple[Path, Result, Path, list[Tensor]]
 

@@ -372,7 +372,7 @@ class TestTheFrontDoorOfTheAttacks:
 
 
 def test_the_settings_name_our_rules() -> None:
-    (rule,) = settings_reference("reverse.aggregation")
+    (rule,) = settings_reference("reverse.aggregation").settings
     assert rule.takes == f"{', '.join(name for name in RULES if RULES.module(name) is None)}, or a plug-in's"
 
 

@@ -25,7 +25,7 @@ from privkd.journal import Journal
 from privkd.privacy.bounds import Check
 from privkd.privacy.events import Batch, Charge, DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, Unit, ZCdp
 from privkd.records import Count, FileRecord, Measured, Real, Value
-from privkd.result import Result, RoundFigures, RoundRecord
+from privkd.runs.result import Result, RoundFigures, RoundRecord
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from attacks.reconstruction.inversion import (
@@ -12,16 +13,23 @@ from attacks.reconstruction.inversion import (
     paired_logits_inversion,
     training_based_inversion,
 )
-from attacks.reconstruction.matching import CandidateReplays, match_candidates, rebuild_records
+from attacks.reconstruction.matching import (
+    CandidateReplays,
+    match_candidates,
+    match_gradients,
+    rebuild_records,
+    simplex,
+)
 from audits.game import Pool
+from audits.mechanisms.canaries import LOUD, DpSgdStep, noised_sums, probe, single_step
 from audits.reconstructions.measures import resemblance
-from audits.reconstructions.replays import Played, Replays, by_candidate
-from audits.reconstructions.secrets import Floats, Secrets, numbers
+from audits.reconstructions.replays import Floats, Played, Replays, Secrets, by_candidate, numbers
 from audits.requests import INFORMED, PAIRED, PROTOTYPE
 from audits.views import learned_logits, per_client
 from privkd.data.scenario import LabelledSet
 from privkd.privacy.noise import NoiseRoot
-from privkd.privacy.randomness import derive_seed
+from privkd.privacy.randomness import SeededRandomness, derive_seed, seeded_generator
+from privkd.training.dpsgd import Mechanism
 from privkd.training.fit import logits_of
 
 
@@ -118,3 +126,51 @@ def _learned(replays: Replays, played: Played) -> Floats:
     return learned_logits(
         first, released, rest, pool, replays.cache, "reconstruction", replays.progress.advance
     )[0]
+
+
+_STUDENTS = 40
+
+
+@dataclass(frozen=True)
+class GradientGame:
+    """How often, and among how many candidates: ``trials`` are rounded up to a multiple of 40."""
+
+    trials: int
+    candidates: int
+    steps: int
+
+
+def simplex_scores(
+    step: DpSgdStep, mechanism: Mechanism, game: GradientGame, seed: int
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Play the game through ``step``: log-likelihoods ``[trial, candidate]``, and the secrets ``[trial]``."""
+    groups, kappa = -(-game.trials // _STUDENTS), game.candidates
+    generator = seeded_generator(seed, "audit", "simplex")
+    secrets = torch.randint(kappa, (_STUDENTS, groups), generator=generator)
+    gradients = simplex(kappa)
+    loud = torch.from_numpy(gradients).to(torch.float32) * (LOUD * mechanism.recipe.clip_norm)
+    shards = [_records(loud[row]) for row in secrets]
+    sources = [SeededRandomness(seed, "audit", "simplex", student) for student in range(_STUDENTS)]
+    one = Mechanism(
+        single_step(mechanism.recipe), mechanism.noise_multiplier, mechanism.expected_batch_size, 0.0, 1.0
+    )
+    seen = []
+    for _ in range(game.steps):
+        trained = step([probe(groups * kappa)] * _STUDENTS, shards, None, one, sources)
+        sums = noised_sums(trained, one).reshape(_STUDENTS, 2, groups * kappa)
+        seen.append(((sums[:, 1] - sums[:, 0]) / 2**0.5).reshape(-1, kappa).numpy())
+    scores = match_gradients(
+        np.stack(seen, axis=1),
+        gradients,
+        noise_multiplier=mechanism.noise_multiplier,
+        sampling_rate=mechanism.recipe.sampling_rate,
+    )
+    return scores, secrets.reshape(-1).numpy()
+
+
+def _records(chosen: torch.Tensor) -> LabelledSet:
+    """One record a group ``[group, candidate]``, each with features of its own group alone."""
+    groups, kappa = chosen.shape
+    inputs = torch.zeros(groups, groups, kappa)
+    inputs[torch.arange(groups), torch.arange(groups)] = chosen
+    return LabelledSet(inputs.reshape(groups, -1), torch.zeros(groups, dtype=torch.int64))

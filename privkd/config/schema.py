@@ -17,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from privkd.config.labels import canonical_number, same_number
 from privkd.config.mistakes import in_words
 from privkd.errors import ConfigError
-from privkd.labels import canonical_number, same_number
 from privkd.options import put, setting_of
 from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 

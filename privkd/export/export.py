@@ -12,7 +12,7 @@ from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Answering, Deployable, Format, check_equal
 from privkd.export.formats import format_named, suffix_of
 from privkd.export.record import Artefact, Exported
-from privkd.latency import latencies_ms
+from privkd.models.latency import latencies_ms
 from privkd.models.zoo import parameter_count
 from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 from privkd.progress import Silent

@@ -16,8 +16,8 @@ from privkd.journal import Head
 from privkd.messages import Release
 from privkd.privacy.events import PartyId
 from privkd.records import record_of
-from privkd.result import RoundFigures, RoundRecord
 from privkd.runs.folder import RunFolder, prefixed, restore
+from privkd.runs.result import RoundFigures, RoundRecord
 
 
 @dataclass(frozen=True)
