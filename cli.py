@@ -166,8 +166,7 @@ def curve(
 ) -> None:
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
     from audits.sweeps.sweep import sweep
-    from privkd.errors import AuditAlarm, PrivkdError
-    from privkd.terminal import print_json
+    from privkd.terminal import show
 
     found = sweep(
         epsilons=epsilons,
@@ -185,16 +184,7 @@ def curve(
         resume=resume,
         progress=True,
     )
-    if json_:
-        print_json(found.tree())
-    else:
-        from rich.console import Console
-
-        Console().print(found, crop=False)
-    if found.alarm:
-        raise AuditAlarm(found.alarm)
-    if found.failure:
-        raise PrivkdError(found.failure)
+    show(found, as_json=json_)
 
 
 @app.command()
@@ -473,18 +463,10 @@ def papers_run(
 ) -> None:
     """Run a paper's claims, or what is left of them, and print published beside ours."""
     from papers.reproduce import reproduce
-    from privkd.errors import AuditAlarm
-    from privkd.terminal import print_json
+    from privkd.terminal import show
 
     found = reproduce(name, scale=scale, quick=quick, seeds=seeds, data_dir=data_dir, out=out, progress=True)
-    if json_:
-        print_json(found.tree())
-    else:
-        from rich.console import Console
-
-        Console().print(found, crop=False)
-    if found.alarm:
-        raise AuditAlarm(found.alarm)
+    show(found, as_json=json_)
 
 
 if __name__ == "__main__":

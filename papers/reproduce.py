@@ -13,12 +13,12 @@ from pydantic import BaseModel, BeforeValidator, PlainSerializer
 from audits.estimators.rates import Interval, mean_of
 from audits.sweeps.grid import digest_of
 from audits.sweeps.runner import trained
-from audits.sweeps.sweep import Value
 from papers.catalogue import study_named
 from papers.measurements import Effort, Measurement
 from papers.study import Case, Claim, Figures, Scale, Study, scale_named
 from privkd.config import Config, load_config
 from privkd.errors import ConfigError, RunError
+from privkd.records import Value
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

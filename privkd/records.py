@@ -128,6 +128,11 @@ class Value(ABC):
         """What must stop a release, in words, if anything must: exit code 3."""
         return None
 
+    @property
+    def failure(self) -> str | None:
+        """What failed of it, in words, while the rest stands: exit code 1."""
+        return None
+
     def to_frame(self) -> "DataFrame":
         """One row for each of what the value is made of.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from privkd.errors import AuditAlarm
+from privkd.errors import AuditAlarm, PrivkdError
 from privkd.progress import Progress
 from privkd.records import WIDTH, Value
 from privkd.runs.result import epsilon_text, taken_lines
@@ -105,6 +105,7 @@ def show(value: Value, *, as_json: bool) -> None:
 
     Raises:
         AuditAlarm: it is one; it was printed first.
+        PrivkdError: part of it failed; likewise.
     """
     if as_json:
         print_json(value.tree())
@@ -112,6 +113,8 @@ def show(value: Value, *, as_json: bool) -> None:
         wide_console().print(value, crop=False)
     if value.alarm:
         raise AuditAlarm(value.alarm)
+    if value.failure:
+        raise PrivkdError(value.failure)
 
 
 def wide_console() -> Console:

@@ -2,12 +2,10 @@
 
 import csv
 import io
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
@@ -29,9 +27,10 @@ from audits.sweeps.points import (
 )
 from audits.sweeps.runner import Limits, folder_of, on_stderr, play, unfinished
 from privkd.config import Config
-from privkd.errors import ConfigError, InputError, PrivkdError, RunError
+from privkd.errors import ConfigError, PrivkdError, RunError
 from privkd.plugins import load_plugins
 from privkd.privacy.events import Unit
+from privkd.records import Value
 from privkd.secure.installed import check_channel
 
 if TYPE_CHECKING:
@@ -40,42 +39,6 @@ if TYPE_CHECKING:
 
 TABLE = "curve.csv"
 _WIDTH = 110
-
-
-class Value:
-    """What a public function gives: it knows its data frame, its table, and its alarm."""
-
-    @abstractmethod
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """The data frame's rows, all with the same keys."""
-
-    @abstractmethod
-    def __rich__(self) -> "RenderableType":
-        """The table that the command prints."""
-
-    @property
-    @abstractmethod
-    def alarm(self) -> str | None:
-        """What must stop a release, in words, if anything must: exit code 3."""
-
-    def to_frame(self) -> Any:
-        """The rows as a ``pandas.DataFrame``.
-
-        Raises:
-            InputError: pandas is not installed.
-        """
-        try:
-            pandas = import_module("pandas")
-        except ImportError:
-            raise InputError("a data frame needs pandas, which is missing: pip install pandas") from None
-        return pandas.DataFrame(list(self.rows()))
-
-    def _repr_html_(self) -> str:
-        from rich.console import Console
-
-        console = Console(record=True, file=io.StringIO(), width=_WIDTH)
-        console.print(self, crop=False)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 @dataclass(frozen=True)
