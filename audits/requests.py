@@ -4,15 +4,31 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from attacks.registry import ATTACKS, GRADIENT_ATTACKS, LABELS, MODEL_VIEWS
+from privkd.channels.registry import OUR_VIEWS, channel_views
 from privkd.errors import ConfigError
 from privkd.plugins import nearest_first
 
 CanaryKind: TypeAlias = Literal["natural", "mislabelled", "crafted"]
 
-WIRES = ("per_client_logits", "secure_sum", "secure_sum_colluding")
-"""The views of the channel."""
+WIRES = OUR_VIEWS
+"""The views of our own channels; those of plug-ins' come beside them."""
 VIEWS = (*WIRES, *MODEL_VIEWS, "gradient")
 _LEAST_SHADOWS = 8
+
+
+def is_wire(view: str) -> bool:
+    """Whether ``view``, of a run, is one of its channel's."""
+    return view not in MODEL_VIEWS and view != "gradient"
+
+
+def check_view(view: str) -> None:
+    """Do nothing where ``view`` is ``all``, one of ``VIEWS``, or one of a plug-in's channel.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if view not in ("all", *VIEWS) and view not in channel_views():
+        raise ConfigError(f"view={view!r}: expected one of {sorted({'all', *VIEWS, *channel_views()})}")
 
 
 def attacks_of(view: str) -> tuple[str, ...]:
@@ -27,7 +43,8 @@ class MembershipRequest:
     """What to audit.
 
     Attributes:
-        view: one of ``VIEWS``, or ``all`` that the run has but ``teacher``, which learns once for each model.
+        view: one of ``VIEWS`` or of a plug-in's channel, or ``all`` that the run has but ``teacher``, which
+            learns once for each model.
         attack: one name, or ``all`` of the view; a plug-in that adds it must be loaded.
         shadows: models that the attacks learn from.
         targets: audited replays, each with coins of its own.
@@ -47,12 +64,9 @@ class MembershipRequest:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("view", self.view, ("all", *VIEWS)),
-            ("canaries", self.canaries, get_args(CanaryKind)),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name}={value!r}: expected one of {sorted(choices)}")
+        check_view(self.view)
+        if self.canaries not in get_args(CanaryKind):
+            raise ConfigError(f"canaries={self.canaries!r}: expected one of {sorted(get_args(CanaryKind))}")
         own = ("all", LABELS, *GRADIENT_ATTACKS)
         if self.attack not in own and self.attack not in ATTACKS:
             known = nearest_first(self.attack, (*own, *ATTACKS))

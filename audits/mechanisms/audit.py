@@ -41,9 +41,10 @@ from audits.mechanisms.neighbours import (
 from audits.mechanisms.on_channel import audit_releases
 from audits.mechanisms.on_device import audit_training
 from audits.verdict import Finding
-from privkd.channels.channel import Channel, open_channel
+from privkd.channels.channel import Channel
+from privkd.channels.registry import KINDS, Canaries, open_channel
 from privkd.channels.secure import SecureOptions
-from privkd.config import load_config
+from privkd.config import ChannelConfig, load_config
 from privkd.federation import Federation
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.accounting import price
@@ -91,8 +92,8 @@ GAMES = (
 )
 """One other record, which the canary just outweighs, shows what is clipped after the average."""
 
-_TRIALS = {"cohort": 4_000, "opacus": 1_500, "noised": 8_000, "processes": 2_000, "services": 800}
-"""Canaries at most, by engine and by what stands behind the channel."""
+_TRIALS = {"cohort": 4_000, "opacus": 1_500}
+"""Canaries at most, by engine."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
     run = _with_device_budget(CHANNELS[name], seed)
     plan, settings = run.plan, run.config.channel
     coins = derive_seed(seed, "mechanism", name)
-    most = _TRIALS[settings.parties if settings.kind == "secure" else settings.kind]
+    most = canaries_over(settings).devices
     with opened(run, plan.rho) as channel:
         audit = on_channel.audit_releases(channel.for_audit(), plan.rounds, coins, most=most)
     bounded = _bounded(audit.scores, 1.0, level, seed)
@@ -188,13 +189,18 @@ def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
     return Examined(finding, (*audit.checks, *_exact_sum(run, coins)))
 
 
+def canaries_over(settings: ChannelConfig) -> Canaries:
+    """How many worst-case devices go over a channel of these ``settings``."""
+    return KINDS[settings.kind].canaries(settings)
+
+
 def _with_device_budget(settings: Settings, seed: int) -> Prepared:
     return prepare(load_config(None, [*_DEVICE_BUDGET, *settings, f"seed={seed}"]))
 
 
 def _exact_sum(run: Prepared, seed: int) -> Iterator[Check]:
-    """What a secure channel releases where it adds no noise."""
-    if run.config.channel.kind == "secure":
+    """What the parties of a channel release where they add no noise."""
+    if KINDS[run.config.channel.kind].has_parties:
         with opened(run, None) as channel:
             yield on_channel.check_sum(channel.for_audit(), seed)
 
@@ -236,7 +242,7 @@ def _audit_noised_worlds(level: Level, *, seed: int) -> Examined:
     plan = run.plan
     assert plan.rho is not None
     with opened(run, plan.rho) as channel:
-        release, runs = released_by(channel), _TRIALS["noised"]
+        release, runs = released_by(channel), canaries_over(run.config.channel).devices
         return Examined(
             audit_channel(release, "noised", level, seed, runs=runs, clip_norm=plan.clip_norm, rho=plan.rho)
         )
@@ -299,14 +305,13 @@ CONFIDENCE = 0.999
 """Of all bounds of one run together. Its checks add `audits.mechanisms.on_device.FALSE_ALARM` each."""
 _LEAST_NOISE = 0.2
 """Noise multiplier below which DP-SGD is not audited."""
-_UPLOADS = {"noised": 40_000, "processes": 9_000, "services": 2_000}
-"""Of canary devices, all rounds together: some seconds of the channel's time."""
 
 
 def closing_audit(federation: Federation, state: State, progress: Progress) -> Audited:
     """A lower bound for each unit that the run protects, and checks of its mechanisms.
 
-    There is no bound for a unit without protection, for votes, and for noise that the devices add together.
+    There is no bound for a unit without protection, for votes, for noise that the devices add together, and
+    over a channel that says why.
     Neighbouring relations are the ledger's: add or remove one record, zero out one device.
 
     Args:
@@ -319,6 +324,7 @@ def closing_audit(federation: Federation, state: State, progress: Progress) -> A
     seed = derive_seed(run.config.seed, "audit", "closing")
     plan, settings = run.plan, run.config.channel
     counted = plan.rho is not None and plan.votes is None and settings.noise_from == "aggregators"
+    counted &= not KINDS[settings.kind].unaudited
     # Less noise is lost in the rounding of float32 weights, and its epsilon of hundreds promises nothing.
     records = run.mechanism is not None and plan.noise_multiplier >= _LEAST_NOISE
     confidence = 1 - (1 - CONFIDENCE) / max(1, records + counted)
@@ -356,19 +362,12 @@ _SOURCES = {"seeded": "the seed", "system": "the system's cryptographic source"}
 
 def _of_devices(run: Prepared, opened: Channel, confidence: float, seed: int) -> Audited:
     plan, settings = run.plan, run.config.channel
-    channel = opened.for_audit()
-    parties = "services" if settings.through_services else "processes"
-    uploads = _UPLOADS["noised" if settings.kind == "noised" else parties]
-    audit = audit_releases(channel, plan.rounds, seed, most=uploads // max(2, plan.rounds))
+    channel, canaries = opened.for_audit(), canaries_over(settings)
+    audit = audit_releases(channel, plan.rounds, seed, most=canaries.uploads // max(2, plan.rounds))
     epsilon = bound_many_trials(
         audit.scores, sampling_rate=1.0, delta=plan.delta, confidence=confidence, seed=seed
     )
-    behind = ""
-    if settings.kind == "secure":
-        kept = settings.through_services and settings.aggregator_urls
-        told = "none of whose noise is known" if kept else "all but one of whose noise is known"
-        behind = f", by its {settings.aggregators} {parties}, {told}"
-    path = f"the run's own {settings.kind} channel{behind}"
+    path = f"the run's own {settings.kind} channel{canaries.behind}"
     return Audited(
         (LowerBound(Unit.DEVICE, epsilon, confidence, len(audit.scores.values), path),), audit.checks
     )

@@ -28,10 +28,10 @@ from audits.reconstructions.measures import (
 )
 from audits.reconstructions.replays import Replays, Secrets, lacks_classes, numbers
 from audits.reconstructions.request import (
-    ATTACKS_OF,
     CLASS_ATTACKS,
     DECODERS,
     ReconstructionRequest,
+    attacks_on,
 )
 from privkd.errors import ConfigError, InputError
 from privkd.prepared import Prepared, reopen_simulation
@@ -177,7 +177,7 @@ def plan_attacks(
         ConfigError: the run does not have the view, or the view not the attack.
     """
     views = views_of(run, request.view)
-    offered = [(view, attack) for view in views for attack in ATTACKS_OF[view]]
+    offered = [(view, attack) for view in views for attack in attacks_on(view)]
     wanted = [pair for pair in offered if request.attack in ("all", pair[1])]
     if not wanted:
         names = sorted({attack for _, attack in offered})

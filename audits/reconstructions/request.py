@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from audits.requests import check_view
 from privkd.errors import ConfigError
 
 PAIRED = "paired-logits"
@@ -11,19 +12,22 @@ PROTOTYPE = "class-prototype"
 MATCHING = "prior-matching"
 INFORMED = "informed-adversary"
 
-CHANNEL_VIEWS = ("per_client_logits", "secure_sum", "secure_sum_colluding")
-VIEWS = (*CHANNEL_VIEWS, "teacher", "student", "gradient")
 DECODERS = (PAIRED, TRAINING_BASED)
 """They draw images, and nothing else."""
 CLASS_ATTACKS = (*DECODERS, PROTOTYPE)
 """They draw the class that the public set lacks."""
-ATTACKS_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(CHANNEL_VIEWS, (*CLASS_ATTACKS, MATCHING)),
+_ON_MODELS: Mapping[str, tuple[str, ...]] = {
     "teacher": CLASS_ATTACKS,
     "student": (PAIRED, TRAINING_BASED, PROTOTYPE, MATCHING, INFORMED),
     "gradient": (MATCHING,),
 }
+_ON_CHANNELS = (*CLASS_ATTACKS, MATCHING)
 _LEAST = {"trials": 10, "shadows": 2, "candidates": 2, "device": 0, "seed": 0}
+
+
+def attacks_on(view: str) -> tuple[str, ...]:
+    """The attacks that read ``view``."""
+    return _ON_MODELS.get(view, _ON_CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ReconstructionRequest:
     """What to audit.
 
     Attributes:
-        view: one of ``VIEWS``, or ``all`` that the run has but ``teacher``, which learns once for each trial.
+        view: as of `MembershipRequest`; ``all`` is without ``teacher``, which learns once for each trial.
         attack: one name, or ``all`` of the view.
         trials: audited replays of each game, each with a secret of its own.
         shadows: replays of each candidate that prior-aware matching learns from.
@@ -51,13 +55,10 @@ class ReconstructionRequest:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        known = ("all", *dict.fromkeys(attack for names in ATTACKS_OF.values() for attack in names))
-        for name, value, choices in (
-            ("view", self.view, ("all", *VIEWS)),
-            ("attack", self.attack, known),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name}={value!r}: expected one of {sorted(choices)}")
+        check_view(self.view)
+        known = {"all", *_ON_CHANNELS, *(attack for names in _ON_MODELS.values() for attack in names)}
+        if self.attack not in known:
+            raise ConfigError(f"attack={self.attack!r}: expected one of {sorted(known)}")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {least}")
