@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from privkd.oneline import OneLineErrors, help_alone, print_version, with_settings
+from privkd.command_line import OneLineErrors, help_alone, print_version, with_settings
 from privkd.options import OPTIONS
-from privkd.siblings import load_siblings
+from privkd.plugins import load_siblings
 
 load_siblings("attacks", "audits", "papers")
 
@@ -89,22 +89,35 @@ def train(
     json_: Json = False,
 ) -> None:
     """Let private students teach the cloud teacher, within a stated budget."""
-    from audits.commands import closing_audit
-    from privkd.commands import TrainRequest, train_command
+    from privkd.config import load_config
+    from privkd.errors import ConfigError
+    from privkd.plugins import load_plugins
+    from privkd.secure.installed import check_channel
+    from privkd.terminal import announce, progress_on_stderr, show
 
-    train_command(
-        TrainRequest(
-            settings=settings,
-            overrides=tuple(set_ or ()),
-            plugins=tuple(plugin or ()),
-            config=_path(config),
-            out=_path(out),
-            resume=_path(resume),
-            dry_run=dry_run,
-            json=json_,
-        ),
-        closing_audit,
-    )
+    if resume is not None:
+        if settings or set_ or config or out or dry_run:
+            words = "a run goes on with the settings it was started with; give no others"
+            raise ConfigError(f"--resume {resume}: {words}")
+        load_plugins(plugin or ())
+        from privkd.run import resume as go_on
+
+        with progress_on_stderr() as progress:
+            found = go_on(resume, progress=progress)
+        return show(found, as_json=json_)
+    # A typo is answered before the heavy libraries are loaded.
+    added = {"plugins": tuple(plugin)} if plugin else {}
+    wanted = load_config(_path(config), set_ or (), {**settings, **added})
+    if dry_run:
+        from privkd.prepared import forecast
+
+        return show(forecast(wanted), as_json=json_)
+    check_channel(wanted.channel)
+    from privkd.run import train as run_training
+
+    with progress_on_stderr() as progress:
+        found = run_training(wanted, out=out, progress=progress, announce=announce)
+    return show(found, as_json=json_)
 
 
 @app.command()
@@ -152,7 +165,7 @@ def curve(
     """Train and audit a grid of runs, and draw leak against gain. Exit code 3 is an audit's alarm."""
     from audits.sweeps.sweep import sweep
     from privkd.errors import AuditAlarm, PrivkdError
-    from privkd.stdout import print_json
+    from privkd.terminal import print_json
 
     found = sweep(
         epsilons=epsilons,
@@ -188,13 +201,16 @@ def report(
         Text, typer.Argument(help="Folder of a run or of a curve. [the latest under runs/]")
     ] = None,
     out: Annotated[Text, typer.Option(help="Folder for the report. [the run's or curve's own]")] = None,
+    plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
     """Write what an officer reads: report.html, .md, .json, registry.yaml. Exit code 3 is an alarm in it."""
-    from audits.dossier.commands import report_command
+    from audits import report as write
+    from privkd.plugins import load_plugins
+    from privkd.terminal import show
 
-    folder = _path(path)
-    report_command(folder, _path(out), as_json=json_)
+    load_plugins(plugin or ())
+    show(write(path, out), as_json=json_)
 
 
 @app.command()
@@ -204,9 +220,10 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Set two runs, or two curves, side by side: differences with intervals, settings, ledgers."""
-    from audits.comparison.commands import compare_command
+    from audits import compare as beside
+    from privkd.terminal import show
 
-    compare_command(Path(first), Path(second), as_json=json_)
+    show(beside(first, second), as_json=json_)
 
 
 @app.command()
@@ -270,9 +287,10 @@ def settings(
     json_: Json = False,
 ) -> None:
     """List the settings of a run: what each takes, its default, and what it means."""
-    from privkd.config.commands import settings_command
+    from privkd.config.reference import settings_reference
+    from privkd.terminal import show
 
-    settings_command(name, as_json=json_)
+    show(settings_reference(name), as_json=json_)
 
 
 @app.command()
@@ -287,11 +305,16 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a device's student with its preprocessing as one file that answers as the original does."""
-    from privkd.export.commands import ExportRequest, export_command
     from privkd.runs.plugged import load_plugins_for
 
     load_plugins_for(Path(run), plugin or ())
-    export_command(ExportRequest(Path(run), format_, device_index, _path(out), json_))
+    from privkd.export.formats import check_asked
+
+    check_asked(format_, device_index, _path(out))
+    from privkd.export.export import export as write
+    from privkd.terminal import show
+
+    show(write(Path(run), format_, device_index, _path(out)), as_json=json_)
 
 
 audit = typer.Typer(
@@ -329,7 +352,7 @@ def membership(
     json_: Json = False,
 ) -> None:
     """Guess who is in a device's records, from what each view of a run shows. Exit code 3 is an alarm."""
-    from audits.commands import MembershipRequest, load_plugins_of, membership_command
+    from audits.requests import MembershipRequest, load_plugins_of
 
     load_plugins_of(_path(run), plugin or ())
     request = MembershipRequest(
@@ -341,7 +364,12 @@ def membership(
         device=device,
         seed=seed,
     )
-    membership_command(_path(run), request, as_json=json_)
+    from audits import membership as attack_run
+    from privkd.terminal import progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = attack_run(run, request, progress=progress)
+    show(found, as_json=json_)
 
 
 @audit.command()
@@ -363,7 +391,7 @@ def reconstruction(
     json_: Json = False,
 ) -> None:
     """Rebuild what a device held, from what each view of a run shows. Exit code 3 is an alarm."""
-    from audits.commands import ReconstructionRequest, load_plugins_of, reconstruction_command
+    from audits.requests import ReconstructionRequest, load_plugins_of
 
     load_plugins_of(_path(run), plugin or ())
     request = ReconstructionRequest(
@@ -375,7 +403,12 @@ def reconstruction(
         device=device,
         seed=seed,
     )
-    reconstruction_command(_path(run), request, as_json=json_)
+    from audits import reconstruction as attack_run
+    from privkd.terminal import progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = attack_run(run, request, progress=progress)
+    show(found, as_json=json_)
 
 
 @audit.command()
@@ -384,9 +417,12 @@ def mechanism(
     json_: Json = False,
 ) -> None:
     """Put worst-case inputs through the channels and the DP-SGD step. Exit code 3 is an alarm."""
-    from audits.commands import mechanism_command
+    from audits import mechanism as attack_mechanisms
+    from privkd.terminal import progress_on_stderr, show
 
-    mechanism_command(seed=seed, as_json=json_)
+    with progress_on_stderr() as progress:
+        found = attack_mechanisms(seed=seed, progress=progress)
+    show(found, as_json=json_)
 
 
 papers = typer.Typer(
@@ -404,7 +440,7 @@ def papers_list(
 ) -> None:
     """Say which papers there are, and at which scales each can be run."""
     from papers.catalogue import studies_table, studies_tree
-    from privkd.stdout import print_json
+    from privkd.terminal import print_json
 
     if json_:
         print_json(studies_tree())
@@ -439,7 +475,7 @@ def papers_run(
     """Run a paper's claims, or what is left of them, and print published beside ours."""
     from papers.reproduce import reproduce
     from privkd.errors import AuditAlarm
-    from privkd.stdout import print_json
+    from privkd.terminal import print_json
 
     found = reproduce(name, scale=scale, quick=quick, seeds=seeds, data_dir=data_dir, out=out, progress=True)
     if json_:

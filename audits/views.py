@@ -20,6 +20,7 @@ from attacks.evidence import ChannelEvidence
 from attacks.release import label_distribution, label_divergence
 from audits.estimators.rates import mean_of
 from audits.estimators.validation import Floats
+from audits.findings import LabelFinding
 from audits.game import Cache, Pool, ReplayContext, Report, Role, Traces, others_answers, shard_of
 from audits.scoring import Released, Signals
 from privkd.channels.channel import Channel, PlainChannel
@@ -219,39 +220,6 @@ def log_probabilities(side: ReplayContext, released: Released, floor: float) -> 
 
 _STRENGTHS = np.concatenate([[0.0], np.geomspace(0.05, 50, 31)])
 """By which an answer's shift may be scaled; 0 leaves the blind guess."""
-
-
-@dataclass(frozen=True)
-class LabelFinding:
-    """How much nearer a view brings the adversary to devices' class histograms.
-
-    Attributes:
-        view: what the adversary sees.
-        divergence: KL(true || guess) in nats, mean over the devices.
-        blind: the same of the best guess without any answer, which is even.
-        gain: mean of what the answers save of it, at most ``blind``; ``low`` and ``high`` are the ends of its
-            interval by Student's t.
-        low: see ``gain``.
-        high: see ``gain``.
-        confidence: of the interval.
-        devices: attacked.
-        epsilon_upper: the ledger's, of one device's whole contribution.
-    """
-
-    view: str
-    divergence: float
-    blind: float
-    gain: float
-    low: float
-    high: float
-    confidence: float
-    devices: int
-    epsilon_upper: float
-
-    @property
-    def reveals(self) -> bool:
-        """Whether the interval of the gain lies above zero."""
-        return self.low > 0
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from pathlib import Path
 # A script's own folder comes first on the path, where ``attacks.py`` would pass for the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from audits.membership_inference import MembershipReport, audit_membership  # noqa: E402
-from audits.report import report_tree  # noqa: E402
+from audits.findings import Finding, Refused  # noqa: E402
+from audits.membership_audit import audit_membership, keep_membership  # noqa: E402
 from audits.requests import MembershipRequest  # noqa: E402
-from audits.verdict import Finding, Refused  # noqa: E402
+from audits.tables import MembershipReport  # noqa: E402
 from privkd.config import Config, load_config  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
-from privkd.result import train  # noqa: E402
+from privkd.run import train_in  # noqa: E402
 from privkd.runs.folder import RunFolder  # noqa: E402
 
 _CHANNELS = {"plain": None, "noised": 8.0, "secure": None}
@@ -50,11 +50,10 @@ def audited(args: argparse.Namespace, channel: str, epsilon: str) -> MembershipR
     path = Path(args.out) / f"{channel}-{epsilon}"
     if not (path / "result.json").exists():
         with RunFolder.create(path, config_of(args, channel, epsilon)) as folder:
-            train(folder.config, folder, Silent())
+            train_in(folder.config, folder, Silent())
     with RunFolder.resume(path) as folder:
         report = audit_membership(folder, MembershipRequest(targets=args.targets), Silent())
-        folder.write_json("audit/membership.json", report_tree(report))
-        return report
+        return keep_membership(folder, report)
 
 
 def rows(channel: str, epsilon: str, report: MembershipReport) -> list[str]:

@@ -4,6 +4,6 @@
 and audited by ``audits``. Nothing here implements a method.
 """
 
-from privkd.siblings import load_siblings
+from privkd.plugins import load_siblings
 
 load_siblings("attacks", "audits")

@@ -115,7 +115,7 @@ class Latency:
         """See `Measurement.measure`."""
         from privkd.export.export import export_model, raw_of
         from privkd.export.formats import format_named, suffix_of
-        from privkd.latency import latencies_ms
+        from privkd.models.latency import latencies_ms
         from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 
         progress.stage("papers: exporting student and teacher")
@@ -156,7 +156,7 @@ class Membership:
     def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
         """See `Measurement.measure`."""
         from audits.estimators import TprAtFpr
-        from audits.membership_inference import audit_membership
+        from audits.membership_audit import audit_membership
         from audits.requests import MembershipRequest
 
         request = MembershipRequest(
@@ -194,7 +194,7 @@ class Reconstruction:
     def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
         """See `Measurement.measure`."""
         from audits.reconstructions.audit import audit_reconstruction
-        from audits.reconstructions.request import ReconstructionRequest
+        from audits.requests import ReconstructionRequest
 
         request = ReconstructionRequest(
             view=self.view, attack=self.attack, trials=effort.trials, seed=folder.config.seed
@@ -204,8 +204,8 @@ class Reconstruction:
             start = f"{finding.view}.{finding.attack}"
             figures[f"{start}.success"] = finding.success.estimate
             figures[f"{start}.chance"] = finding.success.chance
-            figures[f"{start}.ceiling"] = finding.ceiling
+            figures[f"{start}.ceiling"] = 1.0 if finding.ceiling is None else finding.ceiling
             figures[f"{start}.alarm"] = float(finding.verdict == "ALARM")
-            if finding.images is not None:
-                figures[f"{start}.ssim"] = finding.images.ssim
+            if finding.ssim is not None:
+                figures[f"{start}.ssim"] = finding.ssim
         return figures

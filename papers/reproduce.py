@@ -96,7 +96,7 @@ class Reproduction(Value):
 
     def tree(self) -> dict[str, Any]:
         """The JSON form."""
-        from privkd.result import plain
+        from privkd.records import plain
 
         return {
             "paper": self.study.name,
@@ -160,8 +160,8 @@ def reproduce(
         raise ConfigError(f"--quick and --scale {scale}: give one of the two")
     sized = scale_named(study, _QUICK if quick else scale)
     base = None if data_dir is None else Path(data_dir)
-    from privkd.console import progress_on_stderr
     from privkd.progress import Silent
+    from privkd.terminal import progress_on_stderr
 
     with progress_on_stderr() if progress else nullcontext(Silent()) as told:
         return Runner(Path(out), base, told).reproduction(study, sized, seeds or sized.seeds)
@@ -271,7 +271,7 @@ def folder_name(config: Config) -> str:
 def flat(tree: Any, prefix: str = "") -> Mapping[str, float]:
     """The numbers among nested JSON values by dotted names; the rest is left out.
 
-    As `privkd.result.plain` spells them: ``"inf"`` is infinity, ``null`` NaN.
+    As `privkd.runs.result.plain` spells them: ``"inf"`` is infinity, ``null`` NaN.
     """
     if isinstance(tree, Mapping | list):
         found: dict[str, float] = {}

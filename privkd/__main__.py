@@ -8,7 +8,7 @@ if sys.platform == "win32":
     )
     sys.exit(2)
 
-from privkd.siblings import load_siblings
+from privkd.plugins import load_siblings
 
 # At import, not in `main`: a process that is spawned imports this module and calls nothing.
 load_siblings("cli")

@@ -33,7 +33,6 @@ from privkd.privacy.randomness import seeded_generator, seeded_layers
 from privkd.privacy.votes import VoteRule, data_dependent_rdp, rdp_epsilon
 from privkd.progress import Progress
 from privkd.runs.checkpoint import (
-    RoundFigures,
     State,
     commit,
     load_state,
@@ -43,13 +42,14 @@ from privkd.runs.checkpoint import (
 from privkd.runs.credentials import noise_root, run_name
 from privkd.runs.fingerprints import Notes, bind, check_repeats
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import RoundFigures
 from privkd.training.fit import accuracy
 
 _SLOWLY = ", one record at a time: no faster computation gives this student's own gradients"
 
 
 @dataclass(frozen=True)
-class Run:
+class Played:
     """A finished run: its last state and what it is measured against.
 
     ``students`` are the devices', none where no round was left to play. ``public_only`` is the mean accuracy
@@ -80,7 +80,7 @@ def run(
     *,
     resumed: bool = False,
     audit: ClosingAudit | None = None,
-) -> Run:
+) -> Played:
     """Play all rounds of ``prepared`` in ``folder``, or those that are left where ``resumed``, and audit it.
 
     A run is audited once: what came out is noted in the folder, and found there again.
@@ -325,7 +325,7 @@ def _finish(
     ledger: Ledger,
     audited: Audited,
     progress: Progress,
-) -> Run:
+) -> Played:
     """Measure the controls beside the finished rounds."""
     scenario, fresh = prepared.scenario, prepared.cloud.untrained_students()
     controls = Controls(None, None)
@@ -339,7 +339,7 @@ def _finish(
             seed=prepared.config.seed,
             progress=progress,
         )
-    return Run(
+    return Played(
         prepared.plan,
         state,
         students,

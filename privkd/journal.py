@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from privkd.errors import RunError
+from privkd.records import Count
 
 Record: TypeAlias = Mapping[str, Any]
 """What JSON can hold, without NaN or infinities."""
@@ -33,7 +34,7 @@ _DIGEST_SIZE = 64
 class Head:
     """How far a journal has come: the number of its lines, and the digest of the last."""
 
-    lines: int
+    lines: Count
     digest: str
 
 

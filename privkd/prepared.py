@@ -5,9 +5,13 @@ simulation draws the same randomness again, so nothing new is shown and nothing 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from privkd.cloud import RULES, Cloud, PublicData
@@ -29,9 +33,11 @@ from privkd.privacy.randomness import (
     seeded_layers,
 )
 from privkd.progress import Progress
+from privkd.records import Value, plain
 from privkd.runs.checkpoint import State, load_state, load_teachers, saved
 from privkd.runs.fingerprints import check_bound, check_files
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import NO_RECORD_DP, epsilon_text, taken_lines, warned
 from privkd.training.dpsgd import Mechanism, seconds_per_step
 from privkd.training.proof import Probe
 
@@ -223,13 +229,70 @@ def finished(prepared: Prepared, folder: RunFolder) -> Finished:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Value):
     """A plan and what it takes: the student's ``parameters``, and about how many ``seconds`` the devices'
     private training would take one after the other on this machine, from one real step on made-up records."""
 
     plan: Plan
     parameters: int
     seconds: float
+
+    def tree(self) -> dict[str, Any]:
+        """The JSON form."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row, of the plan's figures."""
+        figures = {
+            name: value for name, value in self.tree()["plan"].items() if not isinstance(value, dict | list)
+        }
+        return [figures | {"parameters": self.parameters, "seconds": self.seconds}]
+
+    def __rich__(self) -> RenderableType:
+        plan = self.plan
+        table = Table(title="Plan (nothing was trained, nothing was spent)", title_justify="left")
+        table.add_column("what")
+        table.add_column("value", justify="right")
+        rows = [
+            ("rounds x devices", f"{plan.rounds} x {plan.devices}"),
+            ("devices that fall silent in each round", f"{plan.silent_devices}"),
+            ("DP-SGD steps a round", str(plan.steps)),
+            ("sampling rate", f"{plan.sampling_rate:g}"),
+            ("noise multiplier", f"{plan.noise_multiplier:.4f}"),
+            ("expected batch size", f"{plan.expected_batch_size:g}"),
+            (f"epsilon per record, whole run (delta {plan.delta:g})", epsilon_text(plan.record.high)),
+            (f"epsilon per device, whole run (delta {plan.delta:g})", epsilon_text(plan.device.high)),
+            ("channel noise (rho per release)", "none" if plan.rho is None else f"{plan.rho:.4g}"),
+            ("queries a round", str(plan.queries)),
+            ("clip norm of a device's answers", f"{plan.clip_norm:.4g}"),
+            ("upload per device and round", f"{plan.upload_bytes:,} bytes"),
+            ("student parameters", f"{self.parameters:,}"),
+            ("private training, one device after the other", f"about {self.seconds:.1f} s"),
+        ]
+        for row in rows + _vote_rows(plan):
+            table.add_row(*row)
+        remarks = [*taken_lines(plan.taken), *([NO_RECORD_DP] if math.isinf(plan.record.high) else [])]
+        inferred = [_inferred(plan.inferred)] if plan.inferred else []
+        return Group(table, *remarks, *inferred, *warned(plan.warnings))
+
+
+def _inferred(constants: tuple[str, ...]) -> Text:
+    said = f"Simulation: read from all records, private ones too: {', '.join(constants)}."
+    return Text(f"{said} A deployment must be given them as settings under data.", style="yellow")
+
+
+def _vote_rows(plan: Plan) -> list[tuple[str, str]]:
+    votes = plan.votes
+    if votes is None:
+        return []
+    noise = "none"
+    if votes.sigma2 is not None and votes.threshold_sigma2 is not None:
+        noise = f"{math.sqrt(votes.threshold_sigma2):.3g} / {math.sqrt(votes.sigma2):.3g}"
+    return [
+        ("votes for one class that make a consensus", f"{votes.threshold} of {plan.devices}"),
+        ("each aggregator's noise, threshold / count (std, in votes)", noise),
+    ]
 
 
 def forecast(config: Config) -> Forecast:

@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from audits.estimators import Auc, TprAtFpr
-from audits.reconstructions.finding import ReconstructionFinding, ReconstructionReport, Success
-from audits.reconstructions.report import reconstruction_tree
-from audits.report import REPLAY_NOTE, finding_tree
-from audits.verdict import Finding, Refused
+from audits.findings import Finding, LabelFinding, ReconstructionFinding, Refused, Success
+from audits.tables import MembershipReport, ReconstructionReport
 from privkd.privacy.events import Unit
-from privkd.result import plain
 
 PNG = b"\x89PNG\r\n\x1a\nmade up"
 
@@ -37,11 +34,21 @@ def finding(view: str = "student", attack: str = "lira-online", lower: float = 0
 
 def audited(path: Path, *findings: Finding, labels: bool = False) -> None:
     """Leave a membership audit in the run's folder, with a look at a device's classes where asked."""
-    tree = {"run": str(path), "target": REPLAY_NOTE, "views": [plain(finding_tree(one)) for one in findings]}
-    if labels:
-        row = {"view": "secure_sum", "gain": 0.3, "low": 0.2, "high": 0.4, "confidence": 0.95}
-        tree["label_distributions"] = [row | {"blind": 0.9, "devices": 16}]
-    _write(path / "audit" / "membership.json", tree)
+    told = LabelFinding(
+        view="secure_sum",
+        divergence=0.6,
+        blind=0.9,
+        gain=0.3,
+        low=0.2,
+        high=0.4,
+        confidence=0.95,
+        devices=16,
+        epsilon_upper=8.0,
+    )
+    report = MembershipReport(
+        run=str(path), channel="secure", findings=findings, labels=(told,) if labels else ()
+    )
+    _write(path / "audit" / "membership.json", report.tree())
 
 
 def rebuilt(path: Path, **other: Any) -> None:
@@ -54,17 +61,15 @@ def rebuilt(path: Path, **other: Any) -> None:
         prior="uniform among 10 records",
         success=Success(0.12, 0.05, 0.24, chance=0.1, trials=50, confidence=0.95),
         ceiling=0.8,
-        claimed=True,
-        images=None,
-        attributes=None,
-        tpr_at_fpr=None,
-        likeness=None,
         alarm_low=0.04,
     )
     grid = other.pop("grid", "audit/grid.png")
     (path / "audit").mkdir(exist_ok=True)
     (path / "audit" / "grid.png").write_bytes(PNG)
-    tree = reconstruction_tree(ReconstructionReport(str(path), "secure", (found,), (grid,), ("a note",)))
+    report = ReconstructionReport(
+        run=str(path), channel="secure", findings=(found,), grids=(grid,), notes=("a note",)
+    )
+    tree = report.tree()
     tree["views"][0] |= other
     _write(path / "audit" / "reconstruction.json", tree)
 

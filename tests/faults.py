@@ -256,10 +256,10 @@ def _warm_up() -> None:
     from running import play
 
     for name in (
-        "audits.mechanisms.audit",
-        "audits.membership_inference",
-        "audits.report",
-        "privkd.console",
+        "audits.mechanisms.closing",
+        "audits.membership_audit",
+        "audits.tables",
+        "privkd.terminal",
         "privkd.prepared",
     ):
         importlib.import_module(name)

@@ -19,9 +19,10 @@ from privkd.plan import budgets
 from privkd.prepared import Prepared
 from privkd.privacy.ledger import Ledger
 from privkd.progress import Silent
-from privkd.result import Result, train
+from privkd.run import train_in
 from privkd.runs.fingerprints import UNKEPT
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import Result
 
 SMALL = (
     "channel.kind=plain",
@@ -53,13 +54,13 @@ def play(path: Path, *overrides: str, progress: Any = None) -> Result:
     """A new run in ``path``."""
     config = small(*overrides)
     with RunFolder.create(path, config) as folder:
-        return train(config, folder, progress or Silent())
+        return train_in(config, folder, progress or Silent())
 
 
 def resume(path: Path, progress: Any = None) -> Result:
     """The rest of the run in ``path``."""
     with RunFolder.resume(path) as folder:
-        return train(folder.config, folder, progress or Silent(), resumed=True)
+        return train_in(folder.config, folder, progress or Silent(), resumed=True)
 
 
 def weights(path: Path) -> dict[str, bytes]:

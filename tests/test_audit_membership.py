@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import audits.membership_inference
+import audits.membership_audit
 from attacks import rescaled_logit
-from audits.curves import draw, roc
+from audits.findings import Refused
 from audits.game import (
     Cache,
     GameKey,
@@ -27,11 +27,10 @@ from audits.game import (
     shard_of,
     traces,
 )
-from audits.latest import latest
-from audits.membership_inference import audit_membership, views_of
-from audits.requests import MembershipRequest, attacks_of
+from audits.membership_audit import audit_membership, views_of
+from audits.requests import MembershipRequest, attacks_of, latest
+from audits.roc import draw, roc
 from audits.scoring import features_of
-from audits.verdict import Refused
 from audits.views import draw_uneven, infer_labels, released
 from cli import app
 from privkd.channels.registry import KINDS, open_channel, open_replay
@@ -41,7 +40,7 @@ from privkd.errors import AuditAlarm, ConfigError, DataError, RunError
 from privkd.prepared import prepare
 from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent
-from privkd.result import train
+from privkd.run import train_in
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 
@@ -78,7 +77,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _finished(kind: str, path: Path) -> Path:
     with RunFolder.create(path, load_config(None, (), SMALL | SETTINGS[kind])) as folder:
-        train(folder.config, folder, Silent())
+        train_in(folder.config, folder, Silent())
     return path
 
 
@@ -191,7 +190,7 @@ def test_silent_devices_are_no_part_of_a_round(tmp_path: Path, audited: int) -> 
     """Else the sum of an audit would hide a device among more than the run's did."""
     silent = SMALL | SETTINGS["plain"] | {"data.devices": 4, "channel.dropout": 0.3, "rounds": 4}
     with RunFolder.create(tmp_path / "run", load_config(None, (), silent)) as folder:
-        train(folder.config, folder, Silent())
+        train_in(folder.config, folder, Silent())
         game = prepare(folder.config)
         side = ReplayContext.of(game, load_transcript(folder, game.cloud.untrained_teacher()))
     others = [number for number in range(4) if number != audited]
@@ -246,7 +245,7 @@ def test_what_is_replayed_in_the_open_is_the_secure_channels_own() -> None:
 
 
 def test_every_view_of_a_run_is_found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.membership_inference, "_TRIALS", 5000)
+    monkeypatch.setattr(audits.membership_audit, "_TRIALS", 5000)
     request = MembershipRequest(shadows=8, targets=2)
     with RunFolder.resume(finished) as folder:
         report = audit_membership(folder, request, Silent())
@@ -407,14 +406,14 @@ def test_a_run_whose_mechanism_is_broken_ends_in_exit_code_3(
     """The run's ledger claims epsilon 3; the installed step adds a tenth of the noise."""
     if finished.name != "secure":
         pytest.skip("the run without DP claims nothing")
-    sound = audits.membership_inference.train_cohort
+    sound = audits.membership_audit.train_cohort
 
     def broken(models: Any, shards: Any, logits: Any, mechanism: Any, sources: Any) -> Any:
         less = replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 10)
         return sound(models, shards, logits, less, sources)
 
-    monkeypatch.setattr(audits.membership_inference, "train_cohort", broken)
-    monkeypatch.setattr(audits.membership_inference, "_TRIALS", 5000)
+    monkeypatch.setattr(audits.membership_audit, "train_cohort", broken)
+    monkeypatch.setattr(audits.membership_audit, "_TRIALS", 5000)
     result = CliRunner().invoke(app, ["audit", "membership", str(finished), "--view", "gradient", "--json"])
     assert result.exit_code == AuditAlarm.exit_code == 3
     assert {found["verdict"] for found in json.loads(result.stdout)["views"]} == {"ALARM"}

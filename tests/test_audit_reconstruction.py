@@ -1,6 +1,7 @@
 """The reconstruction audit: secrets, replays, views, ceilings, grids, and the command that plays it."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -14,20 +15,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import audits.reconstructions.audit
+from audits.findings import ReconstructionFinding, Success, alarm_of
 from audits.game import ReplayContext
 from audits.reconstructions.audit import audit_reconstruction, draw_grid, plan_attacks
 from audits.reconstructions.drawings import Drawn, paired_answers
-from audits.reconstructions.finding import ReconstructionFinding, Success, raise_reconstruction_alarm
 from audits.reconstructions.replays import Replays, draw_classes, draw_records, without_classes
-from audits.reconstructions.report import reconstruction_tree
-from audits.reconstructions.request import ReconstructionRequest
+from audits.requests import ReconstructionRequest
+from audits.tables import ReconstructionReport
 from cli import app
 from privkd.config import load_config
 from privkd.errors import AuditAlarm, ConfigError, DataError
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
-from privkd.result import train
+from privkd.run import train_in
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 
@@ -68,7 +69,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _finished(kind: str, path: Path, **more: Any) -> Path:
     with RunFolder.create(path, load_config(None, (), SMALL | SETTINGS[kind] | more)) as folder:
-        train(folder.config, folder, Silent())
+        train_in(folder.config, folder, Silent())
     return path
 
 
@@ -177,7 +178,7 @@ def test_every_view_of_a_run_is_found(finished: Path) -> None:
         bounded = secure and not (of_class and finding.view == "student")
         assert finding.verdict == ("within bound" if bounded else "no bound claimed")
         assert finding.unit is (Unit.DEVICE if of_class else finding.unit)
-        assert (finding.images is None) == (finding.view == "gradient")
+        assert (finding.ssim is None) == (finding.view == "gradient")
     assert len(report.grids) == len(report.findings) - secure
     for name in report.grids:
         with Image.open(finished / name) as grid:
@@ -261,7 +262,7 @@ def test_tables_have_their_attributes_rebuilt(tmp_path: Path) -> None:
     assert not report.grids
     assert "attributes are rebuilt" in report.notes[0]
     for finding in report.findings:
-        assert finding.images is None
+        assert finding.ssim is None
         assert finding.attributes is not None
         assert 0 < finding.attributes.constant < 1
     drawn = next(f for f in report.findings if f.attack == "class-prototype")
@@ -331,8 +332,6 @@ def finding(**changes: Any) -> ReconstructionFinding:
         "prior": "uniform over 10 records",
         "success": success,
         "ceiling": 0.45,
-        "claimed": True,
-        "images": None,
         "attributes": None,
         "tpr_at_fpr": None,
         "likeness": None,
@@ -342,14 +341,14 @@ def finding(**changes: Any) -> ReconstructionFinding:
 
 
 def test_only_success_above_the_ceiling_and_its_interval_is_an_alarm() -> None:
-    raise_reconstruction_alarm([finding(), finding(alarm_low=0.9, claimed=False)])
-    with pytest.raises(AuditAlarm, match=r"in at least 46 % of the trials .* at most 45 %"):
-        raise_reconstruction_alarm([finding(), finding(alarm_low=0.46)])
+    assert alarm_of([finding(), finding(alarm_low=0.9, ceiling=None)]) is None
+    said = alarm_of([finding(), finding(alarm_low=0.46)])
+    assert re.search(r"in at least 46 % of the trials .* at most 45 %", str(said))
 
 
 def test_what_does_not_apply_is_null() -> None:
-    report = audits.reconstructions.audit.ReconstructionReport("run", "plain", (finding(),), (), ())
-    (tree,) = reconstruction_tree(report)["views"]
+    report = ReconstructionReport(run="run", channel="plain", findings=(finding(),), grids=(), notes=())
+    (tree,) = report.tree()["views"]
     assert tree["ssim"] is tree["attributes"] is tree["public_already_looks_like_this"] is None
 
 

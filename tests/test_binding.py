@@ -17,17 +17,16 @@ from running import SMALL, StopAt, play, resume, same, small
 
 import privkd.federation
 import privkd.runs.fingerprints
-from audits.membership_inference import audit_membership
+from audits.membership_audit import audit_membership
 from audits.reconstructions.audit import audit_reconstruction
-from audits.reconstructions.request import ReconstructionRequest
-from audits.requests import MembershipRequest
+from audits.requests import MembershipRequest, ReconstructionRequest
 from papers.measurements import FULL, Latency, Personal
 from privkd.config import DataConfig
 from privkd.data.sources import data_files
 from privkd.errors import RunError
 from privkd.export.export import export_student
 from privkd.journal import Journal
-from privkd.own_code import own_code
+from privkd.plugins import own_code
 from privkd.prepared import prepare
 from privkd.privacy.noise import NoiseRoot
 from privkd.progress import Silent

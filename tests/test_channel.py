@@ -104,9 +104,7 @@ def test_noise_is_that_of_sensitivity_clip_norm(channel: Channel, answers: Tenso
     sigma = CLIP / math.sqrt(2 * RHO)
     devices = 1 if KINDS[channel.kind].shows_each else 5
     # The integer clip norm is rounded down, by less than 2^-19 of it.
-    assert release.noise_std == pytest.approx(
-        sigma * math.sqrt(channel.aggregators) / devices, rel=2.0**-19
-    )
+    assert release.noise_std == pytest.approx(sigma * math.sqrt(channel.aggregators) / devices, rel=2.0**-19)
 
 
 def test_the_same_release_repeats_bit_for_bit(channel: Channel, answers: Tensor) -> None:

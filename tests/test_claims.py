@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 from running import play, small
 
-from audits.dossier.composing import run_page
-from audits.dossier.markdown import as_markdown
-from audits.dossier.tree import run_tree
-from audits.evidence.reading import read_run
-from privkd.console import print_forecast, print_result
+from audits.evidence import read_run
+from audits.reports.compose import report_on_run, run_page
+from audits.reports.page import as_markdown
 from privkd.errors import ConfigError
 from privkd.plan import PublicFacts, make_plan
 from privkd.prepared import forecast
 from privkd.privacy.claims import LARGEST_DELTA, certainty, check_delta, warnings_on
 from privkd.privacy.events import Unit
+from privkd.terminal import print_forecast, show
 
 FACTS = PublicFacts(devices=5, records_per_device=140, proxy=360, classes=10)
 
@@ -92,14 +91,14 @@ class TestShown:
         said = json.loads((warned / "result.json").read_text())["warnings"]
         assert ["delta" in said[0], "epsilon" in said[1], len(said)] == [True, True, 2]
         facts = read_run(warned)
-        assert list(facts.warnings) == said == run_tree(facts)["warnings"]
+        assert list(facts.warnings) == said == report_on_run(facts).tree()["warnings"]
         assert as_markdown(run_page(facts)).count("Warning: ") == 2
 
     def test_on_the_terminal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         print_forecast(forecast(small(*LARGE)))
         planned = " ".join(capsys.readouterr().out.split())
         result = play(tmp_path / "run", *LARGE)
-        print_result(result)
+        show(result, as_json=False)
         printed = " ".join(capsys.readouterr().out.split())
         for words in result.warnings:
             assert f"Warning: {words}." in planned

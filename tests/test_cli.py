@@ -19,12 +19,12 @@ from running import SMALL, StopAt, play, same
 
 import privkd.doctor
 import privkd.prepared
-from audits.evidence.command import command_of
+from audits.wording import command_of
 from cli import app
 from privkd.config import Config, load_config
-from privkd.console import LiveProgress, progress_on_stderr
 from privkd.errors import ChannelError
 from privkd.options import OPTIONS
+from privkd.terminal import LiveProgress, progress_on_stderr
 
 SMALL_RUN = [word for setting in SMALL for word in ("--set", setting)]
 
@@ -107,7 +107,7 @@ class TestOptionsAreSettings:
     @pytest.mark.parametrize(
         ("name", "place", "shared"),
         [
-            ("train", "privkd.commands.train_command", list(OPTIONS)),
+            ("train", "privkd.config.load_config", list(OPTIONS)),
             ("curve", "audits.sweeps.sweep.sweep", ["data", "data_dir", "label", "drop", "devices"]),
         ],
     )
@@ -117,7 +117,7 @@ class TestOptionsAreSettings:
         asked: list[Any] = []
 
         def called(*requests: Any, **named: Any) -> None:
-            asked.append(requests[0].settings if requests else named["settings"])
+            asked.append(requests[2] if requests else named["settings"])
             raise SystemExit(0)
 
         monkeypatch.setattr(place, called)
@@ -137,10 +137,15 @@ class TestOptionsAreSettings:
             teacher="cnn", seed=4, device="cpu", reverse={"queries": 7},
         )  # fmt: skip
         asked: list[Any] = []
-        monkeypatch.setattr("privkd.commands.train_command", lambda request, *_: asked.append(request))
+
+        def called(*request: Any) -> None:
+            asked.append(request)
+            raise SystemExit(0)
+
+        monkeypatch.setattr("privkd.config.load_config", called)
         _, *words = shlex.split(command_of(config))
         assert command(*words).code == 0
-        assert load_config(None, asked[0].overrides, asked[0].settings) == config
+        assert load_config(*asked[0]) == config
 
     def test_completion_knows_them(self, tmp_path: Path) -> None:
         environment = os.environ | {
@@ -463,7 +468,7 @@ class TestProgress:
         def terminal(**_: object) -> Console:
             return Console(file=screen, force_terminal=True, width=80)
 
-        monkeypatch.setattr("privkd.console.Console", terminal)
+        monkeypatch.setattr("privkd.terminal.Console", terminal)
         with progress_on_stderr() as progress:
             assert isinstance(progress, LiveProgress)
             progress.stage("round 1 of 2: devices")

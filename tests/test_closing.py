@@ -21,11 +21,12 @@ from running import SMALL, federation_of, small
 from torch import Tensor
 from typer.testing import CliRunner
 
-import audits.mechanisms.audit
+import audits.mechanisms.closing
 import privkd.engines.simulation
-from audits.evidence.reading import read_run
-from audits.mechanisms.audit import CONFIDENCE, closing_audit, opened
+from audits.evidence import read_run
+from audits.mechanism_audit import opened
 from audits.mechanisms.canaries import LOUD, log_ratio
+from audits.mechanisms.closing import CONFIDENCE, closing_audit
 from audits.mechanisms.on_channel import ReleaseAudit, audit_releases
 from audits.mechanisms.on_device import audit_training
 from cli import app
@@ -52,8 +53,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         fewer = 2_000 if isinstance(channel, NoisedChannel) else 600
         return audit_releases(channel, rounds, seed, most=min(fewer, most))
 
-    monkeypatch.setattr(audits.mechanisms.audit, "audit_training", partial(audit_training, most=4_000))
-    monkeypatch.setattr(audits.mechanisms.audit, "audit_releases", releases)
+    monkeypatch.setattr(audits.mechanisms.closing, "audit_training", partial(audit_training, most=4_000))
+    monkeypatch.setattr(audits.mechanisms.closing, "audit_releases", releases)
 
 
 def audited(config: Config, game: Prepared | None = None) -> Audited:
@@ -94,7 +95,7 @@ class TestSoundRuns:
     ) -> None:
         """Over half of the ledger's epsilon, but where even all of a run's trials cannot tell: at 1."""
         if epsilon == 1:
-            monkeypatch.setattr(audits.mechanisms.audit, "audit_training", audit_training)
+            monkeypatch.setattr(audits.mechanisms.closing, "audit_training", audit_training)
         found = sound_bounds(f"privacy.epsilon={epsilon}", f"seed={seed}")
         assert set(found) == {Unit.RECORD}, "the plain channel protects no device"
         assert (0.3 if epsilon == 1 else epsilon / 2) < found[Unit.RECORD].epsilon < epsilon
@@ -127,7 +128,7 @@ class TestSoundRuns:
 
     def test_of_the_reference_engine_go_through_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(privkd.engines.simulation, "train_cohort", None)
-        monkeypatch.setattr(audits.mechanisms.audit, "audit_training", partial(audit_training, most=1_000))
+        monkeypatch.setattr(audits.mechanisms.closing, "audit_training", partial(audit_training, most=1_000))
         found = sound_bounds("student.engine=opacus", "privacy.epsilon=8")
         assert 4 < found[Unit.RECORD].epsilon < 8
         assert "engine opacus" in found[Unit.RECORD].path

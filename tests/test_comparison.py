@@ -12,18 +12,16 @@ from evidence import audited, finding
 from running import SMALL, StopAt, play
 from typer.testing import CliRunner, Result
 
-from audits.comparison.curves import compare_curves
-from audits.comparison.runs import compare_runs
+from audits.comparison import CurveComparison, RunComparison, compare_curves, compare_runs
 from audits.estimators.rates import mean_of
-from audits.evidence.facts import RunFacts
-from audits.evidence.reading import read_run
+from audits.evidence import RunRecord, read_run
 from audits.sweeps.grid import DONE, TRIALS, Grid, Record
 from audits.sweeps.sweep import read_sweep
 from cli import app
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
-from privkd.result import train
+from privkd.run import train_in
 from privkd.runs.folder import RunFolder
 
 
@@ -74,11 +72,12 @@ def test_the_command_prints_it(runs: Path, tmp_path: Path) -> None:
     tree = json.loads(compare(first, runs / "eight", "--json").stdout)
     assert tree["same_test_records"]
     assert tree["leaks"][0]["second"] is None
-    assert tree["ledger"][1]["first"]["epsilon_upper"] == "inf"
+    assert tree["ledger"][1]["first"]["epsilon"] == "inf"
+    assert RunComparison.model_validate(tree).tree() == tree
     assert tree["accuracy"][0]["change"]["low"] < tree["accuracy"][0]["change"]["high"]
 
 
-def noted(path: Path, **other: Any) -> RunFacts:
+def noted(path: Path, **other: Any) -> RunRecord:
     """The facts of a run, were it bound to ``other`` things."""
     facts = read_run(path)
     assert facts.binding is not None
@@ -177,7 +176,7 @@ def _curve(path: Path, *overrides: str, seeds: int = 2) -> Path:
     for trial in grid.trials:
         folder = path / TRIALS / trial.folder
         with RunFolder.create(folder, trial.config()) as opened:
-            train(opened.config, opened, Silent())
+            train_in(opened.config, opened, Silent())
         (folder / DONE).write_text(json.dumps({"key": trial.key}))
     (path / "curve.json").write_text(Record(request=grid).model_dump_json())
     return path
@@ -192,6 +191,8 @@ def test_two_curves_are_paired_over_seeds(tmp_path: Path) -> None:
     printed = compare(first, second)
     assert printed.exit_code == 0, printed.output
     assert "paired over common seeds" in printed.stdout
-    assert json.loads(compare(first, second, "--json").stdout)["points"][0]["seeds"] == 2
+    tree = json.loads(compare(first, second, "--json").stdout)
+    assert tree["points"][0]["seeds"] == 2
+    assert CurveComparison.model_validate(tree).tree() == tree
     assert "one is a curve" in _refusal(first, next((first / TRIALS).iterdir()))
     assert "name two curves" in _refusal(first, first)

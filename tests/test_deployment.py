@@ -16,9 +16,9 @@ from privkd.errors import RunError
 from privkd.prepared import prepare
 from privkd.privacy.events import Unit
 from privkd.privacy.noise import Keystream, NoiseRoot
-from privkd.result import Result, epsilon_of
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import Result
 
 Secure = tuple[Path, Result, Path, list[Tensor]]
 
@@ -54,7 +54,7 @@ class TestSecure:
         found = outcome(path)["ledger"]["device"]
         assert found["epsilon"] == "inf"
         assert "secure aggregation without noise" in found["reasons"][0]
-        assert epsilon_of(result, Unit.RECORD) <= 3.0
+        assert result.statement(Unit.RECORD).high <= 3.0
 
     def test_the_transcript_shows_the_sum_alone(self, secure: Secure) -> None:
         path, _, plain, _ = secure
@@ -81,7 +81,7 @@ class TestDeployment:
         assert [row["students"] is None for row in found["rounds"]] == [False, True, True]
         assert found["student"]["direct"] is None
         assert found["noise"] == "system"
-        assert epsilon_of(result, Unit.RECORD) <= 3.0
+        assert result.statement(Unit.RECORD).high <= 3.0
 
     @pytest.mark.parametrize("engine", ["opacus", "cohort"])
     def test_no_seed_reaches_its_noise(

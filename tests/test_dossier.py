@@ -14,18 +14,17 @@ from evidence import audited, finding, rebuilt
 from running import SMALL, StopAt, play
 from typer.testing import CliRunner, Result
 
-from audits.dossier.composing import run_page
-from audits.dossier.html import as_html
-from audits.dossier.markdown import as_markdown
-from audits.evidence.reading import read_run
-from audits.evidence.wording import counted
-from audits.latest import latest
+from audits.evidence import read_run
+from audits.reports.compose import run_page
+from audits.reports.page import as_html, as_markdown
+from audits.requests import latest
 from audits.sweeps.grid import DONE, TRIALS, Grid, Record
+from audits.wording import counted
 from cli import app
 from privkd.errors import RunError
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
-from privkd.result import train
+from privkd.run import train_in
 from privkd.runs.folder import RunFolder
 
 ORDER = ["trust", "ledger", "membership", "reconstruction", "gain", "unprotected", "provenance"]
@@ -61,7 +60,7 @@ def test_a_report_is_written_in_all_its_forms(run: Path) -> None:
     assert "data:image/png;base64," in html
     tree = json.loads((run / "report.json").read_text())
     assert tree["standing"] == "within bound"
-    assert {row["unit"] for row in tree["ledger"]["units"]} == {"record", "device"}
+    assert set(tree["ledger"]["units"]) == {"record", "device"}
     assert tree["accuracy"]["teacher"]["low"] <= tree["accuracy"]["teacher"]["estimate"]
     printed = report(run, "--json")
     assert json.loads(printed.stdout) == tree
@@ -138,7 +137,7 @@ def test_an_alarm_ends_in_exit_code_3_after_all_was_written(run: Path, kind: str
         # The audit's own verdict does not count: its bound is set beside the ledger's once more.
         audited(run, finding(lower=3.5, epsilon_upper=100.0))
     else:
-        rebuilt(run, verdict="ALARM")
+        rebuilt(run, alarm_low=0.9)
     result = report(run)
     assert result.exit_code == 3
     assert "do not release" in result.stderr
@@ -347,7 +346,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for trial in grid.trials:
         folder = curve / TRIALS / trial.folder
         with RunFolder.create(folder, trial.config()) as opened:
-            train(opened.config, opened, Silent())
+            train_in(opened.config, opened, Silent())
         cloud = "secure_sum" if trial.channel == "secure" else "per_client_logits"
         audited(
             folder,

@@ -75,7 +75,7 @@ class TestAnswers:
         with torch.no_grad():
             original = student(records)
         assert torch.allclose(answers, original, rtol=TOLERANCE, atol=TOLERANCE)
-        artefact = exported.artefact
+        artefact = exported
         assert artefact.check.difference <= TOLERANCE
         assert artefact.size_bytes == out.stat().st_size > 4 * artefact.parameters
         assert (exported.device, exported.round, artefact.divisor) == (f"device-{device:04d}", 2, 16.0)

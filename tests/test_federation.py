@@ -20,7 +20,6 @@ from privkd.plan import facts_of, make_plan
 from privkd.prepared import forecast, prepare
 from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, Unit, ZCdp
 from privkd.privacy.ledger import Ledger
-from privkd.result import epsilon_of
 
 
 def plan_of(*overrides: str) -> Any:
@@ -94,8 +93,8 @@ class TestLedger:
     def test_totals_are_the_plans_and_charges_one_for_each_device_and_round(self, tmp_path: Path) -> None:
         result = play(tmp_path / "run")
         plan = plan_of()
-        assert epsilon_of(result, Unit.RECORD) == plan.record.high <= 3.0
-        assert epsilon_of(result, Unit.DEVICE) == plan.device.high == math.inf
+        assert result.statement(Unit.RECORD).high == plan.record.high <= 3.0
+        assert result.statement(Unit.DEVICE).high == plan.device.high == math.inf
         ledger = Ledger.load(tmp_path / "run" / "ledger.jsonl")
         assert ledger.parties(Unit.RECORD) == ("device-0000", "device-0001", "device-0002")
         for device in ledger.parties(Unit.RECORD):
@@ -151,8 +150,10 @@ class TestDeviceBudget:
     def test_noised(self, tmp_path: Path) -> None:
         noised = ("channel.kind=noised", "privacy.device_epsilon=8", "reverse.queries=10")
         result, plan = play(tmp_path / "run", *noised), plan_of(*noised)
-        assert epsilon_of(result, Unit.DEVICE) == plan.device.high <= 8.0
-        assert epsilon_of(result, Unit.RECORD) == plan.record.high, "channel noise buys the records nothing"
+        assert result.statement(Unit.DEVICE).high == plan.device.high <= 8.0
+        assert result.statement(Unit.RECORD).high == plan.record.high, (
+            "channel noise buys the records nothing"
+        )
         ledger = Ledger.load(tmp_path / "run" / "ledger.jsonl")
         assert ledger.events(Unit.DEVICE, "device-0001") == (ZCdp(plan.rho), ZCdp(plan.rho))
         wire = load_file(tmp_path / "run" / "rounds" / "001" / "wire.safetensors")
@@ -258,7 +259,7 @@ class TestSettings:
 
     def test_no_dp(self, tmp_path: Path) -> None:
         result = play(tmp_path / "run", "privacy.epsilon=inf", "controls=true")
-        assert epsilon_of(result, Unit.RECORD) == math.inf
+        assert result.statement(Unit.RECORD).high == math.inf
         (record,) = [row for row in result.ledger if row.unit is Unit.RECORD]
         assert "without DP" in record.reasons[0]
         assert result.student.direct is not None
@@ -268,7 +269,7 @@ class TestSettings:
     @pytest.mark.parametrize("epsilon", ["0.01", "100"])
     def test_extreme_budgets(self, tmp_path: Path, epsilon: str) -> None:
         result = play(tmp_path / "run", f"privacy.epsilon={epsilon}", "student.dp.learning_rate=0.1")
-        assert 0.98 * float(epsilon) <= epsilon_of(result, Unit.RECORD) <= float(epsilon)
+        assert 0.98 * float(epsilon) <= result.statement(Unit.RECORD).high <= float(epsilon)
 
     def test_different_students_on_different_devices(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,8 +17,8 @@ from privkd.config import Config, Settings, config_tree, load_config
 from privkd.config.reference import documented, settings_reference
 from privkd.errors import ConfigError, InputError
 from privkd.options import OPTIONS, Option
+from privkd.plugins import SIBLINGS, load_siblings
 from privkd.secure import installed
-from privkd.siblings import SIBLINGS, load_siblings
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -128,7 +128,7 @@ class TestAUsersWorkingFolder:
         return tmp_path
 
     def test_the_twin_is_broken_without_it(self, folder: Path) -> None:
-        code, _, err = process(code="from audits import latest", cwd=folder, path=str(folder))
+        code, _, err = process(code="from audits import requests", cwd=folder, path=str(folder))
         assert (code, err) == (1, "audits of the working folder\n")
 
     @pytest.mark.parametrize("path", ["", "."])
@@ -141,10 +141,10 @@ class TestAUsersWorkingFolder:
         """They put the folder first on the path; what is imported of ours after that is still ours."""
         code = (
             "from privkd.__main__ import main\n"
-            "from privkd.errors import DataError\nfrom privkd.own_code import users_callable\n"
+            "from privkd.errors import DataError\nfrom privkd.plugins import users_callable\n"
             "assert users_callable('mine:records', 'source', DataError)() == 'not arrays'\n"
             "import sys; assert sys.path[0] == sys.argv[1]\n"
-            "import attacks.registry, audits.latest, papers.study, cli"
+            "import attacks.registry, audits.requests, papers.study, cli"
         )
         assert process(str(folder.resolve()), code=code, cwd=folder) == (0, "", "")
 
@@ -178,7 +178,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 class TestSettings:
     def test_every_setting_is_there_with_its_default(self) -> None:
-        listed = settings_reference()
+        listed = settings_reference().settings
         assert len({one.name for one in listed}) == len(listed)
         assert {one.name: one.default for one in listed if one.default is not None} == leaves(
             config_tree(Config())
@@ -194,7 +194,7 @@ class TestSettings:
     @pytest.mark.parametrize("option", OPTIONS.values(), ids=list(OPTIONS))
     def test_an_option_is_a_setting_and_shows_its_default(self, option: Option) -> None:
         shown = re.search(r"\[(.*)\]$", option.help)
-        default = settings_reference(option.setting)
+        default = settings_reference(option.setting).settings
         assert [one.name for one in default] in ([option.setting], ["student.models"])
         if shown is None or shown[1] in ("none", "by its name"):
             assert default[0].default in (None, [])
@@ -212,7 +212,7 @@ class TestSettings:
             assert all(documented(kind).values())
 
     def test_what_they_say_they_take_is_what_the_schema_takes(self) -> None:
-        for one in settings_reference():
+        for one in settings_reference().settings:
             with pytest.raises(ConfigError) as refused:
                 load_config(None, [f"{one.name}={{nonsense=1}}"])
             for word in one.takes.split(" | ") if " | " in one.takes else ():
@@ -222,8 +222,10 @@ class TestSettings:
         code, out, _ = answer(capsys, "settings", "privacy", "--json")
         names = [one["name"] for one in json.loads(out)["settings"]]
         assert (code, names[0], len(names)) == (0, "privacy.epsilon", 5)
-        assert [one.name for one in settings_reference("student.dp.part")] == ["student.dp.part"]
-        assert len(settings_reference("student")) > len(settings_reference("student.dp")) > 1
+        assert [one.name for one in settings_reference("student.dp.part").settings] == ["student.dp.part"]
+        assert (
+            len(settings_reference("student").settings) > len(settings_reference("student.dp").settings) > 1
+        )
         with pytest.raises(ConfigError, match=r"did you mean 'privacy.epsilon'\?"):
             settings_reference("privacy.epsilom")
 

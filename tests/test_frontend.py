@@ -10,7 +10,7 @@ from running import play
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from audits.membership_inference import audit_membership
+from audits.membership_audit import audit_membership
 from audits.requests import MembershipRequest
 from privkd.cloud import PublicData, distil_public
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privkd.labels import canonical_number, in_order, is_fraction, is_missing, numbers_of, same_number
+from privkd.config.labels import canonical_number, in_order, is_fraction, is_missing, numbers_of, same_number
 
 
 @pytest.mark.parametrize(

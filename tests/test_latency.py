@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from privkd.latency import latencies_ms
+from privkd.models.latency import latencies_ms
 
 
 class _Clock:
@@ -21,7 +21,7 @@ class _Clock:
 
 def test_models_take_turns_so_that_a_busy_while_slows_all(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = _Clock(), list[str]()
-    monkeypatch.setattr("privkd.latency.time.perf_counter", clock)
+    monkeypatch.setattr("privkd.models.latency.time.perf_counter", clock)
 
     def model(name: str, seconds: float) -> Callable[[Tensor], Tensor]:
         def answer(record: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from mutants.registry import MUTANTS
 from mutants.settings import SETTINGS, SMALL, UNSOUND
 from typer.testing import CliRunner
 
-import audits.mechanisms.audit
+import audits.mechanisms.closing
 import audits.mechanisms.on_device
 import privkd.training.dpsgd
 import privkd.training.vectorised.cohort
@@ -46,7 +46,7 @@ class Ended:
 @pytest.fixture(autouse=True)
 def found_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was proved with a fault in place is nobody else's, and canaries take a second."""
-    monkeypatch.setattr(audits.mechanisms.audit, "audit_releases", fewest)
+    monkeypatch.setattr(audits.mechanisms.closing, "audit_releases", fewest)
     monkeypatch.setattr(audits.mechanisms.on_device, "_POOL", 12)
     monkeypatch.setattr(audits.mechanisms.on_device, "_MOST_DRAWS", 600_000)
     monkeypatch.setattr(audits.mechanisms.on_device, "_MOST_ONE_BY_ONE", 300)

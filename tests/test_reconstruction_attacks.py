@@ -23,6 +23,7 @@ from attacks.reconstruction.matching import (
     simplex,
 )
 from attacks.reconstruction.similarity import mse, nearest, psnr, ssim, total_variation
+from audits.findings import Refused
 from audits.reconstructions.measures import (
     attribute_scores,
     least_success,
@@ -31,10 +32,9 @@ from audits.reconstructions.measures import (
     reidentification,
     resemblance,
 )
-from audits.verdict import Refused
 from privkd.errors import InputError
+from privkd.privacy.bounds import reconstruction_ceiling
 from privkd.privacy.events import DpSgd
-from privkd.privacy.robustness import reconstruction_ceiling
 
 Floats = NDArray[np.float64]
 

@@ -31,7 +31,7 @@ from privkd.config import load_config
 from privkd.errors import ConfigError, InputError, RunError
 from privkd.journal import Journal
 from privkd.progress import Silent
-from privkd.result import train
+from privkd.run import train_in
 from privkd.runs.folder import RunFolder
 
 OVERRIDES = tuple(s for s in SMALL if not s.startswith("channel.kind"))
@@ -71,7 +71,7 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     for trial in done:
         folder = path / TRIALS / trial.folder
         with RunFolder.create(folder, trial.config()) as opened:
-            train(opened.config, opened, Silent())
+            train_in(opened.config, opened, Silent())
         gradient = (
             [] if math.isinf(trial.epsilon) else [finding("gradient", "canaries-many-trials", lower=0.8)]
         )
@@ -240,7 +240,7 @@ def test_trials_are_resumed_and_never_played_twice(tmp_path: Path) -> None:
     (trial,) = grid.trials
     folder = tmp_path / TRIALS / trial.folder
     with pytest.raises(KeyboardInterrupt), RunFolder.create(folder, trial.config()) as opened:
-        train(opened.config, opened, StopAt(6))
+        train_in(opened.config, opened, StopAt(6))
     found = played(tmp_path, grid, watching)
     assert len(found.done) == 1
     steps = [record["step"] for record in Journal(folder / "journal.jsonl")]
@@ -390,7 +390,7 @@ def test_an_alarm_in_a_trial_ends_in_exit_code_3(tmp_path: Path) -> None:
     (trial,) = grid.trials
     folder = tmp_path / "alarmed" / TRIALS / trial.folder
     with RunFolder.create(folder, trial.config()) as opened:
-        train(opened.config, opened, Silent())
+        train_in(opened.config, opened, Silent())
     audited(folder, finding(lower=1.5))
     (folder / DONE).write_text(json.dumps({"key": trial.key}))
     (tmp_path / "alarmed" / "curve.json").write_text(Record(request=grid).model_dump_json())

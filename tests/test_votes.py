@@ -18,7 +18,7 @@ from running import play, same, small
 from safetensors.torch import load_file
 from scipy import stats
 
-from audits.membership_inference import views_of
+from audits.membership_audit import views_of
 from privkd import prepared
 from privkd.channels.registry import open_channel
 from privkd.channels.secure import SecureOptions

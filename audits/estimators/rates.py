@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from audits.estimators.threshold import upper_confidence_bound
 from audits.estimators.validation import checked_confidence, checked_scores
 from privkd.errors import InputError
+from privkd.records import Count, Measured, Real
 
 _LEAST_FALSE_POSITIVES = 10
 """A lower rate would be measured on fewer non-members than tell it from twice or half its value."""
@@ -33,28 +34,28 @@ class TprAtFpr:
         confidence: of the interval.
     """
 
-    estimate: float
-    low: float
-    high: float
-    fpr: float
-    threshold: float
-    true_positives: int
-    members: int
-    false_positives: int
-    nonmembers: int
-    confidence: float
+    estimate: Real
+    low: Real
+    high: Real
+    fpr: Real
+    threshold: Real
+    true_positives: Count
+    members: Count
+    false_positives: Count
+    nonmembers: Count
+    confidence: Real
 
 
 @dataclass(frozen=True)
 class Auc:
     """Probability that a member outscores a non-member, ties counted half, with its two-sided interval."""
 
-    estimate: float
-    low: float
-    high: float
-    members: int
-    nonmembers: int
-    confidence: float
+    estimate: Real
+    low: Real
+    high: Real
+    members: Count
+    nonmembers: Count
+    confidence: Real
 
 
 def tpr_at_fpr(
@@ -158,11 +159,11 @@ CONFIDENCE = 0.95
 class Interval:
     """An estimate and its two-sided interval at ``confidence``; ``n`` is what it rests on."""
 
-    estimate: float
-    low: float
-    high: float
-    n: int
-    confidence: float = CONFIDENCE
+    estimate: Measured
+    low: Measured
+    high: Measured
+    n: Count
+    confidence: Real = CONFIDENCE
 
     def within(self, least: float, most: float) -> "Interval":
         """The part in ``[least, most]``, outside of which the quantity cannot lie.

@@ -7,17 +7,17 @@ last record?). Their secrets are drawn uniformly, so a guess without the release
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from attacks.reconstruction.similarity import is_image, nearest, ssim
-from audits.curves import blank, rendered
-from audits.estimators.validation import Floats
+from audits.evidence import RECONSTRUCTION
+from audits.findings import ReconstructionFinding
 from audits.game import DEPLOYED, ReplayContext
-from audits.membership_inference import views_of
+from audits.membership_audit import views_of
 from audits.reconstructions.drawings import Drawn, GradientGame, draw_class, draw_record, simplex_scores
-from audits.reconstructions.finding import ReconstructionFinding, ReconstructionReport
 from audits.reconstructions.measures import (
     attribute_scores,
     image_scores,
@@ -26,20 +26,24 @@ from audits.reconstructions.measures import (
     reconstruction_rate,
     reidentification,
 )
-from audits.reconstructions.replays import Replays, Secrets, lacks_classes, numbers
-from audits.reconstructions.request import (
+from audits.reconstructions.replays import Floats, Replays, Secrets, lacks_classes, numbers
+from audits.requests import (
     CLASS_ATTACKS,
     DECODERS,
     ReconstructionRequest,
-    attacks_on,
+    RunLike,
+    folder_of,
+    reconstruction_attacks_of,
 )
+from audits.roc import blank, rendered
+from audits.tables import ReconstructionReport
 from privkd.errors import ConfigError, InputError
 from privkd.prepared import Prepared, reopen_simulation
+from privkd.privacy.bounds import reconstruction_ceiling
 from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
-from privkd.privacy.robustness import reconstruction_ceiling
-from privkd.progress import Progress
+from privkd.progress import Progress, Silent
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder
 from privkd.training.vectorised import train_cohort
@@ -130,11 +134,10 @@ _NO_CLASS = "the public set lacks no class, so none can be drawn: train with --s
 
 @dataclass(frozen=True)
 class _Ceiling:
-    """The most success that the ledger allows: per ``unit``; not ``claimed`` where it allows anything."""
+    """The most success that the ledger allows: per ``unit``; ``None`` where it allows anything."""
 
     unit: Unit
-    value: float
-    claimed: bool
+    value: float | None
 
 
 def audit_reconstruction(
@@ -161,11 +164,39 @@ def audit_reconstruction(
         drawn = audit.drawn(view, attack)
         finding = audit.finding(view, attack, drawn)
         findings.append(finding)
-        if finding.images is not None:
+        if finding.ssim is not None:
             grids.append(write_grid(folder, finding, drawn, audit.public))
     return ReconstructionReport(
-        str(folder.path), run.config.channel.kind, tuple(findings), tuple(grids), notes
+        run=str(folder.path),
+        channel=run.config.channel.kind,
+        findings=tuple(findings),
+        grids=tuple(grids),
+        notes=notes,
     )
+
+
+def reconstruction(
+    run: RunLike = None,
+    request: ReconstructionRequest | None = None,
+    *,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> ReconstructionReport:
+    """Try to rebuild what the devices of ``run`` held, and keep the report in the run's folder.
+
+    Args:
+        run: a run, or its folder; the latest under ``runs/`` by default.
+        request: what to audit; or ``asked``, its fields by name.
+        progress: told of each stage.
+
+    Raises:
+        PrivkdError: as `audit_reconstruction`, or there is no such run.
+    """
+    wanted = request or ReconstructionRequest(**asked)
+    with RunFolder.resume(folder_of(run, "run")) as folder:
+        report = audit_reconstruction(folder, wanted, progress or Silent())
+        folder.write_json(RECONSTRUCTION, report.tree())
+    return report
 
 
 def plan_attacks(
@@ -177,7 +208,7 @@ def plan_attacks(
         ConfigError: the run does not have the view, or the view not the attack.
     """
     views = views_of(run, request.view)
-    offered = [(view, attack) for view in views for attack in attacks_on(view)]
+    offered = [(view, attack) for view in views for attack in reconstruction_attacks_of(view)]
     wanted = [pair for pair in offered if request.attack in ("all", pair[1])]
     if not wanted:
         names = sorted({attack for _, attack in offered})
@@ -233,8 +264,9 @@ class _Audit:
             prior=f"uniform over {drawn.table.shape[1]} {'classes' if of_class else 'records'}",
             success=reidentification(drawn.table, drawn.secrets),
             ceiling=ceiling.value,
-            claimed=ceiling.claimed,
-            images=images,
+            ssim=images and images.ssim,
+            psnr=images and images.psnr,
+            mse=images and images.mse,
             attributes=attributes,
             tpr_at_fpr=reconstruction_rate(drawn.table, drawn.secrets),
             likeness=likeness,
@@ -263,8 +295,9 @@ class _Audit:
             found.append(
                 self._of_unit(Unit.DEVICE, kappa, rounds=1 if of_class else self._replays.side.rounds)
             )
-        nothing = _Ceiling(Unit.DEVICE if of_class else Unit.RECORD, 1.0, claimed=False)
-        return min((ceiling for ceiling in found if ceiling.claimed), key=lambda c: c.value, default=nothing)
+        nothing = _Ceiling(Unit.DEVICE if of_class else Unit.RECORD, None)
+        claimed = [(ceiling.value, ceiling) for ceiling in found if ceiling.value is not None]
+        return min(claimed, key=lambda pair: pair[0], default=(1.0, nothing))[1]
 
     def _of_unit(self, unit: Unit, kappa: float, *, rounds: int) -> _Ceiling:
         """From the audited device's charges, of the ``rounds`` that were replayed."""
@@ -276,7 +309,7 @@ class _Audit:
 
 def _ceiling_of(unit: Unit, events: tuple[PrivacyEvent, ...], kappa: float) -> _Ceiling:
     value = reconstruction_ceiling(events, kappa)
-    return _Ceiling(unit, value, claimed=value < 1)
+    return _Ceiling(unit, value if value < 1 else None)
 
 
 def _target(view: str, of_class: bool) -> str:

@@ -20,12 +20,11 @@ from attacks.reconstruction.matching import (
     rebuild_records,
     simplex,
 )
-from audits.estimators.validation import Floats
 from audits.game import Pool
 from audits.mechanisms.canaries import LOUD, DpSgdStep, noised_sums, probe, single_step
 from audits.reconstructions.measures import resemblance
-from audits.reconstructions.replays import Played, Replays, Secrets, by_candidate, numbers
-from audits.reconstructions.request import INFORMED, PAIRED, PROTOTYPE
+from audits.reconstructions.replays import Floats, Played, Replays, Secrets, by_candidate, numbers
+from audits.requests import INFORMED, PAIRED, PROTOTYPE
 from audits.views import learned_logits, rest_of
 from privkd.channels.registry import KINDS
 from privkd.data.scenario import LabelledSet

@@ -8,13 +8,18 @@ from audits.estimators import TprAtFpr, tpr_at_fpr
 from audits.estimators.rates import CONFIDENCE, mean_of
 from audits.estimators.threshold import upper_confidence_bound
 from audits.estimators.validation import Floats
-from audits.reconstructions.finding import AttributeScores, ImageScores, PublicLikeness, Success
-from audits.verdict import Refused
+from audits.findings import (
+    RECONSTRUCTION_FPR,
+    AttributeScores,
+    ImageScores,
+    PublicLikeness,
+    Refused,
+    Success,
+)
 from privkd.errors import InputError
 
 Secrets = NDArray[np.int64]
 
-FALSE_POSITIVE_RATE = 0.05
 _TINY = 1e-12
 
 
@@ -57,9 +62,9 @@ def reconstruction_rate(table: Floats, secrets: Secrets) -> TprAtFpr | Refused:
     chosen = np.zeros(table.shape, dtype=bool)
     chosen[np.arange(len(table)), secrets] = True
     try:
-        return tpr_at_fpr(table[chosen], table[~chosen], FALSE_POSITIVE_RATE)
+        return tpr_at_fpr(table[chosen], table[~chosen], RECONSTRUCTION_FPR)
     except InputError as error:
-        return Refused(FALSE_POSITIVE_RATE, str(error))
+        return Refused(RECONSTRUCTION_FPR, str(error))
 
 
 def image_scores(drawn: Floats, targets: Floats) -> ImageScores:

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from audits.estimators.validation import Floats
 from audits.game import Cache, GameKey, ReplayContext, others_answers
-from audits.reconstructions.request import ReconstructionRequest
+from audits.requests import ReconstructionRequest
 from audits.scoring import Released
 from audits.views import released
 from privkd.data.scenario import LabelledSet, Scenario
@@ -25,6 +24,7 @@ from privkd.privacy.randomness import derive_seed, seeded_generator
 from privkd.progress import Progress
 from privkd.runs.folder import RunFolder
 
+Floats = NDArray[np.float64]
 Secrets = NDArray[np.int64]
 
 _LEAST_RECORDS = 2

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from audits.estimators.rates import Interval
-from audits.evidence.facts import Accuracies
+from audits.evidence import Accuracies
 from audits.requests import VIEWS
 from audits.sweeps.grid import Grid, spelt
 from audits.sweeps.points import Outcome, Point, audited_views, cloud_view, points_of, seeds_note

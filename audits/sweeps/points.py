@@ -12,8 +12,8 @@ from privkd.channels.registry import known
 from privkd.privacy.events import Unit
 
 if TYPE_CHECKING:
-    from audits.evidence.facts import Accuracies, RebuiltFacts, RunFacts
-    from audits.verdict import Finding
+    from audits.evidence import Accuracies, RunRecord
+    from audits.findings import Finding, ReconstructionFinding
 
 _LEAK_FPR = 0.01
 _LEAD = {"student": "lira-online", "teacher": "lira-online", "gradient": "canaries-many-trials"}
@@ -26,7 +26,7 @@ class Outcome:
     """What became of one trial: ``facts`` of its run where it is done, else why it is not."""
 
     trial: Trial
-    facts: "RunFacts | None"
+    facts: "RunRecord | None"
     reason: str
 
     def lead(self, view: str) -> "Finding | None":
@@ -42,7 +42,7 @@ class Outcome:
         rates = lead.tpr_at_fpr if lead else ()
         return next((r for r in rates if isinstance(r, TprAtFpr) and math.isclose(r.fpr, _LEAK_FPR)), None)
 
-    def rebuilt(self, view: str) -> "RebuiltFacts | None":
+    def rebuilt(self, view: str) -> "ReconstructionFinding | None":
         """The reconstruction attack on ``view``, the first if there are several."""
         found = self.facts.reconstruction.findings if self.facts and self.facts.reconstruction else ()
         return next((one for one in found if one.view == view), None)

@@ -21,7 +21,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from audits.files import write_whole
+from audits.evidence import write_whole
 from audits.sweeps.grid import DONE, RECORD, TRIALS, Done, Grid, Record, Trial, is_done, is_sweep, read_record
 from privkd.config import Config
 from privkd.errors import ConfigError, PrivkdError, RunError, one_line
@@ -110,10 +110,10 @@ def trained(path: Path, config: Config, progress: "Progress", stage: str = "") -
         RunError: the folder holds a run of other settings, or its data or code changed since.
         PrivkdError: otherwise as training does.
     """
-    from audits.evidence.reading import is_run
+    from audits.evidence import is_run
     from privkd.data.sources import located
     from privkd.prepared import prepare
-    from privkd.result import train
+    from privkd.run import train_in
     from privkd.runs.fingerprints import check_files
     from privkd.runs.folder import RunFolder
 
@@ -131,7 +131,7 @@ def trained(path: Path, config: Config, progress: "Progress", stage: str = "") -
         if not _is_finished(folder):
             if stage:
                 progress.stage(f"{stage}, in {path}")
-            train(config, folder, progress, resumed=kept, prepared=prepared)
+            train_in(config, folder, progress, resumed=kept, prepared=prepared)
         yield folder
 
 
@@ -254,27 +254,21 @@ class _Piped:
 
 
 def _membership(trial: Trial, folder: "RunFolder", progress: "Progress") -> None:
-    from audits.membership_inference import audit_membership
-    from audits.report import report_tree, write_curves
+    from audits.membership_audit import audit_membership, keep_membership
     from audits.requests import MembershipRequest
 
     # Each seed has coins of its own, or an interval over seeds would leave them out.
     request = MembershipRequest(shadows=trial.grid.shadows, targets=trial.grid.targets, seed=trial.seed)
-    report = audit_membership(folder, request, progress)
-    write_curves(folder, report.scored)
-    folder.write_json("audit/membership.json", report_tree(report))
+    keep_membership(folder, audit_membership(folder, request, progress))
 
 
 def _reconstruction(trial: Trial, folder: "RunFolder", progress: "Progress") -> None:
     from audits.reconstructions.audit import audit_reconstruction
-    from audits.reconstructions.report import reconstruction_tree
-    from audits.reconstructions.request import MATCHING, ReconstructionRequest
+    from audits.requests import MATCHING, ReconstructionRequest
 
     # The one attack that every view and every kind of record has.
     request = ReconstructionRequest(attack=MATCHING, seed=trial.seed)
-    folder.write_json(
-        "audit/reconstruction.json", reconstruction_tree(audit_reconstruction(folder, request, progress))
-    )
+    folder.write_json("audit/reconstruction.json", audit_reconstruction(folder, request, progress).tree())
 
 
 _AUDITS = {"membership": _membership, "reconstruction": _reconstruction}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from audits.estimators.rates import CONFIDENCE, Interval
-from audits.files import write_whole
-from audits.latest import RUNS, latest
+from audits.evidence import write_whole
+from audits.requests import RUNS, latest
 from audits.sweeps.grid import Grid, Trial, is_done, is_sweep, read_record, spelt
 from audits.sweeps.points import (
     Outcome,
@@ -140,7 +140,7 @@ class Sweep(Value):
 
     def tree(self) -> dict[str, Any]:
         """The JSON form; infinity is ``"inf"``, what was not measured ``null``."""
-        from privkd.result import plain
+        from privkd.records import plain
 
         return {
             "curve": str(self.path),
@@ -295,7 +295,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _outcome(path: Path, trial: Trial, reasons: Mapping[str, str]) -> Outcome:
-    from audits.evidence.reading import is_run, read_run
+    from audits.evidence import is_run, read_run
 
     folder = folder_of(path, trial)
     if is_done(trial, folder):
@@ -384,8 +384,8 @@ _PICKED = {
     "_picked_unit": "unit.value",
     **{f"_picked{end}": f"success.{attribute}" for end, attribute in _SPREAD.items()},
     "_picked_confidence": "success.confidence",
-    "_picked_trials": "success.n",
-    "_picked_chance": "chance",
+    "_picked_trials": "success.trials",
+    "_picked_chance": "success.chance",
     "_picked_ceiling": "ceiling",
 }
 """What follows a view in a column's name, and where that stands in the value it is taken from."""

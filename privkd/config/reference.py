@@ -2,14 +2,21 @@
 
 import difflib
 import inspect
+import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from privkd.config.schema import Config, Settings
 from privkd.config.spelling import plain_value
 from privkd.errors import ConfigError
+from privkd.records import Value, plain
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8,}.*)*)", re.MULTILINE)
 _WORDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
@@ -39,7 +46,50 @@ class Setting:
         return self.name.rpartition(".")[0]
 
 
-def settings_reference(name: str | None = None) -> list[Setting]:
+@dataclass(frozen=True)
+class Reference(Value):
+    """Settings, with all that is to be said of each."""
+
+    settings: tuple[Setting, ...]
+
+    def tree(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"settings": [asdict(one) | {"default": plain(one.default)} for one in self.settings]}
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row a setting."""
+        return [asdict(one) for one in self.settings]
+
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.text import Text
+
+        groups = groupby(self.settings, lambda one: one.group)
+        last = Text(
+            "Set one with `--set group.setting=value`, or in a TOML file given with `--config`. "
+            "What is none by default is left out."
+        )
+        return Group(*(_table(group, members) for group, members in groups), last)
+
+
+def _table(group: str, members: Iterable[Setting]) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(group or "top level", "bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_lines=True, expand=True)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default", max_width=18, overflow="fold")
+    table.add_column("takes", ratio=2)
+    table.add_column("meaning", ratio=5)
+    for one in members:
+        default = "none" if one.default is None else json.dumps(one.default, ensure_ascii=False)
+        table.add_row(*map(Text, (one.name.rpartition(".")[2], default, one.takes, one.meaning)))
+    return table
+
+
+def settings_reference(name: str | None = None) -> Reference:
     """All settings, or those that ``name`` is or is a group of, in the schema's order.
 
     Raises:
@@ -47,14 +97,14 @@ def settings_reference(name: str | None = None) -> list[Setting]:
     """
     every = list(_settings(Config(), ""))
     if name is None:
-        return every
+        return Reference(tuple(every))
     found = [one for one in every if one.name == name or one.name.startswith(f"{name}.")]
     if not found:
         known = dict.fromkeys(word for one in every for word in (one.name, one.group) if word)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`privkd settings` lists them all"
         raise ConfigError(f"{name}: unknown setting; {hint}")
-    return found
+    return Reference(tuple(found))
 
 
 def _settings(group: Settings, prefix: str) -> Iterator[Setting]:

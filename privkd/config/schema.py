@@ -18,18 +18,17 @@ from pydantic import (
 )
 
 from privkd.channels.registry import KINDS, NOISY, OURS, SHOW_EACH, known
+from privkd.config.labels import canonical_number, same_number
 from privkd.config.mistakes import in_words
 from privkd.errors import ConfigError
-from privkd.labels import canonical_number, same_number
 from privkd.options import put, setting_of
 from privkd.plugins import is_loaded
+from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
 _LARGEST = 10**9
 _LONGEST_WAIT = 86_400.0
 _MOST_ROUNDS = 100_000
-MIN_PROJECTIONS, MAX_PROJECTIONS = 29, 256
-"""Of a norm check: see ``privkd.secure.normcheck``."""
 _WIDEST = 4096
 
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from privkd.config import DataConfig
+from privkd.config.labels import in_order, is_fraction, is_number, numbers_of, same_number
 from privkd.data.dataset import Array, Indices, RawSet, Source
 from privkd.errors import ConfigError, DataError
-from privkd.labels import in_order, is_fraction, is_number, numbers_of, same_number
 
 PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
 """Data sets that all the world has: a simulation plays a part of one as private."""

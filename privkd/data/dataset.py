@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from privkd.config.labels import canonical_number, is_missing
 from privkd.errors import DataError
-from privkd.labels import canonical_number, is_missing
 
 Array: TypeAlias = NDArray[Any]
 Indices: TypeAlias = NDArray[np.int64]

@@ -19,8 +19,7 @@ from privkd.data.images import load_image_folder
 from privkd.data.parquet import load_parquet
 from privkd.data.tabular import load_csv, load_npz
 from privkd.errors import DataError, one_line
-from privkd.own_code import users_callable
-from privkd.plugins import Registry, plugin_file
+from privkd.plugins import Registry, plugin_file, users_callable
 
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _WORD = re.compile(r"[\w-]+")

@@ -17,10 +17,10 @@ from typing import IO
 import numpy as np
 
 from privkd.config import DataConfig
+from privkd.config.labels import is_missing, is_number
 from privkd.data.columns import LABEL_NAMES, Columns, choose_columns, label_among
 from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import ConfigError, DataError, one_line
-from privkd.labels import is_missing, is_number
 
 _SHOWN = 40
 

@@ -1,7 +1,6 @@
 """A student as a device runs it: preprocessing and logits in one module, checked against the original."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -9,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from privkd.errors import ModelError
-
-TOLERANCE = 1e-5
+from privkd.export.record import TOLERANCE, Check
 
 Answering: TypeAlias = Callable[[Tensor], Tensor]
 """Raw records ``[record, *shape]`` to logits ``[record, class]``, through the artefact."""
@@ -44,17 +42,6 @@ class Deployable(nn.Module):
         scaled = records if self.divisor == 1.0 else records / self.divisor
         logits: Tensor = self.student(scaled)
         return logits
-
-
-@dataclass(frozen=True)
-class Check:
-    """How far the artefact's logits are from the student's on ``records`` public records.
-
-    ``difference`` is the largest, absolute where a logit is below 1 and relative above.
-    """
-
-    records: int
-    difference: float
 
 
 @torch.no_grad()

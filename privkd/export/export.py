@@ -4,62 +4,27 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from privkd.errors import ModelError, RunError, one_line
-from privkd.export.artefact import Answering, Check, Deployable, Format, check_equal
+from privkd.export.artefact import Answering, Deployable, Format, check_equal
 from privkd.export.formats import format_named, suffix_of
-from privkd.latency import latencies_ms
+from privkd.export.record import Artefact, Exported
+from privkd.models.latency import latencies_ms
 from privkd.models.zoo import parameter_count
 from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 from privkd.progress import Silent
-from privkd.result import plain
 from privkd.runs.folder import RunFolder
 
 _CHECKED = 256
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """What was written.
-
-    Attributes:
-        format: see `formats`.
-        file: where it lies.
-        size_bytes: its size.
-        parameters: of the student.
-        input_shape: of one raw record, float32; the artefact divides it by ``divisor`` itself.
-        divisor: see `data.source.Source`.
-        classes: number of logits.
-        check: how the artefact was found equal to the student.
-        latency_ms: of the artefact for one record, on one CPU thread, median.
-        original_ms: of the student as torch runs it.
-    """
-
-    format: str
-    file: str
-    size_bytes: int
-    parameters: int
-    input_shape: tuple[int, ...]
-    divisor: float
-    classes: int
-    check: Check
-    latency_ms: float
-    original_ms: float
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An ``artefact`` of the student that ``device`` is left with by ``run`` after ``round`` rounds."""
-
-    run: str
-    device: str
-    round: int
-    artefact: Artefact
+def export(run: Path, form: str, device: int, out: Path | None = None) -> Exported:
+    """`export_student` of the run in the folder ``run``."""
+    with RunFolder.resume(run) as folder:
+        return export_student(folder, form, device, out)
 
 
 def export_student(folder: RunFolder, form: str, device: int, out: Path | None) -> Exported:
@@ -84,8 +49,8 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     path = out or folder.path / "export" / f"{name}{suffix}"
     student = prepared.personalised(done, [device], Silent())[0]
     artefact = export_model(student, scenario.public.inputs, scenario.divisor, form, path)
-    exported = Exported(str(folder.path), name, done.state.round, artefact)
-    folder.write_json(f"export/{name}-{form}.json", exported_tree(exported))
+    exported = Exported(run=str(folder.path), device=name, round=done.state.round, **dict(artefact))
+    folder.write_json(f"export/{name}-{form}.json", exported.tree())
     return exported
 
 
@@ -126,13 +91,6 @@ def export_model(student: nn.Module, records: Tensor, divisor: float, form: str,
         latency_ms=latency,
         original_ms=original,
     )
-
-
-def exported_tree(exported: Exported) -> dict[str, Any]:
-    """What ``privkd export --json`` prints, and what is kept in the run's folder."""
-    tree = asdict(exported)
-    tree |= tree.pop("artefact")
-    return {key: plain(value) for key, value in tree.items()}
 
 
 def raw_of(scaled: Tensor, divisor: float) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from privkd.errors import ConfigError
@@ -85,6 +86,20 @@ def suffix_of(name: str) -> str:
         ConfigError: the format is unknown.
     """
     return FORMATS[name].suffix
+
+
+def check_asked(name: str, device: int, out: Path | None) -> None:
+    """Do nothing where an export can be asked for so. Light, so that a typo is answered at once.
+
+    Raises:
+        ConfigError: the format is unknown or lacks a package, or ``device`` or ``out`` do not fit.
+    """
+    suffix = suffix_of(name)
+    if device < 0:
+        raise ConfigError(f"device-index {device}: devices are numbered from 0")
+    if out is not None and out.suffix != suffix:
+        raise ConfigError(f"--out {out}: format {name!r} writes a {suffix} file; name one")
+    check_installed(name)
 
 
 def check_installed(name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
 from privkd.models.scattering import Scattering
-from privkd.own_code import users_callable
+from privkd.plugins import users_callable
 
 Shape = tuple[int, ...]
 Part = Literal["all", "last_block", "head"]

@@ -9,51 +9,97 @@ different things; nothing here combines them.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self, TypeAlias
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, computed_field
 
 from privkd.errors import BudgetError, InputError, PrivkdError, RunError
 from privkd.journal import Head, Journal
 from privkd.privacy.accounting import Bound, compose, price, upper_bound
-from privkd.privacy.charges import (
+from privkd.privacy.bounds import LowerBound
+from privkd.privacy.events import (
+    Batch,
     Budget,
     Charge,
+    DpSgd,
     Key,
-    decode_charge,
-    decode_header,
-    encode_charge,
-    encode_header,
+    LedgerHeader,
+    NoPrivacy,
+    PartyId,
+    PostProcessing,
+    PrivacyEvent,
+    Unit,
+    ZCdp,
 )
-from privkd.privacy.events import DpSgd, NoPrivacy, PartyId, PostProcessing, PrivacyEvent, Unit, ZCdp
+from privkd.records import Count, Real, Record, faults
 
 __all__ = ["Budget", "Charge", "Ledger", "Statement"]
 
 
-@dataclass(frozen=True)
-class Statement:
-    """One row of a report: what was spent on ``unit``, against what, and how that was computed.
+class Statement(Record):
+    """What was spent on ``unit``, against what, how that was computed, and what an audit proves beside it.
 
     Attributes:
-        party: whose epsilon this is; the worst party's where the row speaks for several. ``None``: nobody
-            was charged.
-        parties: how many parties the row speaks for.
+        high: upper bound on epsilon, of the ``party``: the worst one where the row speaks for several.
+        low: no analysis of the same events can claim less; ``estimate`` is the accountant's own answer.
+        lower_bound: what the audit of the run's own mechanism proves, where there was one.
+        delta: of all bounds.
         budget: the epsilon that was allowed.
+        parties: how many parties the row speaks for.
         charges: number of the party's events, free ones included.
         method: how its events were composed.
         reasons: why there is no guarantee, where there is none.
+        party: ``None`` where nobody was charged. It is not written: the parties' names are the journal's.
     """
 
     unit: Unit
-    party: PartyId | None
-    parties: int
-    neighbouring_relation: str
-    epsilon: Bound
-    delta: float
-    budget: float
-    charges: int
+    high: Real = Field(alias="epsilon")
+    low: Real = Field(alias="epsilon_low")
+    estimate: Real = Field(alias="epsilon_estimate")
+    lower_bound: LowerBound | None = None
+    delta: Real
+    budget: Real
+    parties: Count
+    charges: Count
     method: str
     reasons: tuple[str, ...]
+    party: PartyId | None = Field(default=None, exclude=True)
+
+    @property
+    def epsilon(self) -> Bound:
+        """All that is known of the epsilon that was spent."""
+        return Bound(self.low, self.estimate, self.high, self.method)
+
+    @computed_field
+    @property
+    def neighbouring_relation(self) -> str:
+        """In words."""
+        return self.unit.neighbouring_relation
+
+    @property
+    def alarm(self) -> str | None:
+        """In words, where the lower bound lies above the upper one."""
+        return self.lower_bound.alarm(self.high, self.delta) if self.lower_bound else None
+
+
+def _from_units(given: Any) -> Any:
+    """Statements from their mapping; those of version 0.1.0 name their unit nowhere else."""
+    if not isinstance(given, Mapping):
+        return given
+    rows = []
+    for unit, row in given.items():
+        lower = row["lower_bound"]
+        rows.append({"unit": unit} | row | {"lower_bound": lower and {"unit": unit} | lower})
+    return tuple(rows)
+
+
+Statements: TypeAlias = Annotated[
+    tuple[Statement, ...],
+    BeforeValidator(_from_units),
+    PlainSerializer(lambda rows: {row.unit.value: row.tree() for row in rows}, when_used="json"),
+]
+"""One statement for each unit; in JSON a mapping from the unit to the statement."""
 
 
 class Ledger:
@@ -78,7 +124,7 @@ class Ledger:
         if len(self._journal):
             self._replay(self._journal)
         else:
-            self._journal.append(encode_header(given))
+            self._journal.append(LedgerHeader(budgets=given).tree())
 
     @classmethod
     def open(
@@ -140,7 +186,7 @@ class Ledger:
             return
         self._check_budgets(new)
         if self._journal:
-            self._journal.append({"charges": [encode_charge(charge) for charge in new]})
+            self._journal.append(Batch(charges=tuple(new)).tree())
         for charge in new:
             self._book(charge)
 
@@ -194,8 +240,9 @@ class Ledger:
             unit=unit,
             party=party,
             parties=parties,
-            neighbouring_relation=unit.neighbouring_relation,
-            epsilon=epsilon,
+            high=epsilon.high,
+            low=epsilon.low,
+            estimate=epsilon.estimate,
             delta=budget.delta,
             budget=budget.epsilon,
             charges=len(events),
@@ -273,17 +320,20 @@ class Ledger:
         _, *batches = journal
         for number, batch in enumerate(batches, start=2):
             try:
-                for row in batch["charges"]:
-                    self._book(decode_charge(row))
-            except (KeyError, TypeError, ValueError) as error:
-                raise RunError(f"{journal.path}, line {number}: not a batch of charges ({error})") from error
+                charges = Batch.model_validate(batch).charges
+            except ValidationError as error:
+                raise RunError(
+                    f"{journal.path}, line {number}: not a batch of charges ({faults(error)})"
+                ) from None
+            for charge in charges:
+                self._book(charge)
 
 
 def _header(journal: Journal) -> tuple[Budget, ...]:
     try:
-        return decode_header(next(iter(journal)))
-    except ValueError as error:
-        raise RunError(f"{journal.path}, line 1: {error}") from error
+        return LedgerHeader.model_validate(next(iter(journal))).budgets
+    except (ValidationError, InputError) as error:
+        raise RunError(f"{journal.path}, line 1: not the header of a ledger ({faults(error)})") from None
 
 
 def _check_source(charge: Charge, earlier: Iterable[Charge]) -> None:

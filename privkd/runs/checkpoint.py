@@ -1,13 +1,11 @@
 """A run between two rounds, and its way to the disk and back."""
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +15,9 @@ from privkd.errors import RunError
 from privkd.journal import Head
 from privkd.messages import Release
 from privkd.privacy.events import PartyId
+from privkd.records import record_of
 from privkd.runs.folder import RunFolder, prefixed, restore
-
-
-@dataclass(frozen=True)
-class RoundFigures:
-    """How things stand after a round. Accuracies are on the global test set unless named otherwise.
-
-    Attributes:
-        teacher: accuracy of the teacher after the round.
-        self_distilled: accuracy of the teacher that learned its own answers, with zero devices.
-        labels_only: accuracy of the teacher that learned the public labels alone, with zero devices.
-        students: mean accuracy of the devices' students, of 20 of them at most.
-        accepted: share of the proposed update that the gate let through; 0 is a rollback.
-        epsilon_record: upper bound spent so far, worst device.
-        epsilon_device: likewise, per device.
-        personal: mean accuracy of the students, each on its device's own test set.
-        devices: how many contributed to the round's release; 0 before the first.
-
-    No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
-    records are involved, and no run where there is nothing to measure them on. They are NaN then.
-    """
-
-    teacher: float
-    self_distilled: float
-    labels_only: float
-    students: float
-    accepted: float
-    epsilon_record: float
-    epsilon_device: float
-    personal: float
-    devices: int
-
-    @property
-    def control(self) -> float:
-        """The better of the two teachers that learned with zero devices: what devices must beat."""
-        return max(self.self_distilled, self.labels_only)
+from privkd.runs.result import RoundFigures, RoundRecord
 
 
 @dataclass(frozen=True)
@@ -117,37 +82,24 @@ def commit(folder: RunFolder, state: State, ledger: Head | None) -> None:
             },
         ),
     }
-    record: dict[str, Any] = {"step": "round", "round": state.round, "files": files}
+    devices: tuple[PartyId, ...] = ()
     if state.releases:
         release = state.releases[-1]
         tensors = {"queries": release.queries, "answers": release.answers, "baseline": release.baseline}
         tensors["noise_std"] = torch.tensor(release.noise_std, dtype=torch.float64)
         files["wire"] = folder.save(f"{place}/wire.safetensors", tensors)
-        record["devices"] = list(release.devices)
-    figures = asdict(state.figures[-1])
-    del figures["devices"]  # by name, above
-    record["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
-    record["ledger"] = asdict(ledger) if ledger else None
-    folder.journal.append(record)
-
-
-@dataclass(frozen=True)
-class SavedRound:
-    """What the journal says of a committed round: its ``number``, the digests of its ``files`` by name, the
-    ``devices`` that contributed, its ``figures``, and how far the ledger had come."""
-
-    number: int
-    files: Mapping[str, str]
-    devices: tuple[PartyId, ...]
-    figures: RoundFigures
-    ledger: Head | None
+        devices = release.devices
+    measured = asdict(state.figures[-1])
+    del measured["devices"]  # by name, in the record
+    record = RoundRecord(number=state.round, files=files, devices=devices, measured=measured, ledger=ledger)
+    folder.journal.append(record.tree())
 
 
 @dataclass(frozen=True)
 class Saved:
     """What the journal says of a run."""
 
-    rounds: tuple[SavedRound, ...]
+    rounds: tuple[RoundRecord, ...]
 
     @property
     def ledger(self) -> Head | None:
@@ -159,28 +111,14 @@ def saved(folder: RunFolder) -> Saved:
     """What was committed to ``folder``.
 
     Raises:
-        RunError: a record is not of this version's form.
+        RunError: a record is damaged.
     """
-    rows = [record for record in folder.journal if record.get("step") == "round"]
-    with _of_this_form(folder.path / "journal.jsonl"):
-        rounds = tuple(_saved_round(row) for row in rows)
+    journal = folder.journal
+    rows = [record for record in journal if record.get("step") == "round"]
+    rounds = tuple(record_of(RoundRecord, row, journal.path) for row in rows)
     if any(round.number != number for number, round in enumerate(rounds)):
-        raise RunError(f"{folder.path / 'journal.jsonl'}: rounds are missing; restore it from a copy")
+        raise RunError(f"{journal.path}: rounds are missing; restore it from a copy")
     return Saved(rounds)
-
-
-def _saved_round(row: Mapping[str, Any]) -> SavedRound:
-    head, number = row["ledger"], int(row["round"])
-    names = ("cloud", "wire") if number else ("cloud",)
-    devices = tuple(str(name) for name in row["devices"]) if number else ()
-    figures = {name: float(value) for name, value in row["figures"].items()}
-    return SavedRound(
-        number,
-        {name: str(row["files"][name]) for name in names},
-        devices,
-        RoundFigures(**figures, devices=len(devices)),
-        Head(int(head["lines"]), str(head["digest"])) if head else None,
-    )
 
 
 @contextmanager
@@ -237,11 +175,11 @@ def _kept(like: nn.Module, cloud: Mapping[str, Tensor], name: str) -> nn.Module:
     return restore(copy.deepcopy(like), cloud, name)
 
 
-def _load(folder: RunFolder, round: SavedRound, name: str) -> dict[str, Tensor]:
+def _load(folder: RunFolder, round: RoundRecord, name: str) -> dict[str, Tensor]:
     return folder.load(f"rounds/{round.number:03d}/{name}.safetensors", round.files[name])
 
 
-def _release(folder: RunFolder, round: SavedRound) -> Release:
+def _release(folder: RunFolder, round: RoundRecord) -> Release:
     tensors = _load(folder, round, "wire")
     with _of_this_form(folder.path / f"rounds/{round.number:03d}/wire.safetensors"):
         return Release(

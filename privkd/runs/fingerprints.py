@@ -30,8 +30,17 @@ from privkd.config import Config, DataConfig
 from privkd.data.scenario import Scenario
 from privkd.data.sources import SOURCES, data_files, is_function_name, may_be_code
 from privkd.errors import RunError
-from privkd.own_code import OwnCode, importable, is_marked, make_importable, own_code
-from privkd.plugins import is_loaded, load_plugins, plugin_file, plugin_module
+from privkd.plugins import (
+    OwnCode,
+    importable,
+    is_loaded,
+    is_marked,
+    load_plugins,
+    make_importable,
+    own_code,
+    plugin_file,
+    plugin_module,
+)
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
 from privkd.runs.binding import STEP, Binding, binding_of

@@ -51,12 +51,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from privkd.config.schema import MAX_PROJECTIONS
 from privkd.privacy.noise import Keystream
 
 FALSE_ALARM = 2.0**-40
 """Bound on the chance that one honest device is named in one attempt at a round."""
 
+MIN_PROJECTIONS, MAX_PROJECTIONS = 29, 256
 _MAX_RANGE_BITS = 26
 
 

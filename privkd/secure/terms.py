@@ -34,18 +34,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from privkd.config import Settings
-from privkd.config.schema import MAX_PROJECTIONS
 from privkd.errors import ChannelError, ConfigError
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import vote_rho
+from privkd.secure.normcheck import MAX_PROJECTIONS
 from privkd.secure.shares import reconstruct
 
 MAX_ROUND = 2**64 - 1
@@ -63,7 +62,17 @@ _MARGIN = Fraction(1 + 2.0**-30)
 _DIGEST, _WORD = 32, 4
 
 
-class VoteTerms(Settings):
+Whole: TypeAlias = Annotated[int, Field(strict=True)]
+"""An integer, and neither a truth value nor text."""
+
+
+class _Terms(BaseModel):
+    """Frozen, and an unknown key is an error. Devices and workers load no settings of a run for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VoteTerms(_Terms):
     """A vote in place of a sum: Confident-GNMax; see ``privkd.privacy.votes``.
 
     Attributes:
@@ -73,8 +82,8 @@ class VoteTerms(Settings):
             ``"p/q"``; none for no noise. That on the votes themselves is the round's ``sigma2``.
     """
 
-    classes: Annotated[int, Field(ge=2)]
-    threshold: Annotated[int, Field(ge=0, lt=_VOTE_RANGE)]
+    classes: Annotated[Whole, Field(ge=2)]
+    threshold: Annotated[Whole, Field(ge=0, lt=_VOTE_RANGE)]
     threshold_sigma2: str | None
 
     @field_validator("threshold_sigma2")
@@ -88,7 +97,7 @@ class VoteTerms(Settings):
         return None if self.threshold_sigma2 is None else Fraction(self.threshold_sigma2)
 
 
-class RoundTerms(Settings):
+class RoundTerms(_Terms):
     """The public parameters of one round.
 
     Attributes:
@@ -109,18 +118,18 @@ class RoundTerms(Settings):
         ring_bits: logarithm of the ring's size.
     """
 
-    round: Annotated[int, Field(ge=0, le=MAX_ROUND)]
-    attempt: Annotated[int, Field(ge=0, lt=MAX_ATTEMPTS)] = 0
+    round: Annotated[Whole, Field(ge=0, le=MAX_ROUND)]
+    attempt: Annotated[Whole, Field(ge=0, lt=MAX_ATTEMPTS)] = 0
     keys: Annotated[tuple[str, ...], Field(min_length=2)]
-    entries: Annotated[int, Field(ge=1, le=_MAX_ENTRIES)]
-    minimum: Annotated[int, Field(ge=1)]
-    fraction_bits: int
-    bound: Annotated[int, Field(ge=1, le=_MAX_BOUND)]
+    entries: Annotated[Whole, Field(ge=1, le=_MAX_ENTRIES)]
+    minimum: Annotated[Whole, Field(ge=1)]
+    fraction_bits: Whole
+    bound: Annotated[Whole, Field(ge=1, le=_MAX_BOUND)]
     sigma2: str | None
     noise: Literal["aggregators", "devices"] = "aggregators"
     roster: Annotated[tuple[PartyId, ...], Field(min_length=1)]
-    expires: int
-    projections: Annotated[int, Field(ge=0, le=MAX_PROJECTIONS)] = 0
+    expires: Whole
+    projections: Annotated[Whole, Field(ge=0, le=MAX_PROJECTIONS)] = 0
     votes: VoteTerms | None = None
     ring_bits: Literal[32] = 32
 

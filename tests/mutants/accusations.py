@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from running import federation_of  # noqa: E402
 from scipy.stats import binom  # noqa: E402
 
-import audits.mechanisms.audit  # noqa: E402
+import audits.mechanisms.closing  # noqa: E402
 import audits.mechanisms.on_channel  # noqa: E402
 import audits.mechanisms.on_device  # noqa: E402
 from audits.mechanisms.on_channel import ReleaseAudit, audit_releases  # noqa: E402
@@ -42,7 +42,7 @@ SOUND = (
     audits.mechanisms.on_device.FALSE_ALARM
     + audits.mechanisms.on_channel.FALSE_ALARM
     + 1
-    - audits.mechanisms.audit.CONFIDENCE
+    - audits.mechanisms.closing.CONFIDENCE
 )
 KINDS: dict[str, tuple[str, ...]] = {"full batches": (), "sampled": SAMPLED}
 
@@ -57,7 +57,7 @@ def cut_short(put: Put) -> None:
     put(audits.mechanisms.on_device, "_POOL", 10)
     put(audits.mechanisms.on_device, "_MOST_DRAWS", 120_000)
     put(audits.mechanisms.on_device, "_CALLS", 6)
-    put(audits.mechanisms.audit, "audit_releases", fewest)
+    put(audits.mechanisms.closing, "audit_releases", fewest)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Opened:
         run, config = self.run, self.run.config.model_copy(update={"seed": seed})
         channel = NoisedChannel(run.plan.clip_norm, run.plan.rho, NoiseRoot.from_seed(seed))
         again = federation_of(replace(run, config=config), channel)
-        audited = audits.mechanisms.audit.closing_audit(again, self.state, Silent())
+        audited = audits.mechanisms.closing.closing_audit(again, self.state, Silent())
         yield from (check.name for check in audited.checks if not check.passed)
         for bound in audited.bounds:
             if bound.epsilon > self.spent[bound.unit]:

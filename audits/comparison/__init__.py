@@ -1,1 +1,0 @@
-"""``privkd compare``: two runs, or two curves, side by side."""

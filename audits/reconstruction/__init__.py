@@ -1,1 +1,0 @@
-"""``privkd audit reconstruction``: can anyone rebuild what was on the device?"""

@@ -1,0 +1,92 @@
+"""What is kept of an exported student: ``export/*.json`` in the run's folder, and ``--json``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from privkd.records import Count, FileRecord, Real, Record, Value
+
+TOLERANCE = 1e-5
+"""Of a logit between the artefact and the student."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far the artefact's logits are from the student's on ``records`` public records.
+
+    ``difference`` is the largest, absolute where a logit is below 1 and relative above.
+    """
+
+    records: Count
+    difference: Real
+
+
+class Artefact(Record):
+    """What was written.
+
+    Attributes:
+        format: see `formats`.
+        file: where it lies.
+        size_bytes: its size.
+        parameters: of the student.
+        input_shape: of one raw record, float32; the artefact divides it by ``divisor`` itself.
+        divisor: see `data.source.Source`.
+        classes: number of logits.
+        check: how the artefact was found equal to the student.
+        latency_ms: of the artefact for one record, on one CPU thread, median.
+        original_ms: of the student as torch runs it.
+    """
+
+    format: str
+    file: str
+    size_bytes: Count
+    parameters: Count
+    input_shape: tuple[Count, ...]
+    divisor: Real
+    classes: Count
+    check: Check
+    latency_ms: Real
+    original_ms: Real
+
+
+class Exported(Artefact, FileRecord, Value):
+    """The artefact of the student that ``device`` is left with by ``run`` after ``round`` rounds."""
+
+    run: str
+    device: str
+    round: Count
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The one artefact."""
+        tree = self.model_dump(exclude={"version", "check", "input_shape"})
+        return [tree | {"difference": self.check.difference, "records": self.check.records}]
+
+    def __rich__(self) -> RenderableType:
+        """Where it lies, and how it compares with the student of the run."""
+        table = Table(
+            title=f"Student of {self.device} after round {self.round}, as {self.format}",
+            title_justify="left",
+        )
+        table.add_column("what")
+        table.add_column("value", justify="right")
+        shape = ", ".join(map(str, self.input_shape))
+        check = self.check
+        rows = (
+            ("input", f"raw float32 [record, {shape}]"),
+            ("preprocessing inside", "none" if self.divisor == 1 else f"divided by {self.divisor:g}"),
+            ("output", f"logits [record, {self.classes}]"),
+            ("size", f"{self.size_bytes:,} bytes ({self.parameters:,} parameters)"),
+            ("one answer, one CPU thread", f"{self.latency_ms:.3f} ms"),
+            ("the original's", f"{self.original_ms:.3f} ms"),
+            (
+                f"largest difference on {check.records} records",
+                f"{check.difference:.1e} (limit {TOLERANCE:g})",
+            ),
+        )
+        for row in rows:
+            table.add_row(*map(Text, row))
+        return Group(table, Text(f"written: {self.file}", no_wrap=True, overflow="ignore"))
