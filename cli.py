@@ -93,7 +93,6 @@ def train(
     from privkd.errors import ConfigError
     from privkd.plugins import load_plugins
     from privkd.secure.installed import check_channel
-    from privkd.terminal import announce, progress_on_stderr, show
 
     if resume is not None:
         if settings or set_ or config or out or dry_run:
@@ -101,6 +100,7 @@ def train(
             raise ConfigError(f"--resume {resume}: {words}")
         load_plugins(plugin or ())
         from privkd.run import resume as go_on
+        from privkd.terminal import progress_on_stderr, show
 
         with progress_on_stderr() as progress:
             found = go_on(resume, progress=progress)
@@ -110,10 +110,12 @@ def train(
     wanted = load_config(_path(config), set_ or (), {**settings, **added})
     if dry_run:
         from privkd.prepared import forecast
+        from privkd.terminal import show
 
         return show(forecast(wanted), as_json=json_)
     check_channel(wanted.channel)
     from privkd.run import train as run_training
+    from privkd.terminal import announce, progress_on_stderr, show
 
     with progress_on_stderr() as progress:
         found = run_training(wanted, out=out, progress=progress, announce=announce)

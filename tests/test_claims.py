@@ -15,7 +15,7 @@ from privkd.plan import PublicFacts, make_plan
 from privkd.prepared import forecast
 from privkd.privacy.claims import LARGEST_DELTA, certainty, check_delta, warnings_on
 from privkd.privacy.events import Unit
-from privkd.terminal import print_forecast, show
+from privkd.terminal import show
 
 FACTS = PublicFacts(devices=5, records_per_device=140, proxy=360, classes=10)
 
@@ -95,7 +95,7 @@ class TestShown:
         assert as_markdown(run_page(facts)).count("Warning: ") == 2
 
     def test_on_the_terminal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        print_forecast(forecast(small(*LARGE)))
+        show(forecast(small(*LARGE)), as_json=False)
         planned = " ".join(capsys.readouterr().out.split())
         result = play(tmp_path / "run", *LARGE)
         show(result, as_json=False)

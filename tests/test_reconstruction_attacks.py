@@ -33,8 +33,8 @@ from audits.reconstructions.measures import (
     resemblance,
 )
 from privkd.errors import InputError
-from privkd.privacy.bounds import reconstruction_ceiling
 from privkd.privacy.events import DpSgd
+from privkd.privacy.robustness import reconstruction_ceiling
 
 Floats = NDArray[np.float64]
 

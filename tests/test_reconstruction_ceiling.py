@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import norm
 
 from privkd.errors import InputError
-from privkd.privacy.bounds import reconstruction_ceiling
 from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, ZCdp
+from privkd.privacy.robustness import reconstruction_ceiling
 
 MU = {1: 0.2680, 2: 0.5020, 4: 0.9250, 8: 1.6660}
 """Of one Gaussian release at delta 1e-5."""

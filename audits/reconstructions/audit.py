@@ -39,10 +39,10 @@ from audits.roc import blank, rendered
 from audits.tables import ReconstructionReport
 from privkd.errors import ConfigError, InputError
 from privkd.prepared import Prepared, reopen_simulation
-from privkd.privacy.bounds import reconstruction_ceiling
 from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
+from privkd.privacy.robustness import reconstruction_ceiling
 from privkd.progress import Progress, Silent
 from privkd.runs.checkpoint import load_transcript
 from privkd.runs.folder import RunFolder

@@ -410,16 +410,8 @@ def make_keys(
     Raises:
         ConfigError: a setting is out of range, or a file exists already.
     """
-    if not 2 <= parties <= MAX_PARTIES:
-        raise ConfigError(f"parties={parties}: expected 2 to {MAX_PARTIES}")
     count = parties + third_party
-    if not 0 <= port <= 65535 - count:
-        raise ConfigError(f"port={port}: expected 0 to {65535 - count}")
-    for device in devices:
-        if not device or set(device) & set("/\\\0") or device.startswith((".", "party-")) or device in _TAKEN:
-            raise ConfigError(f"device {device!r}: its certificate needs a name that can be a file's")
-    if len(hosts) not in (1, count):
-        raise ConfigError(f"{len(hosts)} hosts for {count} parties: give one for all, or one each")
+    _check_new_group(parties, count, hosts, port, devices)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -432,6 +424,21 @@ def make_keys(
         "each party sets its own [limits] in party-N.toml: max_rho for a round, and max_rho_total for each "
         "device over all rounds, without which a cloud can ask the same device for ever"
     )
+
+
+def _check_new_group(
+    parties: int, count: int, hosts: Sequence[str], port: int, devices: Sequence[str]
+) -> None:
+    """Raise ``ConfigError`` if no group of ``count`` members can be so."""
+    if not 2 <= parties <= MAX_PARTIES:
+        raise ConfigError(f"parties={parties}: expected 2 to {MAX_PARTIES}")
+    if not 0 <= port <= 65535 - count:
+        raise ConfigError(f"port={port}: expected 0 to {65535 - count}")
+    for device in devices:
+        if not device or set(device) & set("/\\\0") or device.startswith((".", "party-")) or device in _TAKEN:
+            raise ConfigError(f"device {device!r}: its certificate needs a name that can be a file's")
+    if len(hosts) not in (1, count):
+        raise ConfigError(f"{len(hosts)} hosts for {count} parties: give one for all, or one each")
 
 
 def write_parties(
@@ -466,23 +473,31 @@ def write_parties(
     for rank, host in enumerate(hosts):
         name = f"party-{rank}"
         write_secret(folder / f"{name}.noise", noise_keys[rank] if noise_keys else os.urandom(KEY_BYTES))
-        settings: dict[str, Any] = {
-            "rank": rank,
-            "parties": parties,
-            "listen": f"{host}:{port + rank if port else 0}",
-            "directory": f"state-{rank}",
-            "sealing_key": f"{name}.key",
-            "noise_key": f"{name}.noise",
-            "members": public,
-        }
-        if limits:
-            settings["limits"] = dict(limits)
         if authority is not None:
             authority.issue(folder, f"{name}.tls", name=name, hosts=[host])
-            settings["tls"] = {
-                "certificate": f"{name}.tls.pem",
-                "key": f"{name}.tls.key",
-                "client_ca": "ca.pem",
-            }
+        listen = f"{host}:{port + rank if port else 0}"
+        settings = _party_settings(rank, parties, listen, public, tls=tls)
+        if limits:
+            settings["limits"] = dict(limits)
         (folder / f"{name}.toml").write_text(tomli_w.dumps(settings))
     return authority
+
+
+def _party_settings(
+    rank: int, parties: int, listen: str, members: Sequence[str], *, tls: bool
+) -> dict[str, Any]:
+    """A ``party.toml`` beside the files of `write_parties`."""
+    name = f"party-{rank}"
+    settings: dict[str, Any] = {
+        "rank": rank,
+        "parties": parties,
+        "listen": listen,
+        "directory": f"state-{rank}",
+        "sealing_key": f"{name}.key",
+        "noise_key": f"{name}.noise",
+        "members": list(members),
+    }
+    if tls:
+        files = {"certificate": f"{name}.tls.pem", "key": f"{name}.tls.key", "client_ca": "ca.pem"}
+        settings["tls"] = files
+    return settings

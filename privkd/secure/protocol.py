@@ -10,6 +10,7 @@ but curious and free to collude.
 
 import argparse
 import contextlib
+import gc
 import os
 import queue
 import socket
@@ -267,8 +268,12 @@ def _listen(link: Link, inbox: "queue.SimpleQueue[Frame]", post: Callable[[Frame
 
 
 def _join(body: bytes, listener: socket.socket | None) -> tuple[Frame, Step]:
-    # Imported here: it takes seconds, and only the worker's process needs it.
+    # Imported here: it takes seconds, and only the worker's process needs it. It leaves nothing to collect,
+    # and looking for it would take a tenth of that time.
+    gc.disable()
     from privkd.secure.crypten_backend import CryptenBackend, PartyKeys, ThirdParty
+
+    gc.enable()
 
     setup = WorkerSetup.unpack(body)
     key = X25519PrivateKey.from_private_bytes(bytes.fromhex(setup.sealing_key))
