@@ -193,12 +193,15 @@ def report(
         Text, typer.Argument(help="Folder of a run or of a curve. [the latest under runs/]")
     ] = None,
     out: Annotated[Text, typer.Option(help="Folder for the report. [the run's or curve's own]")] = None,
+    plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
     """Write what an officer reads: report.html, .md, .json, registry.yaml. Exit code 3 is an alarm in it."""
     from audits import report as write
+    from privkd.plugins import load_plugins
     from privkd.terminal import show
 
+    load_plugins(plugin or ())
     show(write(path, out), as_json=json_)
 
 

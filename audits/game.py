@@ -278,7 +278,7 @@ def _draws(seed: int, role: str, round: int) -> Draws:
     return Draws(randomness, derive_seed(seed, "audit", role, round))
 
 
-_FORMAT = 3
+_FORMAT = 4
 """Raised whenever the same key would name other arrays."""
 
 

@@ -37,9 +37,10 @@ from audits.mechanisms.neighbours import (
     observed,
 )
 from audits.tables import MechanismReport, check_name
-from privkd.channels.channel import Channel, open_channel
+from privkd.channels.channel import Channel
+from privkd.channels.registry import KINDS, Canaries, open_channel
 from privkd.channels.secure import SecureOptions
-from privkd.config import load_config
+from privkd.config import ChannelConfig, load_config
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.accounting import price
 from privkd.privacy.bounds import Check
@@ -85,8 +86,8 @@ GAMES = (
 )
 """One other record, which the canary just outweighs, shows what is clipped after the average."""
 
-_TRIALS = {"cohort": 4_000, "opacus": 1_500, "noised": 8_000, "processes": 2_000, "services": 800}
-"""Canaries at most, by engine and by what stands behind the channel."""
+_TRIALS = {"cohort": 4_000, "opacus": 1_500}
+"""Canaries at most, by engine."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
     run = _with_device_budget(CHANNELS[name], seed)
     plan, settings = run.plan, run.config.channel
     coins = derive_seed(seed, "mechanism", name)
-    most = _TRIALS[settings.parties if settings.kind == "secure" else settings.kind]
+    most = canaries_over(settings).devices
     with opened(run, plan.rho) as channel:
         audit = on_channel.audit_releases(channel.for_audit(), plan.rounds, coins, most=most)
     bounded = _bounded(audit.scores, 1.0, level, seed)
@@ -172,13 +173,18 @@ def audit_devices(name: str, level: Level, *, seed: int) -> Examined:
     return Examined(finding, (*audit.checks, *_exact_sum(run, coins)))
 
 
+def canaries_over(settings: ChannelConfig) -> Canaries:
+    """How many worst-case devices go over a channel of these ``settings``."""
+    return KINDS[settings.kind].canaries(settings)
+
+
 def _with_device_budget(settings: Settings, seed: int) -> Prepared:
     return prepare(load_config(None, [*_DEVICE_BUDGET, *settings, f"seed={seed}"]))
 
 
 def _exact_sum(run: Prepared, seed: int) -> Iterator[Check]:
-    """What a secure channel releases where it adds no noise."""
-    if run.config.channel.kind == "secure":
+    """What the parties of a channel release where they add no noise."""
+    if KINDS[run.config.channel.kind].has_parties:
         with opened(run, None) as channel:
             yield on_channel.check_sum(channel.for_audit(), seed)
 
@@ -220,7 +226,7 @@ def _audit_noised_worlds(level: Level, *, seed: int) -> Examined:
     plan = run.plan
     assert plan.rho is not None
     with opened(run, plan.rho) as channel:
-        release, runs = released_by(channel), _TRIALS["noised"]
+        release, runs = released_by(channel), canaries_over(run.config.channel).devices
         return Examined(
             audit_channel(release, "noised", level, seed, runs=runs, clip_norm=plan.clip_norm, rho=plan.rho)
         )

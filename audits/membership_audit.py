@@ -19,16 +19,17 @@ from audits.findings import Finding, LabelFinding, Refused
 from audits.game import DEPLOYED, Cache, GameKey, ReplayContext, draw_pool, traces
 from audits.mechanisms.canaries import Scores, bound_many_trials, bound_one_run, dirac_scores
 from audits.requests import (
-    WIRES,
     MembershipRequest,
     RunLike,
     attacks_of,
     folder_of,
+    is_wire,
 )
 from audits.roc import write_curves
 from audits.scoring import Signals, evidence_on_models, scores_of
 from audits.tables import MembershipReport, Scored
 from audits.views import Replays, Wires
+from privkd.channels.registry import KINDS
 from privkd.errors import ConfigError, InputError
 from privkd.prepared import Prepared, reopen_simulation
 from privkd.privacy.events import Unit
@@ -86,10 +87,10 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
     wanted = [
         (view, attack) for view in views for attack in attacks_of(view) if request.attack in ("all", attack)
     ]
-    guessed = [view for view in views if view in WIRES and request.attack in ("all", LABELS)]
+    guessed = [view for view in views if is_wire(view) and request.attack in ("all", LABELS)]
     if not (wanted or guessed):
         known = {attack for view in views for attack in attacks_of(view)}
-        known |= {LABELS for view in views if view in WIRES}
+        known |= {LABELS for view in views if is_wire(view)}
         raise ConfigError(f"attack={request.attack!r}: view {request.view} takes one of {sorted(known)}")
     transcript = load_transcript(folder, run.cloud.untrained_teacher())
     if not transcript.exchanges:
@@ -116,7 +117,7 @@ def views_of(run: Prepared, view: str) -> tuple[str, ...]:
         ConfigError: the run does not have it.
     """
     channel = run.config.channel.kind
-    wires = ("secure_sum", "secure_sum_colluding") if channel == "secure" else ("per_client_logits",)
+    wires = KINDS[channel].views
     if run.plan.votes is not None:
         return _views_of_votes(run, view)
     steps = () if run.mechanism is None else ("gradient",)
@@ -244,7 +245,7 @@ class _Audit:
 
     def _evidence_of(self, view: str) -> tuple[Evidence, ...] | ChannelEvidence:
         replays, side = self._replays, self._side
-        if view in WIRES:
+        if is_wire(view):
             return self._wires.evidence(view, replays)
         if view == "teacher":
             signals, public = self._wires.teacher_signals(replays), side.transcript.exchanges[-1].teacher

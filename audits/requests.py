@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
 
 from attacks.registry import ATTACKS, GRADIENT_ATTACKS, LABELS, MODEL_VIEWS
+from privkd.channels.registry import OUR_VIEWS, channel_views
 from privkd.errors import ConfigError, RunError
 from privkd.plugins import nearest_first
 from privkd.runs.plugged import load_plugins_for
 
 CanaryKind: TypeAlias = Literal["natural", "mislabelled", "crafted"]
 
-WIRES = ("per_client_logits", "secure_sum", "secure_sum_colluding")
-"""The views of the channel."""
+WIRES = OUR_VIEWS
+"""The views of our own channels; those of plug-ins' come beside them."""
 VIEWS = (*WIRES, *MODEL_VIEWS, "gradient")
 PAIRED = "paired-logits"
 TRAINING_BASED = "training-based"
@@ -25,13 +26,14 @@ DECODERS = (PAIRED, TRAINING_BASED)
 """They draw images, and nothing else."""
 CLASS_ATTACKS = (*DECODERS, PROTOTYPE)
 """They draw the class that the public set lacks."""
-RECONSTRUCTION_ATTACKS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(WIRES, (*CLASS_ATTACKS, MATCHING)),
+_ON_CHANNELS = (*CLASS_ATTACKS, MATCHING)
+_ON_MODELS: Mapping[str, tuple[str, ...]] = {
     "teacher": CLASS_ATTACKS,
     "student": (PAIRED, TRAINING_BASED, PROTOTYPE, MATCHING, INFORMED),
     "gradient": (MATCHING,),
 }
 """By view."""
+_RECONSTRUCTIONS = dict.fromkeys((*_ON_CHANNELS, *(name for names in _ON_MODELS.values() for name in names)))
 _LEAST_SHADOWS = 8
 _LEAST = {"trials": 10, "shadows": 2, "candidates": 2, "device": 0, "seed": 0}
 
@@ -90,6 +92,26 @@ def load_plugins_of(run: RunLike, plugins: Iterable[str]) -> None:
     load_plugins_for(folder, plugins)
 
 
+def is_wire(view: str) -> bool:
+    """Whether ``view``, of a run, is one of its channel's."""
+    return view not in MODEL_VIEWS and view != "gradient"
+
+
+def check_view(view: str) -> None:
+    """Do nothing where ``view`` is ``all``, one of ``VIEWS``, or one of a plug-in's channel.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if view not in ("all", *VIEWS) and view not in channel_views():
+        raise ConfigError(f"view={view!r}: expected one of {sorted({'all', *VIEWS, *channel_views()})}")
+
+
+def reconstruction_attacks_of(view: str) -> tuple[str, ...]:
+    """The reconstruction attacks that read ``view``."""
+    return _ON_MODELS.get(view, _ON_CHANNELS)
+
+
 def attacks_of(view: str) -> tuple[str, ...]:
     """The attacks on membership that read ``view``, those of plug-ins included."""
     if view == "gradient":
@@ -102,7 +124,8 @@ class MembershipRequest:
     """What to audit.
 
     Attributes:
-        view: one of ``VIEWS``, or ``all`` that the run has but ``teacher``, which learns once for each model.
+        view: one of ``VIEWS`` or of a plug-in's channel, or ``all`` that the run has but ``teacher``, which
+            learns once for each model.
         attack: one name, or ``all`` of the view; a plug-in that adds it must be loaded.
         shadows: models that the attacks learn from.
         targets: audited replays, each with coins of its own.
@@ -122,12 +145,9 @@ class MembershipRequest:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("view", self.view, ("all", *VIEWS)),
-            ("canaries", self.canaries, get_args(CanaryKind)),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name}={value!r}: expected one of {sorted(choices)}")
+        check_view(self.view)
+        if self.canaries not in get_args(CanaryKind):
+            raise ConfigError(f"canaries={self.canaries!r}: expected one of {sorted(get_args(CanaryKind))}")
         own = ("all", LABELS, *GRADIENT_ATTACKS)
         if self.attack not in own and self.attack not in ATTACKS:
             known = nearest_first(self.attack, (*own, *ATTACKS))
@@ -144,7 +164,7 @@ class ReconstructionRequest:
     """What to audit.
 
     Attributes:
-        view: one of ``VIEWS``, or ``all`` that the run has but ``teacher``, which learns once for each trial.
+        view: as of `MembershipRequest`, where it learns once for each trial.
         attack: one name, or ``all`` of the view.
         trials: audited replays of each game, each with a secret of its own.
         shadows: replays of each candidate that prior-aware matching learns from.
@@ -164,16 +184,9 @@ class ReconstructionRequest:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        known = (
-            "all",
-            *dict.fromkeys(attack for names in RECONSTRUCTION_ATTACKS.values() for attack in names),
-        )
-        for name, value, choices in (
-            ("view", self.view, ("all", *VIEWS)),
-            ("attack", self.attack, known),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name}={value!r}: expected one of {sorted(choices)}")
+        check_view(self.view)
+        if self.attack not in ("all", *_RECONSTRUCTIONS):
+            raise ConfigError(f"attack={self.attack!r}: expected one of {sorted({'all', *_RECONSTRUCTIONS})}")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {least}")

@@ -1,4 +1,4 @@
-"""What each view of an audit shows of replayed devices, by the channel's own code, and the attacks on it.
+"""What each view of an audit shows of replayed devices, by a channel of its kind, and attacks on it.
 
 The channel's views show released answers; the teacher's is the teacher after it learned from a release;
 distillation LiRA (Jagielski et al. 2023, arXiv 2303.03446; Shi 2025, arXiv 2502.08001) queries a surrogate
@@ -7,7 +7,6 @@ record-level guarantee protects.
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,112 +23,88 @@ from audits.estimators.validation import Floats
 from audits.findings import LabelFinding
 from audits.game import Cache, Pool, ReplayContext, Report, Role, Traces, others_answers, shard_of
 from audits.scoring import Released, Signals
-from privkd.channels.channel import ChannelKind, NoisedChannel, PlainChannel
-from privkd.channels.secure import NoisyMean
+from privkd.channels.channel import Channel, PlainChannel
+from privkd.channels.registry import KINDS, open_replay
 from privkd.cloud import project_on_simplex
 from privkd.config import FitConfig
 from privkd.data.scenario import LabelledSet
 from privkd.messages import Release
-from privkd.plan import Plan
-from privkd.privacy.noise import NoiseRoot, discrete_gaussian
+from privkd.prepared import Prepared
+from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.randomness import derive_seed, seeded_generator
 from privkd.progress import Progress
-from privkd.secure.fixedpoint import FixedPoint, clip_rows
-from privkd.secure.shares import fitting_encoding
+from privkd.secure.fixedpoint import clip_rows
 from privkd.training.fit import logits_of
 from privkd.training.vectorised import cohort_answers, fit_cohort
 
 
-def per_client(blocks: Tensor, plan: Plan, root: NoiseRoot, kind: ChannelKind = "noised") -> Released:
-    """Each device's own release, through the ``plain`` or the ``noised`` channel.
-
-    ``blocks`` are bounded answers ``[model, round, query, class]``, of one device each.
-    """
-    names = [f"replay-{number:04d}" for number in range(len(blocks))]
-    rounds = range(blocks.shape[1])
-    plain = PlainChannel(plan.clip_norm)
-    own = plain if kind == "plain" else NoisedChannel(plan.clip_norm, plan.rho, root)
-    clean = [plain.release(blocks[:, r], devices=names, round=r) for r in rounds]
-    seen = [own.release(blocks[:, r], devices=names, round=r) for r in rounds]
-    resolution = (
-        float(np.finfo(np.float32).tiny)
-        if kind == "plain"
-        else math.ldexp(1.0, -FixedPoint.for_clip_norm(plan.clip_norm).fraction_bits)
-    )
-    return Released("per_client_logits", _stacked(seen), seen[0].noise_std, _stacked(clean), resolution)
-
-
-@dataclass(frozen=True)
-class Crowd:
-    """The devices beside the audited one, and how the secure channel adds all of them up.
-
-    Attributes:
-        plan: clip norm and noise.
-        aggregators: how many add their noise.
-        others: what the others send beside each model, ``[model, other, round, query, class]``.
-    """
-
-    plan: Plan
-    aggregators: int
-    others: Tensor
-
-    def secure_sum(self, blocks: Tensor, root: NoiseRoot) -> Released:
-        """The mean over all devices, as the cloud sees it; ``blocks`` as for `per_client`."""
-        together = torch.cat([blocks[:, None], self.others], dim=1)
-        clip_norm, rho = self.plan.clip_norm, self.plan.rho
-        seen, noise_std = [], 0.0
-        for model, devices in enumerate(together):
-            for round in range(devices.shape[1]):
-                key = NoiseRoot(root.subkey("audit", model, round))
-                mean, noise_std = ring_mean(devices[:, round], clip_norm, rho, self.aggregators, key)
-                seen.append(mean)
-        answers = np.stack(seen).reshape(blocks.shape)
-        clean = np.stack([_clipped(devices, clip_norm).mean(0) for devices in together])
-        # Each device truncates, so its errors add up in the sum as its answers do.
-        encoding = fitting_encoding(clip_norm, devices=together.shape[1], parties=self.aggregators, rho=rho)
-        return Released("secure_sum", answers, noise_std, clean, math.ldexp(1.0, -encoding.fraction_bits))
-
-    def colluding(self, blocks: Tensor, seen: Released) -> Released:
-        """What is left of the sum for colluders who take their own contributions off it."""
-        n = 1 + self.others.shape[1]
-        known = np.stack([_clipped(others, self.plan.clip_norm).sum(0) for others in self.others])
-        clean = _clipped(blocks, self.plan.clip_norm)
-        left = seen.answers * n - known
-        return Released("secure_sum_colluding", left, seen.noise_std * n, clean, seen.resolution * n)
-
-
-def ring_mean(
-    blocks: Tensor,
-    clip_norm: float,
-    rho: float | None,
-    aggregators: int,
-    root: NoiseRoot,
-    *,
-    colluding: int = 0,
-) -> tuple[Floats, float]:
-    """What the secure channel's parties add up, in the open: clip, encode, sum, noise, decode.
-
-    The shares of the sum cancel exactly, so they are left out; all else is the channel's own.
+def released(
+    run: Prepared, view: str, blocks: Tensor, others: Callable[[], Tensor], root: NoiseRoot
+) -> Released:
+    """What a view of the run's channel shows of replayed devices: by a channel of its kind.
 
     Args:
-        blocks: ``[device, query, class]``.
-        clip_norm: L2 bound on a device's block.
-        rho: price of the release, ``None`` for no noise.
-        aggregators: how many hold shares and add noise.
-        root: of the noise, one for each release.
-        colluding: aggregators who tell the adversary their noise, which is as good as none.
-
-    Returns:
-        The mean ``[query, class]``, and the standard deviation of its unknown noise.
+        run: its settings and plan.
+        view: of its channel.
+        blocks: bounded answers of one device each, ``[model, round, query, class]``.
+        others: what the run's other devices send beside each of them, ``[other, round, query, class]``; asked
+            for where the cloud sees a sum alone.
+        root: of the channel's noise.
     """
-    count = len(blocks)
-    mean = NoisyMean.by_aggregators(clip_norm, rho, devices=count, aggregators=aggregators)
-    total = mean.encoding.encode(blocks.reshape(count, -1).to(torch.float64).numpy()).sum(axis=0)
-    if mean.sigma2 is not None:
-        for party in range(colluding, aggregators):
-            total += discrete_gaussian(mean.sigma2, total.size, root.stream("aggregator", party))
-    shown = mean.decode(total, count).reshape(tuple(blocks.shape[1:]))
-    return shown, mean.noise_std(aggregators - colluding, count)
+    kind = KINDS[run.config.channel.kind]
+    if kind.shows_each:
+        return _each(run, view, blocks, root)
+    beside = others()
+    total = _sum(run, kind.views[0], blocks, beside, root)
+    return total if view == total.view else _left(run, view, blocks, beside, total)
+
+
+def rest_of(run: Prepared, others: Tensor, root: NoiseRoot) -> Floats:
+    """What the ``others`` ``[other, round, query, class]`` release on their own; none where a sum is all that
+    the cloud sees."""
+    kind = KINDS[run.config.channel.kind]
+    if not kind.shows_each or not len(others):
+        return np.asarray(others[:0].to(torch.float64).numpy(), dtype=np.float64)
+    return _each(run, kind.views[0], others, root).answers
+
+
+def _opened(run: Prepared, root: NoiseRoot) -> Channel:
+    plan, settings = run.plan, run.config.channel
+    return open_replay(
+        settings.kind, clip_norm=plan.clip_norm, rho=plan.rho, root=root, aggregators=settings.aggregators
+    )
+
+
+def _each(run: Prepared, view: str, blocks: Tensor, root: NoiseRoot) -> Released:
+    """Each device's own release."""
+    names = [f"replay-{number:04d}" for number in range(len(blocks))]
+    rounds = range(blocks.shape[1])
+    plain, own = PlainChannel(run.plan.clip_norm), _opened(run, root)
+    clean = [plain.release(blocks[:, r], devices=names, round=r) for r in rounds]
+    seen = [own.release(blocks[:, r], devices=names, round=r) for r in rounds]
+    return Released(view, _stacked(seen), seen[0].noise_std, _stacked(clean), own.resolution(1))
+
+
+def _sum(run: Prepared, view: str, blocks: Tensor, others: Tensor, root: NoiseRoot) -> Released:
+    """The mean over each device and the ``others``, as the cloud sees it."""
+    seen, clean, clip_norm = [], [], run.plan.clip_norm
+    names = [f"replay-{number:04d}" for number in range(1 + len(others))]
+    for model, block in enumerate(blocks):
+        together = torch.cat([block[None], others])
+        clean.append(_clipped(together, clip_norm).mean(0))
+        for round in range(blocks.shape[1]):
+            channel = _opened(run, NoiseRoot(root.subkey("audit", model, round)))
+            seen.append(channel.release(together[:, round], devices=names, round=round))
+    answers = np.stack([release.answers.numpy().astype(np.float64) for release in seen])
+    resolution = channel.resolution(len(names))
+    return Released(view, answers.reshape(blocks.shape), seen[0].noise_std, np.stack(clean), resolution)
+
+
+def _left(run: Prepared, view: str, blocks: Tensor, others: Tensor, seen: Released) -> Released:
+    """What is left of the sum for colluders who take their own contributions off it."""
+    n, clip_norm = 1 + len(others), run.plan.clip_norm
+    left = seen.answers * n - _clipped(others, clip_norm).sum(0)
+    return Released(view, left, seen.noise_std * n, _clipped(blocks, clip_norm), seen.resolution * n)
 
 
 def _clipped(blocks: Tensor, clip_norm: float) -> Floats:
@@ -192,7 +167,7 @@ def _last_release(side: ReplayContext, released: Released, others: Floats, model
     """What the channel would have released in the last round with a replayed device in it."""
     last = side.rounds - 1
     answers = released.answers[model, last]
-    if released.view == "per_client_logits":
+    if KINDS[side.run.config.channel.kind].shows_each:
         answers = np.concatenate([answers[None], others[:, last]])
     return Release.to(side.question(last), torch.from_numpy(answers), released.noise_std, ())
 
@@ -373,22 +348,20 @@ class Wires:
         found = []
         for role in ("target", "shadow"):
             uneven = uneven_devices(self._side, pool, self._cache, role, count, self._progress.advance)
-            released = self._released(view, uneven.answers, f"labels-{role}")
-            found.append((uneven.shares, log_probabilities(self._side, released, FLOOR)))
+            shown = self._released(view, uneven.answers, f"labels-{role}")
+            found.append((uneven.shares, log_probabilities(self._side, shown, FLOOR)))
         return infer_labels(view, found[0], found[1], epsilon_upper)
 
     def teacher_signals(self, replays: Replays) -> Signals:
         """The teacher after it learned from each replay's release."""
-        plan, root = self._side.run.plan, NoiseRoot.from_seed(derive_seed(self._seed, "audit", "rest"))
-        rest = per_client(self._others, plan, root).answers if len(self._others) else self._others.numpy()
-        secure = self._side.run.config.channel.kind == "secure"
-        view = "secure_sum" if secure else "per_client_logits"
+        run, root = self._side.run, NoiseRoot.from_seed(derive_seed(self._seed, "audit", "rest"))
+        rest, view = rest_of(run, self._others, root), KINDS[run.config.channel.kind].views[0]
 
         def absorbed(role: Role, models: Traces) -> tuple[Floats, Floats]:
-            released = self._released(view, models.answers, role)
+            shown = self._released(view, models.answers, role)
             self._progress.stage(f"audit: teachers of the {role}s")
             return learned_logits(
-                self._side, released, rest, replays.pool, self._cache, role, self._progress.advance
+                self._side, shown, rest, replays.pool, self._cache, role, self._progress.advance
             )
 
         (targets, seen), (shadows, there) = (
@@ -398,14 +371,8 @@ class Wires:
         return Signals(targets, shadows, seen, there, replays.shadows.inside)
 
     def _released(self, view: str, answers: Tensor, role: str) -> Released:
-        run = self._side.run
         root = NoiseRoot.from_seed(derive_seed(self._seed, "audit", "channel", role))
-        if view == "per_client_logits":
-            return per_client(answers, run.plan, root, run.config.channel.kind)
-        others = self._others[None].expand(len(answers), *self._others.shape)
-        crowd = Crowd(run.plan, run.config.channel.aggregators, others)
-        total = crowd.secure_sum(answers, root)
-        return total if view == "secure_sum" else crowd.colluding(answers, total)
+        return released(self._side.run, view, answers, lambda: self._others, root)
 
     def _surrogates(self, released: Released, pool: Pool, role: str) -> Floats:
         """Logits of one surrogate a model on the candidates ``[model, candidate, class]``."""

@@ -16,7 +16,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from privkd.channels.channel import Channel, open_channel
+from privkd.channels.channel import Channel
+from privkd.channels.registry import open_channel
+from privkd.channels.secure import SecureOptions
 from privkd.cloud import Cloud
 from privkd.controls import Controls, NoDeviceTeachers, mean_accuracy, measure_controls, personal_accuracy
 from privkd.data.scenario import LabelledSet
@@ -37,7 +39,7 @@ from privkd.runs.checkpoint import (
     load_teachers,
     saved,
 )
-from privkd.runs.credentials import noise_root, secure_options
+from privkd.runs.credentials import noise_root, run_name
 from privkd.runs.fingerprints import Notes, bind, check_repeats
 from privkd.runs.folder import RunFolder
 from privkd.runs.result import RoundFigures
@@ -122,6 +124,12 @@ def _opened(
     config, plan = prepared.config, prepared.plan
     root = noise_root(config, folder)
     bind(folder, prepared.scenario, root)
+    options = SecureOptions.of(
+        config.channel,
+        run=run_name(config, folder),
+        roster=prepared.simulation.names,
+        votes=plan.votes,
+    )
     with open_channel(
         config.channel.kind,
         clip_norm=plan.clip_norm,
@@ -129,7 +137,7 @@ def _opened(
         rho=plan.rho,
         aggregators=config.channel.aggregators,
         deadline=config.channel.deadline,
-        options=secure_options(config, folder, prepared.simulation.names, plan.votes),
+        options=options,
     ) as channel:
         yield Federation(replace(prepared, root=root), ledger, channel, progress, folder)
 

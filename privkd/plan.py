@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from privkd.channels.registry import known, price_of
 from privkd.config import Config
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
 from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
 from privkd.privacy.claims import check_delta, warnings_on
-from privkd.privacy.events import DpSgd, NoPrivacy, PrivacyEvent, Unit, ZCdp
+from privkd.privacy.events import DpSgd, NoPrivacy, PrivacyEvent, Unit
 from privkd.privacy.ledger import Budget
 from privkd.privacy.votes import VoteRule, affordable_queries, vote_rule
 from privkd.secure.normcheck import FALSE_ALARM
@@ -122,7 +123,7 @@ def make_plan(config: Config, facts: PublicFacts) -> Plan:
         if multiplier > 0
         else NoPrivacy("students were trained without DP: epsilon was set to inf")
     )
-    device_event: PrivacyEvent = ZCdp(rho) if rho is not None else NoPrivacy(_NO_NOISE[config.channel.kind])
+    device_event = price_of(config.channel.kind, rho)
     queries = min(facts.proxy, _queries(config, rho, facts))
     record, device = (price([event] * config.rounds, privacy.delta) for event in (record_event, device_event))
     return Plan(
@@ -157,13 +158,6 @@ def budgets(config: Config) -> tuple[Budget, Budget]:
     privacy = config.privacy
     device = math.inf if privacy.device_epsilon is None else privacy.device_epsilon
     return Budget(Unit.RECORD, privacy.epsilon, privacy.delta), Budget(Unit.DEVICE, device, privacy.delta)
-
-
-_NO_NOISE = {
-    "plain": "the plain channel adds no noise",
-    "noised": "no device budget was set, so the noised channel adds no noise",
-    "secure": "secure aggregation without noise has no device-level guarantee",
-}
 
 
 def _rho(config: Config) -> float | None:
@@ -207,10 +201,7 @@ def _clear_means(config: Config, rho: float, devices: int) -> int:
     """The most queries for which the known noise on an entry of the mean answer has a standard deviation of
     at most 0.17, so that it seldom turns a first choice that the devices agree on."""
     channel, fewest = config.channel, _fewest(config, devices)
-    if channel.kind == "noised":
-        draws = fewest
-    else:
-        draws = channel.aggregators if channel.noise_from == "aggregators" else 1
+    draws = known(channel.kind).draws(channel, fewest)
     return math.floor(2 * rho / draws * (_CLEAR * fewest / channel.row_clip) ** 2)
 
 

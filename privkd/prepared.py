@@ -150,6 +150,7 @@ def prepare(config: Config) -> Prepared:
     """
     load_plugins(config.plugins)
     RULES.check(config.reverse.aggregation)
+    config.check_channel()
     deployment = config.privacy.noise == "system"
     scenario = build_scenario(config.data, config.seed, deployment=deployment)
     scenario = scenario.to(torch_device(config.device))

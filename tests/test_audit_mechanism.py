@@ -43,6 +43,7 @@ from audits.mechanisms.canaries import (
 from audits.mechanisms.neighbours import DpSgdGame, ObserveSums, ReleaseMany, fitted_log_ratio, observed
 from cli import app
 from privkd.channels.channel import NoisedChannel
+from privkd.channels.registry import Canaries
 from privkd.config import DpSgdConfig, load_config
 from privkd.data.scenario import LabelledSet
 from privkd.engines.simulation import Simulation
@@ -350,14 +351,16 @@ def test_the_open_noised_channel_is_rejected_with_less_noise(
         return (factor * drawn(*given)).astype(np.int64)
 
     monkeypatch.setattr(privkd.channels.channel, "discrete_gaussian", scaled)
-    result = command(CHANNELS={"noised": ("channel.kind=noised",)}, _TRIALS={"noised": 1000})
+    result = command(
+        CHANNELS={"noised": ("channel.kind=noised",)}, canaries_over=lambda settings: Canaries(devices=1000)
+    )
     assert result.exit_code == AuditAlarm.exit_code, result.output
     assert "ALARM" in result.stdout
     assert "FAILS: noised, devices side by side: the channel's noise has the claimed" in result.stdout
 
 
 def test_the_open_noised_channel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.mechanism_audit, "_TRIALS", {"noised": 4000})
+    monkeypatch.setattr(audits.mechanism_audit, "canaries_over", lambda settings: Canaries(devices=4000))
     found = audit_devices("noised", LEVEL, seed=0)
     assert not rejected(found), found
     assert found.finding.unit is Unit.DEVICE

@@ -31,8 +31,10 @@ from audits.membership_audit import audit_membership, views_of
 from audits.requests import MembershipRequest, attacks_of, latest
 from audits.roc import draw, roc
 from audits.scoring import features_of
-from audits.views import Crowd, draw_uneven, infer_labels, per_client, ring_mean
+from audits.views import draw_uneven, infer_labels, released
 from cli import app
+from privkd.channels.registry import KINDS, open_channel, open_replay
+from privkd.channels.secure import OpenSum
 from privkd.config import load_config
 from privkd.errors import AuditAlarm, ConfigError, DataError, RunError
 from privkd.prepared import prepare
@@ -202,15 +204,15 @@ def test_silent_devices_are_no_part_of_a_round(tmp_path: Path, audited: int) -> 
 
 
 def test_views_agree_about_the_same_answers() -> None:
-    game = prepare(load_config(None, (), SMALL | SETTINGS["plain"]))
     generator = torch.Generator().manual_seed(0)
     blocks = torch.rand((2, 1, 30, 10), generator=generator)
-    others = torch.rand((2, 2, 1, 30, 10), generator=generator)
-    root = NoiseRoot.from_seed(0)
-    alone = per_client(blocks, game.plan, root)
-    crowd = Crowd(game.plan, 2, others)
-    total = crowd.secure_sum(blocks, root)
-    left = crowd.colluding(blocks, total)
+    others = torch.rand((2, 1, 30, 10), generator=generator)
+    root, seen = NoiseRoot.from_seed(0), {}
+    for channel in ("plain", "secure"):
+        game = prepare(load_config(None, (), SMALL | SETTINGS["plain"] | {"channel.kind": channel}))
+        for view in KINDS[channel].views:
+            seen[view] = released(game, view, blocks, lambda: others, root)
+    alone, total, left = seen.values()
     assert alone.noise_std == total.noise_std == left.noise_std == 0
     assert np.allclose(alone.answers, alone.clean, atol=1e-4)
     assert np.allclose(total.answers, total.clean, atol=1e-4)
@@ -220,12 +222,26 @@ def test_views_agree_about_the_same_answers() -> None:
 
 def test_the_rings_noise_is_what_it_says() -> None:
     """A chi-squared of 20,000 draws leaves 6 % about its mean in fewer than 1e-8 of all seeds."""
-    blocks = torch.zeros((2, 2000, 10))
-    mean, std = ring_mean(blocks, 1.0, 0.5, 2, NoiseRoot.from_seed(0))
-    assert mean.std() == pytest.approx(std, rel=0.03)
-    one, one_std = ring_mean(blocks, 1.0, 0.5, 2, NoiseRoot.from_seed(0), colluding=1)
-    assert one.std() == pytest.approx(one_std, rel=0.03)
-    assert one_std == pytest.approx(std / 2**0.5)
+    blocks, found = torch.zeros((2, 2000, 10)), []
+    for colluding in (0, 1):
+        channel = OpenSum(1.0, 0.5, NoiseRoot.from_seed(0), colluding=colluding)
+        found.append(channel.release(blocks, devices=("a", "b"), round=0))
+        assert found[-1].answers.std().item() == pytest.approx(found[-1].noise_std, rel=0.03)
+    both, one = found
+    assert one.noise_std == pytest.approx(both.noise_std / 2**0.5)
+
+
+def test_what_is_replayed_in_the_open_is_the_secure_channels_own() -> None:
+    """Without noise to the bit, and with it of the same size and price."""
+    blocks = torch.rand((3, 40, 10), generator=torch.Generator().manual_seed(0))
+    named = {"clip_norm": 2.0, "root": NoiseRoot.from_seed(0), "aggregators": 2}
+    for rho in (None, 0.5):
+        with open_channel("secure", rho=rho, **named) as parties:
+            own, open_sum = parties, open_replay("secure", rho=rho, **named)
+            devices = ("a", "b", "c")
+            one, other = (each.release(blocks, devices=devices, round=0) for each in (own, open_sum))
+        assert (own.event, one.noise_std) == (open_sum.event, other.noise_std)
+        assert rho is not None or torch.equal(one.answers, other.answers)
 
 
 def test_every_view_of_a_run_is_found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

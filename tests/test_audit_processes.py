@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 import audits.mechanism_audit
 from audits.mechanism_audit import CHANNELS, Examined, Level, audit_devices
 from audits.mechanisms.on_channel import audit_releases, check_sum
-from audits.views import ring_mean
 from cli import app
 from privkd.channels.channel import Channel
+from privkd.channels.registry import Canaries
+from privkd.channels.secure import OpenSum
 from privkd.errors import AuditAlarm
 from privkd.messages import Question, Release
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Check, failure
-from privkd.privacy.events import PartyId, PrivacyEvent, ZCdp
+from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
 from privkd.secure.shares import fitting_encoding
 
@@ -30,21 +31,15 @@ LEVEL = Level(confidence=0.999)
 CLIP_NORM, AGGREGATORS, RHO = 2.0, 2, 0.5
 
 
-class RingChannel(Channel):
+class RingChannel(OpenSum):
     """The secure channel's arithmetic in this process; ``flaw`` is what a release goes through instead.
 
     No aggregator tells its noise.
     """
 
-    aggregators = AGGREGATORS
-
     def __init__(self, clip_norm: float, rho: float | None, root: NoiseRoot, flaw: "Flaw") -> None:
-        super().__init__(clip_norm, rho)
-        self.root, self._flaw = root, flaw
-
-    @property
-    def event(self) -> PrivacyEvent:
-        return ZCdp(self.rho or 0)
+        super().__init__(clip_norm, rho, root, aggregators=AGGREGATORS)
+        self._flaw = flaw
 
     @property
     def unknown_noise(self) -> float:
@@ -55,9 +50,9 @@ class RingChannel(Channel):
 
     def mean(self, answers: Tensor, rho: float | None, root: NoiseRoot, silent: int = 0) -> Tensor:
         """Noised under ``root``, by all aggregators but ``silent`` ones."""
-        return torch.from_numpy(
-            ring_mean(answers, self.clip_norm, rho, AGGREGATORS, root, colluding=silent)[0]
-        )
+        names = [str(number) for number in range(len(answers))]
+        summed = OpenSum(self.clip_norm, rho, root, aggregators=AGGREGATORS, colluding=silent)
+        return summed.release(answers, devices=names, round=0).answers.double()
 
     def fresh(self, answers: Tensor, round: int) -> NoiseRoot:
         return NoiseRoot(self.root.subkey("round", round, answers.numpy().tobytes()))
@@ -165,7 +160,7 @@ def test_a_release_that_is_only_repeated_passes() -> None:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[Flaw], Examined]:
     """What is found of a secure channel with a flaw, where the audit opens a run's."""
-    monkeypatch.setattr(audits.mechanism_audit, "_TRIALS", {"processes": 1000})
+    monkeypatch.setattr(audits.mechanism_audit, "canaries_over", lambda settings: Canaries(devices=1000))
 
     def examined(flaw: Flaw) -> Examined:
         def opened(run: Prepared, rho: float | None) -> Channel:

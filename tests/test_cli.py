@@ -192,7 +192,7 @@ BAD: list[tuple[list[str], str]] = [
     (["train", "--devices", "2.5"], "data.devices='2.5'"),
     (["train", "--devices", "1000000"], "too few"),
     (["train", "--rounds", "0"], "rounds='0'"),
-    (["train", "--channel", "nosied"], "channel.kind='nosied': expected one of ['plain', 'noised', "),
+    (["train", "--channel", "nosied"], "channel.kind='nosied': expected one of ['noised', 'plain', "),
     (["train", "--aggregators", "1"], "channel.aggregators='1'"),
     (["train", "--partition", "even"], "data.partition='even'"),
     (["train", "--seed", "-1"], "seed='-1'"),

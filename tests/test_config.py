@@ -196,7 +196,7 @@ class TestBadValues:
     @pytest.mark.parametrize(
         ("override", "expected"),
         [
-            ("channel.kind=nosied", "channel.kind='nosied': expected one of ['plain', 'noised', 'secure']"),
+            ("channel.kind=nosied", "channel.kind='nosied': expected one of ['noised', 'plain', 'secure']"),
             ("privacy.delta=1", "privacy.delta=1: expected less than 1"),
             ("privacy.delta=0", "privacy.delta=0: expected greater than 0"),
             ("rounds=0", "rounds=0: expected greater than or equal to 1"),

@@ -1,4 +1,4 @@
-"""A user's own attack, rule, data source and format: each one file, and no file of ours."""
+"""A user's own attack, channel, rule, data source and format: each one file, and no file of ours."""
 
 import json
 import re
@@ -21,6 +21,7 @@ from audits.requests import latest
 from audits.sweeps.grid import Grid, Record
 from audits.sweeps.runner import _write
 from audits.sweeps.sweep import sweep
+from privkd.channels import KINDS, Kind
 from privkd.cloud import RULES, Aggregate, aggregate
 from privkd.config import Config, load_config
 from privkd.config.reference import settings_reference
@@ -32,13 +33,20 @@ from privkd.runs.fingerprints import check_files
 from privkd.runs.folder import RunFolder
 
 PAGE = (ROOT / "docs" / "extend.md").read_text()
-FILES = ("score.py", "filter.py", "rule.py", "source.py", "form.py")
+FILES = ("score.py", "filter.py", "channel.py", "rule.py", "source.py", "form.py")
 """In the order in which the page shows them."""
 TRAIN = (
     "train", "--plugin", "rule.py", "--plugin", "source.py", "--data", "clouds", "--epsilon", "inf",
     *(word for one in (*SMALL, "rounds=1", "reverse.aggregation=trimmed") for word in ("--set", one)),
     "--out", "run",
 )  # fmt: skip
+TINY = tuple(
+    word for one in (*SMALL, "rounds=1") if not one.startswith("channel.") for word in ("--set", one)
+)
+OVER_OWN = ("train", "--plugin", "channel.py", "--channel", "curated", "--set", "privacy.device_epsilon=8",
+            *TINY, "--out", "over")  # fmt: skip
+CURVE = ("curve", "--plugin", "channel.py", "--channels", "curated,plain", "--epsilons", "inf",
+         "--seeds", "1", "--shadows", "8", "--targets", "2", *TINY, "--out", "curve")  # fmt: skip
 AUDIT = ("audit", "membership", "run", "--shadows", "8", "--targets", "2")
 TRUSTED = ("--plugin", "rule.py", "--plugin", "source.py")
 RULE_CHANGED = "the code changed since the run was started: rule.py was changed"
@@ -132,6 +140,48 @@ class TestOneFileEach:
             (copied / name).unlink()
         assert commands.run("report", "run", cwd=copied).code == 0
         assert "surplus" in (copied / "run" / "report.md").read_text()
+
+
+class TestTheChannel:
+    """One file: what it says of itself is all that trains, audits, draws and reports a run over it."""
+
+    @pytest.fixture(scope="class")
+    def place(self, commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        place = written(tmp_path_factory.mktemp("over"))
+        answer = commands.run(*OVER_OWN, cwd=place)
+        assert answer.code == 0, answer.err
+        return place
+
+    def test_is_paid_for_and_audited_as_the_run_ends(self, place: Path) -> None:
+        result = json.loads((place / "over" / "result.json").read_text())
+        device = result["ledger"]["device"]
+        assert result["channel"] == "curated"
+        assert device["lower_bound"]["path"] == "the run's own curated channel"
+        assert 2 < device["lower_bound"]["epsilon"] < device["epsilon"] <= 8
+        assert all(check["passed"] for check in result["checks"])
+
+    def test_has_a_view_of_its_own(self, commands: Commands, place: Path) -> None:
+        audit = ("audit", "membership", "over", "--shadows", "8", "--targets", "2")
+        answer = commands.run(*audit, "--json", cwd=place)
+        assert answer.code == 0, answer.err
+        assert ("curated_mean", "matched-filter") in {
+            (one["view"], one["attack"]) for one in json.loads(answer.out)["views"]
+        }
+        said = one_line(commands.run(*audit, "--view", "secure_sum", cwd=place))
+        assert "over the curated channel the cloud sees curated_mean" in said
+
+    def test_says_in_a_report_who_sees_what(self, commands: Commands, place: Path) -> None:
+        for words, found in ((("--plugin", "channel.py"), "A curator sees"), ((), "not loaded here")):
+            answer = commands.run("report", "over", *words, "--json", cwd=place)
+            assert answer.code == 0, answer.err
+            assert found in " ".join(json.loads(answer.out)["trust"]["words"])
+
+    def test_is_drawn_beside_ours(self, commands: Commands, place: Path) -> None:
+        answer = commands.run(*CURVE, cwd=place)
+        assert answer.code == 0, answer.err
+        drawn = (place / "curve" / "figures" / "leak.svg").read_text()
+        assert KINDS["plain"].colour.lower() in drawn
+        assert Kind.colour.lower() in drawn, "what a plug-in's has by default"
 
 
 class TestARunKeepsItsPlugIns:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import logsumexp
 
-from privkd.channels.channel import open_channel
+from privkd.channels.registry import open_channel
 from privkd.channels.secure import SecureChannel, SecureOptions
 from privkd.config import load_config
 from privkd.errors import ChannelError, ConfigError

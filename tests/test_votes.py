@@ -20,7 +20,7 @@ from scipy import stats
 
 from audits.membership_audit import views_of
 from privkd import prepared
-from privkd.channels.channel import open_channel
+from privkd.channels.registry import open_channel
 from privkd.channels.secure import SecureOptions
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.privacy.events import NoPrivacy, ZCdp

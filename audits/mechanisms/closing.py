@@ -10,6 +10,7 @@ from audits.mechanisms.canaries import bound_many_trials
 from audits.mechanisms.on_channel import audit_releases
 from audits.mechanisms.on_device import audit_training
 from privkd.channels.channel import Channel
+from privkd.channels.registry import KINDS
 from privkd.federation import Federation
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Audited, LowerBound
@@ -22,14 +23,13 @@ CONFIDENCE = 0.999
 """Of all bounds of one run together. Its checks add `audits.mechanisms.on_device.FALSE_ALARM` each."""
 _LEAST_NOISE = 0.2
 """Noise multiplier below which DP-SGD is not audited."""
-_UPLOADS = {"noised": 40_000, "processes": 9_000, "services": 2_000}
-"""Of canary devices, all rounds together: some seconds of the channel's time."""
 
 
 def closing_audit(federation: Federation, state: State, progress: Progress) -> Audited:
     """A lower bound for each unit that the run protects, and checks of its mechanisms.
 
-    There is no bound for a unit without protection, for votes, and for noise that the devices add together.
+    There is no bound for a unit without protection, for votes, for noise that the devices add together, and
+    over a channel that says why.
     Neighbouring relations are the ledger's: add or remove one record, zero out one device.
 
     Args:
@@ -42,6 +42,7 @@ def closing_audit(federation: Federation, state: State, progress: Progress) -> A
     seed = derive_seed(run.config.seed, "audit", "closing")
     plan, settings = run.plan, run.config.channel
     counted = plan.rho is not None and plan.votes is None and settings.noise_from == "aggregators"
+    counted &= not KINDS[settings.kind].unaudited
     # Less noise is lost in the rounding of float32 weights, and its epsilon of hundreds promises nothing.
     records = run.mechanism is not None and plan.noise_multiplier >= _LEAST_NOISE
     confidence = 1 - (1 - CONFIDENCE) / max(1, records + counted)
@@ -79,19 +80,12 @@ _SOURCES = {"seeded": "the seed", "system": "the system's cryptographic source"}
 
 def _of_devices(run: Prepared, opened: Channel, confidence: float, seed: int) -> Audited:
     plan, settings = run.plan, run.config.channel
-    channel = opened.for_audit()
-    parties = "services" if settings.through_services else "processes"
-    uploads = _UPLOADS["noised" if settings.kind == "noised" else parties]
-    audit = audit_releases(channel, plan.rounds, seed, most=uploads // max(2, plan.rounds))
+    channel, canaries = opened.for_audit(), KINDS[settings.kind].canaries(settings)
+    audit = audit_releases(channel, plan.rounds, seed, most=canaries.uploads // max(2, plan.rounds))
     epsilon = bound_many_trials(
         audit.scores, sampling_rate=1.0, delta=plan.delta, confidence=confidence, seed=seed
     )
-    behind = ""
-    if settings.kind == "secure":
-        kept = settings.through_services and settings.aggregator_urls
-        told = "none of whose noise is known" if kept else "all but one of whose noise is known"
-        behind = f", by its {settings.aggregators} {parties}, {told}"
-    path = f"the run's own {settings.kind} channel{behind}"
+    path = f"the run's own {settings.kind} channel{canaries.behind}"
     return Audited(
         (LowerBound(Unit.DEVICE, epsilon, confidence, len(audit.scores.values), path),), audit.checks
     )

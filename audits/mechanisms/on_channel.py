@@ -125,8 +125,7 @@ def _released(channel: Channel, blocks: Tensor, names: Sequence[str], round: int
         return _Seen(np.diagonal(entries), np.zeros(len(names)), entries.sum(axis=0), spread)
     count = len(release.devices)
     told = np.broadcast_to(channel.colluders_noise() * count / scale, (len(names),))
-    parties = getattr(channel, "aggregators", 1)
-    return _Seen(answers[:, 0] * count / scale, told, None, spread * math.sqrt(parties))
+    return _Seen(answers[:, 0] * count / scale, told, None, spread * math.sqrt(channel.aggregators))
 
 
 def _noise_checks(noise: Floats, shared: Floats | None, false_alarm: float) -> list[Check]:
@@ -202,8 +201,7 @@ def check_sum(channel: Channel, seed: int) -> Check:
     blocks[0] *= LOUD
     names = [f"audit-sum-{number}" for number in range(devices)]
     released = channel.release(blocks, devices=names, round=0).answers.double().numpy().reshape(-1)
-    parties = getattr(channel, "aggregators", 1)
-    encoding = fitting_encoding(channel.clip_norm, devices=devices, parties=parties, rho=None)
+    encoding = fitting_encoding(channel.clip_norm, devices=devices, parties=channel.aggregators, rho=None)
     integers = encoding.encode(blocks.double().numpy().reshape(devices, -1)).sum(axis=0)
     mean = encoding.decode(integers) / devices
     # All that may lie between them is the release's rounding to float32.

@@ -30,10 +30,10 @@ from audits.reconstructions.replays import Floats, Replays, Secrets, lacks_class
 from audits.requests import (
     CLASS_ATTACKS,
     DECODERS,
-    RECONSTRUCTION_ATTACKS,
     ReconstructionRequest,
     RunLike,
     folder_of,
+    reconstruction_attacks_of,
 )
 from audits.roc import blank, rendered
 from audits.tables import ReconstructionReport
@@ -208,7 +208,7 @@ def plan_attacks(
         ConfigError: the run does not have the view, or the view not the attack.
     """
     views = views_of(run, request.view)
-    offered = [(view, attack) for view in views for attack in RECONSTRUCTION_ATTACKS[view]]
+    offered = [(view, attack) for view in views for attack in reconstruction_attacks_of(view)]
     wanted = [pair for pair in offered if request.attack in ("all", pair[1])]
     if not wanted:
         names = sorted({attack for _, attack in offered})

@@ -25,7 +25,8 @@ from audits.mechanisms.canaries import LOUD, DpSgdStep, noised_sums, probe, sing
 from audits.reconstructions.measures import resemblance
 from audits.reconstructions.replays import Floats, Played, Replays, Secrets, by_candidate, numbers
 from audits.requests import INFORMED, PAIRED, PROTOTYPE
-from audits.views import learned_logits, per_client
+from audits.views import learned_logits, rest_of
+from privkd.channels.registry import KINDS
 from privkd.data.scenario import LabelledSet
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.randomness import SeededRandomness, derive_seed, seeded_generator
@@ -114,17 +115,16 @@ def paired_answers(replays: Replays, view: str) -> PairedAnswers:
 def _learned(replays: Replays, played: Played) -> Floats:
     """Logits on the queries of each trial's teacher, once it learned, ``[trial, query, class]``."""
     first, others = replays.first_round, replays.class_others
-    secure = first.run.config.channel.kind == "secure"
-    view = "secure_sum" if secure else "per_client_logits"
-    released = replays.released(view, played, others, "class-trial")
+    view = KINDS[first.run.config.channel.kind].views[0]
+    shown = replays.released(view, played, others, "class-trial")
     root = NoiseRoot.from_seed(derive_seed(replays.request.seed, "audit", "reconstruction", "rest"))
-    rest = per_client(others, first.run.plan, root).answers if len(others) else others.numpy()
+    rest = rest_of(first.run, others, root)
     queries = first.question(0).inputs
     asked = LabelledSet(queries, torch.zeros(len(queries), dtype=torch.int64))
     none = LabelledSet(queries[:0], asked.labels[:0])
     pool = Pool(candidates=asked, always=none, population=LabelledSet(queries[:1], asked.labels[:1]))
     return learned_logits(
-        first, released, rest, pool, replays.cache, "reconstruction", replays.progress.advance
+        first, shown, rest, pool, replays.cache, "reconstruction", replays.progress.advance
     )[0]
 
 

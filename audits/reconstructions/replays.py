@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from audits.game import Cache, GameKey, ReplayContext, others_answers
 from audits.requests import ReconstructionRequest
 from audits.scoring import Released
-from audits.views import Crowd, per_client
+from audits.views import released
 from privkd.data.scenario import LabelledSet, Scenario
 from privkd.errors import ConfigError, DataError
 from privkd.models.zoo import trained_parameters
@@ -297,12 +297,7 @@ class Replays:
         """What a view of the channel shows of ``played`` beside ``others``."""
         run = self.side.run
         root = NoiseRoot.from_seed(derive_seed(self.request.seed, "audit", "reconstruction", role))
-        if view == "per_client_logits":
-            return per_client(played.answers, run.plan, root)
-        count = len(played.answers)
-        crowd = Crowd(run.plan, run.config.channel.aggregators, others[None].expand(count, *others.shape))
-        total = crowd.secure_sum(played.answers, root)
-        return total if view == "secure_sum" else crowd.colluding(played.answers, total)
+        return released(run, view, played.answers, lambda: others, root)
 
     def _played(
         self,

@@ -15,11 +15,11 @@ from audits.evidence import RunRecord
 from audits.reports import run as chapters
 from audits.reports.trust import trust_of
 from audits.wording import counted, epsilon_text, event_text
+from privkd.channels.registry import known
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Statement
 
 _UNKNOWN = "unknown"
-_MODELS = {"plain": "Central", "noised": "Local", "secure": "Federated"}
 
 
 def registry_records(facts: RunRecord) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def _model(facts: RunRecord, row: Statement) -> dict[str, Any]:
     trust = trust_of(facts.config)
     on_device = row.unit is Unit.RECORD
     return {
-        "model_name": "Local" if on_device else _MODELS[facts.config.channel.kind],
+        "model_name": "Local" if on_device else known(facts.config.channel.kind).model,
         "model_name_description": "Noise is added on each device while its student trains."
         if on_device
         else " ".join(trust.words),

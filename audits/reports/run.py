@@ -376,8 +376,7 @@ def unprotected(facts: RunRecord) -> Section:
             f"{', '.join(inferred)} (test records only where the file brought no test split); a deployment "
             "is given them as settings"
         )
-    if facts.config.channel.kind == "secure":
-        found.append("answers from aggregators that all pool their shares, or that depart from the protocol")
+    found += trust_of(facts.config).unprotected
     if facts.config.privacy.noise == "seeded":
         found.append("anything, from whoever knows the seed: this run's noise can be computed from it")
     return Section("unprotected", "What is not protected", points=tuple(found))

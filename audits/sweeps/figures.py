@@ -17,6 +17,7 @@ from audits.evidence import Accuracies
 from audits.requests import VIEWS
 from audits.sweeps.grid import Grid, spelt
 from audits.sweeps.points import Outcome, Point, audited_views, cloud_view, points_of, seeds_note
+from privkd.channels.registry import known
 
 FIGURES = {
     "utility": "Accuracy of teacher and students against the record-level budget, beside control and ceiling",
@@ -25,9 +26,6 @@ FIGURES = {
 }
 
 INK, MUTED, HAIR = "#222222", "#5a5a5a", "#d9d9d9"
-# Okabe and Ito's colours, which stay apart for colour-blind eyes; markers tell them apart in grey.
-CHANNEL_COLOURS = {"plain": "#D55E00", "noised": "#0072B2", "secure": "#009E73"}
-CHANNEL_MARKERS = {"plain": "o", "noised": "s", "secure": "^"}
 FORBIDDEN = "#fbe9df"
 TEACHER, STUDENT = "#0072B2", "#E69F00"
 _SETTINGS: dict[Any, Any] = {
@@ -49,8 +47,6 @@ _BEYOND = 12.0
 """Percentage points that the accuracies' axis reaches beyond the estimates at most: wide bars run out."""
 _WIDER = 0.35
 """Likewise of the leak's axes, as a share of the estimates' range."""
-_LABELS = {"plain": (6, 6), "noised": (6, -12), "secure": (-13, 6)}
-"""Where a budget is written beside its mark, in points: apart for channels whose marks coincide."""
 _NO_BOUND = 1.14
 """Where runs without a bound stand, relative to the largest finite one."""
 _LEAST_GAP = 0.05
@@ -62,9 +58,14 @@ def draw_figures(grid: Grid, outcomes: Sequence[Outcome]) -> Mapping[str, Mappin
     if not points:
         return {}
     found = {"utility": _utility(grid, points)}
-    if views := sorted(audited_views(outcomes), key=VIEWS.index):
+    if views := sorted(audited_views(outcomes), key=_place):
         found |= {"leak": _leak(points), "theory": _theory(grid, outcomes, views)}
     return {name: _rendered(figure) for name, figure in found.items()}
+
+
+def _place(view: str) -> int:
+    """In the order of figures: a channel of a plug-in's comes first."""
+    return VIEWS.index(view) if view in VIEWS else -1
 
 
 def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
@@ -143,10 +144,9 @@ def _utility(grid: Grid, points: Sequence[Point]) -> Figure:
 
 
 def ceiling_of(points: Sequence[Point]) -> Point | None:
-    """The point without DP: over the plain channel if there is one, as the others may still add noise."""
+    """The point without DP: over a channel that adds no noise if there is one, as others may still do."""
     open_ones = [point for point in points if math.isinf(point.epsilon)]
-    plain = [point for point in open_ones if point.channel == "plain"]
-    return next(iter([*plain, *open_ones]), None)
+    return min(open_ones, key=lambda point: known(point.channel).adds_noise, default=None)
 
 
 def _teacher(measured: Accuracies) -> Interval:
@@ -231,7 +231,7 @@ def _leak(points: Sequence[Point]) -> Figure:
     panels[0][0].set_ylabel("leak: lower bound on\nrecord-level ε (95 % confidence)")
     panels[1][0].set_ylabel("leak: true-positive rate\nat 1 % false positives (%)")
     keys = [
-        _key(f"{c} channel", CHANNEL_COLOURS[c], CHANNEL_MARKERS[c], markersize=5.5)
+        _key(f"{c} channel", known(c).colour, known(c).marker, markersize=5.5)
         for c in dict.fromkeys(point.channel for point in points)
     ]
     ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "linewidth": 1.0}
@@ -275,18 +275,19 @@ def pareto_front(gains: Sequence[float], leaks: Sequence[float]) -> list[int]:
 
 
 def _channel(panel: Axes, channel: str, marks: Sequence[_Mark], scale: float) -> None:
-    colour = CHANNEL_COLOURS[channel]
+    kind = known(channel)
+    colour = kind.colour
     gains, leaks = [mark.gain for mark in marks], [mark.leak for mark in marks]
     x = [100 * gain.estimate for gain in gains]
     y = [scale * leak.estimate for leak in leaks]
     most = 100 if scale == 100 else math.inf
     across, along = _bars(gains, 100, -100, 100), _bars(leaks, scale, 0, most)
     panel.errorbar(x, y, xerr=across, yerr=along, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.55)
-    panel.plot(x, y, color=colour, marker=CHANNEL_MARKERS[channel], markersize=6.5, linewidth=1.5, zorder=4)
+    panel.plot(x, y, color=colour, marker=kind.marker, markersize=6.5, linewidth=1.5, zorder=4)
     for mark, place in zip(marks, zip(x, y, strict=True), strict=True):
         words = "∞" if math.isinf(mark.point.epsilon) else spelt(mark.point.epsilon)
         style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "zorder": 6, "color": colour}
-        panel.annotate(words, place, xytext=_LABELS[channel], **style)
+        panel.annotate(words, place, xytext=kind.label, **style)
 
 
 def _leak_limits(
@@ -320,7 +321,7 @@ def _theory(grid: Grid, outcomes: Sequence[Outcome], views: Sequence[str]) -> Fi
     for line in panels:
         line[0].set_ylabel("lower bound on record-level ε\n(95 % confidence)")
     keys: list[Line2D | Patch] = [
-        _key(f"{c} channel", CHANNEL_COLOURS[c], CHANNEL_MARKERS[c], linestyle="") for c in grid.channels
+        _key(f"{c} channel", known(c).colour, known(c).marker, linestyle="") for c in grid.channels
     ]
     keys += [_key("lower = upper", INK, linewidth=1.2), Patch(color=FORBIDDEN, linewidth=0, label="ALARM")]
     words = "upper bound on record-level ε, from the ledger (∞: none claimed); a mark is a run"
@@ -346,8 +347,8 @@ def _bounds_panel(
             [min(upper, beyond) + shift for upper, _ in here],
             [lower for _, lower in here],
             linestyle="",
-            marker=CHANNEL_MARKERS[channel],
-            color=CHANNEL_COLOURS[channel],
+            marker=known(channel).marker,
+            color=known(channel).colour,
             markersize=6,
             markeredgecolor="white",
             markeredgewidth=0.6,

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
 
+from privkd.channels.registry import KINDS, OURS, known
 from privkd.config import Config, config_tree, load_config
 from privkd.errors import ConfigError, RunError
 from privkd.options import setting_of
+from privkd.plugins import nearest_first
 
-CHANNELS = ("plain", "noised", "secure")
 AUDITS = ("membership", "reconstruction")
 RECORD, TRIALS, DONE = "curve.json", "cells", "cell.json"
 """Of a sweep's folder: its `Record`, the folder of its runs, and the `Done` of each."""
@@ -53,10 +54,10 @@ class Grid(BaseModel):
 
     Attributes:
         epsilons: record-level budgets; ``inf`` is the non-private ceiling.
-        channels: of ``CHANNELS``.
+        channels: kinds of channel; those of plug-ins are known once these are loaded.
         seeds: runs at each point, seeds 0 to ``seeds - 1``; an interval needs two.
         audits: of ``AUDITS``, made on every run; none is allowed.
-        device_epsilon: device-level budget of the ``noised`` channel.
+        device_epsilon: device-level budget of the channels that are ``budgeted``: of the ``noised`` one.
         shadows: of the membership audit.
         targets: likewise.
         settings: of every run, by dotted name.
@@ -69,7 +70,7 @@ class Grid(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epsilons: Epsilons = (1.0, 3.0, math.inf)
-    channels: Words = CHANNELS
+    channels: Words = OURS
     seeds: int = 3
     audits: Words = ("membership",)
     device_epsilon: Epsilon = 8.0
@@ -80,10 +81,13 @@ class Grid(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, given, known in (("channels", self.channels, CHANNELS), ("audit", self.audits, AUDITS)):
-            for word in given:
-                if word not in known:
-                    raise ConfigError(f"{name}={word!r}: expected one of {list(known)}")
+        for word in self.audits:
+            if word not in AUDITS:
+                raise ConfigError(f"audit={word!r}: expected one of {list(AUDITS)}")
+        if not any(name.startswith("plugins") for name in (*dict(self.settings), *self.overrides)):
+            for word in self.channels:
+                if word not in KINDS:
+                    raise ConfigError(f"channels={word!r}: expected one of {nearest_first(word, KINDS)}")
         if not self.channels or not self.epsilons:
             raise ConfigError("a curve needs at least one channel and one epsilon")
         for value in (*self.epsilons, self.device_epsilon):
@@ -168,7 +172,7 @@ class Trial:
         Raises:
             ConfigError: a setting is unknown or has a bad value.
         """
-        device = self.grid.device_epsilon if self.channel == "noised" else None
+        device = self.grid.device_epsilon if known(self.channel).budgeted else None
         varied = dict(zip(_VARIED, (self.channel, self.epsilon, device, self.seed), strict=True))
         given = dict(self.grid.settings)
         clashes = [name for name in varied if name in given or self._overridden(name)]

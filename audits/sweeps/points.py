@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from audits.estimators import TprAtFpr
 from audits.estimators.rates import Interval, mean_of
 from audits.sweeps.grid import Grid, Trial
+from privkd.channels.registry import known
 from privkd.privacy.events import Unit
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def rebuilt_views(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
 
 def cloud_view(channel: str) -> str:
     """What the cloud sees over a channel."""
-    return "secure_sum" if channel == "secure" else "per_client_logits"
+    return known(channel).views[0]
 
 
 def seeds_note(points: Sequence[Point], mark: str = "bars") -> str:

@@ -26,6 +26,7 @@ from audits.sweeps.points import (
     seeds_note,
 )
 from audits.sweeps.runner import Limits, folder_of, on_stderr, play, unfinished
+from privkd.channels.registry import KINDS
 from privkd.config import Config
 from privkd.errors import ConfigError, PrivkdError, RunError
 from privkd.plugins import load_plugins
@@ -219,6 +220,8 @@ def sweep(
     for trial in grid.trials:
         check_channel(trial.config().channel)
     load_plugins(grid.trials[0].config().plugins)
+    for channel in grid.channels:
+        KINDS.check(channel)
     if path and not resume:
         _check_unused(path)
     path = path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")

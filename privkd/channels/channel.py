@@ -1,32 +1,28 @@
 """How the devices' answers reach the cloud: the ``Channel`` contract, and the channels without sharing.
 
-``plain`` and ``noised`` show the cloud each device's own answers; ``secure`` (``privkd.secure``) shows it
-their mean alone. Neighbouring relation of every price: zero out one device's whole contribution, the
-number of devices being public.
+``plain`` and ``noised`` show the cloud each device's own answers; ``secure`` (``privkd.channels.secure``)
+shows it their mean alone. What is known of each kind stands in ``privkd.channels.registry``.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privkd.errors import ChannelError, ConfigError
+from privkd.channels.registry import KINDS, known, price_of
+from privkd.errors import ChannelError, ConfigError, InputError
 from privkd.messages import Question, Release, Upload
-from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
+from privkd.privacy.events import PartyId, PrivacyEvent
 from privkd.privacy.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
 from privkd.secure.fixedpoint import FixedPoint, clip_rows, content_digest, finite_or_zero
-
-if TYPE_CHECKING:
-    from privkd.channels.secure import SecureOptions
-
-ChannelKind: TypeAlias = Literal["plain", "noised", "secure"]
 
 
 class Channel(ABC):
@@ -35,23 +31,63 @@ class Channel(ABC):
     Args:
         clip_norm: L2 bound on each device's whole ``[query, class]`` block; a public constant.
         rho: zCDP price of one release to each device, or ``None`` for no noise.
+        root: where its noise comes from; ``None`` for the system's cryptographic source.
 
     Raises:
         ConfigError: one is out of range.
     """
 
-    def __init__(self, clip_norm: float, rho: float | None = None) -> None:
+    kind: ClassVar[str]
+    """Of `privkd.channels.registry.KINDS`."""
+    aggregators: int = 1
+    """How many add noise of the whole price to a sum."""
+
+    def __init__(self, clip_norm: float, rho: float | None = None, root: NoiseRoot | None = None) -> None:
         if not (math.isfinite(clip_norm) and clip_norm > 0):
             raise ConfigError(f"clip_norm={clip_norm}: expected a finite number above 0")
         if rho is not None and not (math.isfinite(rho) and rho > 0):
             raise ConfigError(f"rho={rho}: expected a finite number above 0, or none for no noise")
         self.clip_norm = clip_norm
         self.rho = rho
+        self.root = NoiseRoot.from_system() if root is None else root
 
     @property
-    @abstractmethod
     def event(self) -> PrivacyEvent:
         """Device-level price of one release, known (and debited) before it happens."""
+        return price_of(self.kind, self.rho)
+
+    @cached_property
+    def encoding(self) -> FixedPoint:
+        """Of one device's block as integers, clipped to the clip norm."""
+        return FixedPoint.for_clip_norm(self.clip_norm)
+
+    @cached_property
+    def sigma2(self) -> Fraction | None:
+        """Variance of the noise on integers of `encoding` that makes a release ``rho``-zCDP.
+
+        Raises:
+            ConfigError: the price is so small that the noise could not be drawn.
+        """
+        return None if self.rho is None else noise_variance(self.encoding.bound, self.rho)
+
+    @property
+    def draw_std(self) -> float:
+        """Standard deviation of one draw of that noise, decoded."""
+        return math.ldexp(math.sqrt(self.sigma2 or 0), -self.encoding.fraction_bits)
+
+    def draw(self, integers: NDArray[np.int64], *labels: str | int) -> NDArray[np.int64]:
+        """``integers`` with one draw of that noise, if there is any.
+
+        There is a stream for all ``labels`` and each content: different answers never meet the same noise.
+        """
+        if self.sigma2 is None:
+            return integers
+        stream = self.root.stream(*labels, str(self.sigma2), content_digest(integers))
+        return integers + discrete_gaussian(self.sigma2, integers.size, stream).reshape(integers.shape)
+
+    def resolution(self, devices: int) -> float:
+        """How near a release over so many ``devices`` comes to their clipped answers, noise apart."""
+        return math.ldexp(1.0, -self.encoding.fraction_bits)
 
     def open(self, question: Question, devices: Sequence[PartyId]) -> None:  # noqa: B027
         """Have whatever stands behind the channel await answers to ``question`` of at most ``devices``."""
@@ -75,11 +111,23 @@ class Channel(ABC):
 
         Raises:
             ChannelError: a party failed, or the blocks do not fit the devices; nothing was released.
+            InputError: a plug-in's channel fails, or releases something else.
         """
         blocks = contributions(answers, devices, question.round)
-        self.open(question, devices)
-        encoded = [self.encode(question, *each) for each in zip(blocks, devices, strict=True)]
-        return self.collect(question, encoded)
+        with KINDS.guarded(self.kind):
+            self.open(question, devices)
+            encoded = [self.encode(question, *each) for each in zip(blocks, devices, strict=True)]
+            return self._checked(self.collect(question, encoded), question)
+
+    def _checked(self, release: Release, question: Question) -> Release:
+        block, found = tuple(question.prior.shape), tuple(release.answers.shape)
+        expected = (len(release.devices), *block) if known(self.kind).shows_each else block
+        if found != expected:
+            raise InputError(
+                f"channel.kind {self.kind!r}: released answers of shape {list(found)}; "
+                f"expected {list(expected)}"
+            )
+        return release
 
     def release(self, answers: Tensor, *, devices: Sequence[PartyId], round: int) -> Release:
         """`carry` for answers ``[device, query, class]`` that are made up, to no question of any run."""
@@ -122,10 +170,11 @@ class Channel(ABC):
 class PlainChannel(Channel):
     """Every device's clipped answers, as they are. Trust: the cloud sees all."""
 
-    @property
-    def event(self) -> PrivacyEvent:
-        """Always without any guarantee."""
-        return NoPrivacy("plain channel: the cloud sees each device's answers")
+    kind = "plain"
+
+    def resolution(self, devices: int) -> float:
+        """See `Channel.resolution`: that of float32."""
+        return float(np.finfo(np.float32).tiny)
 
     def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
         """The clipped block, as it is."""
@@ -145,74 +194,22 @@ class NoisedChannel(Channel):
     ``sigma^2 = C_int^2 / (2 rho)``, so each release is exactly ``rho``-zCDP per device.
     """
 
-    def __init__(self, clip_norm: float, rho: float | None, root: NoiseRoot) -> None:
-        super().__init__(clip_norm, rho)
-        self._encoding = FixedPoint.for_clip_norm(clip_norm)
-        self._sigma2 = None if rho is None else noise_variance(self._encoding.bound, rho)
-        self._root = root
+    kind = "noised"
 
-    @property
-    def event(self) -> PrivacyEvent:
-        """``rho``-zCDP, or no guarantee without noise."""
-        if self.rho is None:
-            return NoPrivacy("noised channel without a device budget adds no noise")
-        return ZCdp(self.rho)
+    def __init__(self, clip_norm: float, rho: float | None = None, root: NoiseRoot | None = None) -> None:
+        super().__init__(clip_norm, rho, root)
+        _ = self.draw_std  # refuses a price that is too small
 
     def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
         """The clipped block as integers, with the device's own noise."""
-        integers = self._encoding.encode(block[None])[0]
-        if self._sigma2 is not None:
-            # One stream a device: in a deployment each draws under its own key.
-            content = content_digest(integers)
-            stream = self._root.stream("noised", question.round, device, str(self._sigma2), content)
-            integers += discrete_gaussian(self._sigma2, integers.size, stream)
+        # One stream a device: in a deployment each draws under its own key.
+        integers = self.draw(self.encoding.encode(block[None])[0], "noised", question.round, device)
         return Upload(device, question.round, integers.tobytes())
 
     def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
         """All noised blocks, decoded."""
-        noise_std = 0.0
-        if self._sigma2 is not None:
-            noise_std = math.ldexp(math.sqrt(self._sigma2), -self._encoding.fraction_bits)
         integers = np.stack([np.frombuffer(upload.payload, np.int64) for upload in uploads])
-        return _shown(question, self._encoding.decode(integers), noise_std, uploads)
-
-
-def open_channel(
-    kind: ChannelKind,
-    *,
-    clip_norm: float,
-    root: NoiseRoot,
-    rho: float | None = None,
-    aggregators: int = 2,
-    deadline: float = 120.0,
-    options: "SecureOptions | None" = None,
-) -> Channel:
-    """The channel of this kind.
-
-    Args:
-        kind: ``plain``, ``noised`` or ``secure``.
-        clip_norm: L2 bound on each device's whole ``[query, class]`` block; a public constant.
-        root: where noise comes from.
-        rho: zCDP price of one release to each device, or ``None`` for no noise. ``plain`` takes none.
-        aggregators: number of parties among which ``secure`` shares the answers; at least 2.
-        deadline: seconds that one step of ``secure``'s parties may take.
-        options: where the parties of ``secure`` run, and how rounds are held with them.
-
-    Raises:
-        ConfigError: a setting is out of range.
-    """
-    if kind == "plain":
-        if rho is not None:
-            raise ConfigError(f"rho={rho}: the plain channel adds no noise; take noised or secure")
-        return PlainChannel(clip_norm)
-    if kind == "noised":
-        return NoisedChannel(clip_norm, rho, root)
-    if kind == "secure":
-        # Imported here, as its module needs this one's contract.
-        from privkd.channels.secure import SecureChannel
-
-        return SecureChannel(clip_norm, rho, root, options, aggregators=aggregators, deadline=deadline)
-    raise ConfigError(f"channel.kind={kind!r}: expected one of ['noised', 'plain', 'secure']")
+        return _shown(question, self.encoding.decode(integers), self.draw_std, uploads)
 
 
 def noise_variance(bound: int, rho: float) -> Fraction:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privkd.channels.channel import Channel, noise_variance
+from privkd.config import ChannelConfig
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.messages import Question, Release, Upload
-from privkd.privacy.events import NoPrivacy, PartyId, PrivacyEvent, ZCdp
-from privkd.privacy.noise import NoiseRoot
+from privkd.privacy.events import PartyId
+from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import VoteRule
 from privkd.secure.client import ClientTls, service_links
 from privkd.secure.fixedpoint import FixedPoint
@@ -68,6 +69,26 @@ class SecureOptions:
     projections: int = 0
     votes: VoteRule | None = None
     lifetime: int = _LIFETIME
+
+    @classmethod
+    def of(
+        cls, channel: ChannelConfig, *, run: bytes, roster: tuple[PartyId, ...], votes: VoteRule | None
+    ) -> Self:
+        """Those of a run with the settings ``channel``; the rest as of the attributes."""
+        return cls(
+            services=channel.through_services,
+            urls=channel.aggregator_urls,
+            ca=channel.ca,
+            certificate=channel.certificate,
+            key=channel.key,
+            pins=channel.aggregator_keys,
+            run=run,
+            roster=roster,
+            minimum=channel.minimum_devices,
+            noise=channel.noise_from,
+            projections=channel.norm_projections,
+            votes=votes,
+        )
 
     @property
     def tls(self) -> ClientTls | None:
@@ -228,6 +249,8 @@ class SecureChannel(Channel):
     the devices see ``privkd.secure.terms``.
     """
 
+    kind = "secure"
+
     def __init__(
         self,
         clip_norm: float,
@@ -254,7 +277,7 @@ class SecureChannel(Channel):
         Raises:
             ConfigError: a setting is out of range, or CrypTen is needed here and not installed.
         """
-        super().__init__(clip_norm, rho)
+        super().__init__(clip_norm, rho, root)
         options = SecureOptions() if options is None else options
         _check_parties(clip_norm, rho, aggregators, deadline=deadline, start_deadline=start_deadline)
         _check_options(options, rho)
@@ -263,20 +286,11 @@ class SecureChannel(Channel):
         else:
             check_crypten()
         self.aggregators = aggregators
-        self._root = root
         self._options = options
         self._deadline = deadline
         self._parties = _Parties(aggregators, root, options, deadline, start_deadline)
         self._opened: _Opened | None = None
         self._last: tuple[Total, _Request] | None = None
-
-    @property
-    def event(self) -> PrivacyEvent:
-        """``rho``-zCDP, or no guarantee without noise."""
-        if self.rho is None:
-            what = "sum of all devices" if self._options.votes is None else "consensus of all devices"
-            return NoPrivacy(f"secure aggregation without noise: the exact {what} is revealed")
-        return ZCdp(self.rho)
 
     def start(self) -> None:
         """Start parties, or have running ones start their workers, without waiting for the workers."""
@@ -291,7 +305,7 @@ class SecureChannel(Channel):
         twin = SecureChannel(
             self.clip_norm,
             self.rho,
-            self._root,
+            self.root,
             options,
             aggregators=self.aggregators,
             deadline=self._deadline,
@@ -344,7 +358,7 @@ class SecureChannel(Channel):
         opened = self._round()
         if self._options.votes is not None:
             _check_votes(block.reshape(question.prior.shape))
-        sealed = prepare(block, opened.terms, device, self._root.subkey("device", device))
+        sealed = prepare(block, opened.terms, device, self.root.subkey("device", device))
         return Upload(device, question.round, sealed.pack())
 
     def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
@@ -433,6 +447,64 @@ class SecureChannel(Channel):
         """Names the round among all that these services will ever see."""
         digest = hashlib.sha256(b"privkd round" + self._options.run + round.to_bytes(8, "big")).digest()
         return int.from_bytes(digest[:8], "big")
+
+
+class OpenSum(Channel):
+    """What the secure channel's parties add up, in the open: clip, encode, sum, noise, decode.
+
+    The shares of a sum cancel exactly, so they are left out; all else is the channel's own.
+
+    Args:
+        clip_norm: as of `SecureChannel`.
+        rho: likewise.
+        root: of the noise of one release.
+        aggregators: how many hold shares and add noise.
+        colluding: of them, who tell the adversary their noise, which is as good as none.
+    """
+
+    kind = "secure"
+
+    def __init__(
+        self,
+        clip_norm: float,
+        rho: float | None,
+        root: NoiseRoot,
+        *,
+        aggregators: int = 2,
+        colluding: int = 0,
+    ) -> None:
+        super().__init__(clip_norm, rho, root)
+        self.aggregators, self._colluding = aggregators, colluding
+        self._mean = self._over(1)
+
+    def _over(self, devices: int) -> NoisyMean:
+        return NoisyMean.by_aggregators(
+            self.clip_norm, self.rho, devices=devices, aggregators=self.aggregators
+        )
+
+    def resolution(self, devices: int) -> float:
+        """See `Channel.resolution`. Each device truncates, and so its errors add up as its answers do."""
+        return math.ldexp(1.0, -self._over(devices).encoding.fraction_bits)
+
+    def open(self, question: Question, devices: Sequence[PartyId]) -> None:
+        """Fit the encoding to the number of ``devices``."""
+        self._mean = self._over(len(devices))
+
+    def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
+        """The clipped block as integers."""
+        return Upload(device, question.round, self._mean.encoding.encode(block[None])[0].tobytes())
+
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        """The noisy mean; its known noise is that which nobody tells."""
+        mean, count = self._mean, len(uploads)
+        total = np.stack([np.frombuffer(upload.payload, np.int64) for upload in uploads]).sum(axis=0)
+        if mean.sigma2 is not None:
+            for party in range(self._colluding, self.aggregators):
+                total += discrete_gaussian(mean.sigma2, total.size, self.root.stream("aggregator", party))
+        answers = torch.from_numpy(mean.decode(total, count).astype(np.float32))
+        noise_std = mean.noise_std(self.aggregators - self._colluding, count)
+        devices = [upload.device for upload in uploads]
+        return Release.to(question, answers.reshape(question.prior.shape), noise_std, devices)
 
 
 def _check_parties(clip_norm: float, rho: float | None, aggregators: int, **seconds: float) -> None:

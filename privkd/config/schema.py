@@ -1,7 +1,7 @@
 """The settings of a run: frozen and validated. Every field is public."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -17,10 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from privkd.channels.registry import KINDS, NOISY, OURS, SHOW_EACH, known
 from privkd.config.labels import canonical_number, same_number
 from privkd.config.mistakes import in_words
 from privkd.errors import ConfigError
 from privkd.options import put, setting_of
+from privkd.plugins import is_loaded
 from privkd.secure.normcheck import MAX_PROJECTIONS, MIN_PROJECTIONS
 
 # Nothing sensible lies beyond, and float32 or an operating system's timer may not reach it.
@@ -35,6 +37,10 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, le=_LARGEST, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 class Settings(BaseModel):
@@ -324,7 +330,7 @@ class ChannelConfig(Settings):
     """How answers travel.
 
     Attributes:
-        kind: ``plain``, ``noised`` or ``secure``.
+        kind: ``plain``, ``noised``, ``secure``, or a plug-in's.
         aggregators: parties among which ``secure`` shares the answers.
         aggregation: what ``secure`` lets the cloud see of a query: the ``mean`` answer, or by ``votes`` the
             class that won, where there is a consensus, and nothing else (Confident-GNMax). Devices then send
@@ -352,7 +358,7 @@ class ChannelConfig(Settings):
         dropout: share of the devices that fall silent in each round before they upload, drawn from the seed.
     """
 
-    kind: Literal["plain", "noised", "secure"] = "secure"
+    kind: Annotated[str, Field(examples=list(OURS))] = "secure"
     aggregators: Annotated[int, Field(ge=2, le=16)] = 2
     aggregation: Literal["mean", "votes"] = "mean"
     vote_threshold: Rate = 0.6
@@ -384,7 +390,8 @@ class ChannelConfig(Settings):
     @property
     def through_services(self) -> bool:
         """Whether the secure channel goes through services."""
-        return self.kind == "secure" and (self.parties == "services" or bool(self.aggregator_urls))
+        asked = self.parties == "services" or bool(self.aggregator_urls)
+        return asked and known(self.kind).has_parties
 
     @property
     def _asks_for_parties(self) -> bool:
@@ -399,7 +406,7 @@ class ChannelConfig(Settings):
 
     @model_validator(mode="after")
     def _of_services(self) -> Self:
-        if self._asks_for_parties and self.kind != "secure":
+        if self._asks_for_parties and not known(self.kind).has_parties:
             raise ValueError(
                 "aggregation, aggregator_urls, minimum_devices, noise_from and norm_projections are for kind "
                 "'secure'"
@@ -460,8 +467,8 @@ class Config(Settings):
         device: what trains: ``auto`` is CUDA where there is one.
         controls: whether to measure what the gain is compared with. A deployment measures no control that
             trains on private records.
-        plugins: modules of the user's that add attacks, aggregation rules, data sources or export formats,
-            each ``package.module`` or a path that ends in ``.py``; as text, with commas between.
+        plugins: modules of the user's that add channels, attacks, aggregation rules, data sources or export
+            formats, each ``package.module`` or a path that ends in ``.py``; as text, with commas between.
         data: which records exist, and who holds them.
         teacher: the cloud's model.
         student: the devices' models.
@@ -526,22 +533,38 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        noisy = self.privacy.device_epsilon is not None and math.isfinite(self.privacy.device_epsilon)
-        if noisy and self.channel.kind == "plain":
-            raise ValueError(
-                "privacy.device_epsilon needs noise on the channel: take channel.kind 'noised' or 'secure'"
-            )
-        if self.channel.kind == "secure" and self.reverse.aggregation != "clipped_mean":
-            raise ValueError(
-                f"reverse.aggregation={self.reverse.aggregation!r} needs each device's answers, and over the "
-                "secure channel the cloud sees their sum alone: take channel.kind 'plain' or 'noised'"
-            )
+        # What a plug-in adds is known once it is loaded, and checked then.
+        if self.plugins_loaded or self.channel.kind in OURS:
+            self.check_channel()
         return self
+
+    @property
+    def plugins_loaded(self) -> bool:
+        """Whether all that the settings may name is known by now."""
+        return all(map(is_loaded, self.plugins))
+
+    def check_channel(self) -> None:
+        """Do nothing where there is such a channel, and it can do what the settings ask for.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        chosen, kind = KINDS[self.channel.kind], self.channel.kind
+        noisy = self.privacy.device_epsilon is not None and math.isfinite(self.privacy.device_epsilon)
+        if noisy and not chosen.adds_noise:
+            raise ConfigError(
+                f"privacy.device_epsilon needs noise on the channel: take channel.kind {_either(NOISY)}"
+            )
+        if not chosen.shows_each and self.reverse.aggregation != "clipped_mean":
+            raise ConfigError(
+                f"reverse.aggregation={self.reverse.aggregation!r} needs each device's answers, and over the "
+                f"{kind} channel the cloud sees their sum alone: take channel.kind {_either(SHOW_EACH)}"
+            )
 
     @model_validator(mode="after")
     def _enough_stay(self) -> Self:
         devices, silent = self.data.devices, self.silent_devices
-        needed = (self.channel.minimum_devices or devices) if self.channel.kind == "secure" else 1
+        needed = (self.channel.minimum_devices or devices) if known(self.channel.kind).has_parties else 1
         if needed > devices:
             raise ValueError(f"channel.minimum_devices={needed}: there are {devices} devices")
         if silent and devices - silent < needed:

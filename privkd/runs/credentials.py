@@ -2,11 +2,8 @@
 
 import os
 
-from privkd.channels.secure import SecureOptions
 from privkd.config import Config
-from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot
-from privkd.privacy.votes import VoteRule
 from privkd.runs.folder import RunFolder
 
 
@@ -21,29 +18,10 @@ def noise_root(config: Config, folder: RunFolder) -> NoiseRoot:
     return NoiseRoot(folder.secret("noise.key", NoiseRoot.from_system().key))
 
 
-def secure_options(
-    config: Config, folder: RunFolder, roster: tuple[PartyId, ...], votes: VoteRule | None = None
-) -> SecureOptions | None:
-    """Where the secure channel's parties run, and how it holds rounds; none over another channel.
+def run_name(config: Config, folder: RunFolder) -> bytes:
+    """Names the run at services that outlive it, so that its rounds are never taken for another's.
 
-    Raises as `noise_root`. ``roster``: all devices of the run.
+    A group that is started for the run knows no other, so it needs no name, and a seeded run repeats. Raises
+    as `noise_root`.
     """
-    channel = config.channel
-    if channel.kind != "secure":
-        return None
-    return SecureOptions(
-        services=channel.through_services,
-        urls=channel.aggregator_urls,
-        ca=channel.ca,
-        certificate=channel.certificate,
-        key=channel.key,
-        pins=channel.aggregator_keys,
-        # Services outlive runs: their rounds need names that no other run has. A group that is started for
-        # the run knows no other, so it needs no name, and a seeded run repeats.
-        run=folder.secret("run.name", os.urandom(16)) if channel.aggregator_urls else b"",
-        roster=roster,
-        minimum=channel.minimum_devices,
-        noise=channel.noise_from,
-        projections=channel.norm_projections,
-        votes=votes,
-    )
+    return folder.secret("run.name", os.urandom(16)) if config.channel.aggregator_urls else b""

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from privkd.channels.registry import KINDS
 from privkd.cloud import RULES
 from privkd.config import Config, DataConfig
 from privkd.data.scenario import Scenario
@@ -224,7 +225,11 @@ class _Now:
         config = self.config
         models = [model.name for model in (config.teacher.model, *config.student.models)]
         source = [config.data.source] if is_function_name(config.data.source) else []
-        added = [SOURCES.module(config.data.source), RULES.module(config.reverse.aggregation)]
+        added = (
+            SOURCES.module(config.data.source),
+            RULES.module(config.reverse.aggregation),
+            KINDS.module(config.channel.kind),
+        )
         plugins = [*map(plugin_module, config.plugins), *filter(None, added)]
         return own_code([*models, *source, *(f"{module}:" for module in plugins)])
 

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import TYPE_CHECKING
 
+from privkd.channels.registry import WITHOUT_PARTIES, known
 from privkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,11 +22,11 @@ def check_crypten() -> None:
     if not has_crypten():
         raise ConfigError(
             "the secure channel needs CrypTen, which is missing: run `privkd doctor --fix`, which is "
-            f"`{CRYPTEN_COMMAND}`, or take channel.kind 'plain' or 'noised'"
+            f"`{CRYPTEN_COMMAND}`, or take channel.kind {' or '.join(map(repr, WITHOUT_PARTIES))}"
         )
 
 
 def check_channel(channel: "ChannelConfig") -> None:
     """Raise as `check_crypten` where the parties behind ``channel`` would run here, and so need it."""
-    if channel.kind == "secure" and not channel.aggregator_urls:
+    if known(channel.kind).has_parties and not channel.aggregator_urls:
         check_crypten()

@@ -27,9 +27,10 @@ from scipy.stats import binom  # noqa: E402
 import audits.mechanisms.closing  # noqa: E402
 import audits.mechanisms.on_channel  # noqa: E402
 import audits.mechanisms.on_device  # noqa: E402
+from audits.mechanisms.on_channel import ReleaseAudit, audit_releases  # noqa: E402
 from mutants.mutant import Put  # noqa: E402
 from mutants.settings import NOISED, SAMPLED, SMALL  # noqa: E402
-from privkd.channels.channel import NoisedChannel  # noqa: E402
+from privkd.channels.channel import Channel, NoisedChannel  # noqa: E402
 from privkd.config import load_config  # noqa: E402
 from privkd.prepared import Prepared, prepare  # noqa: E402
 from privkd.privacy.events import Unit  # noqa: E402
@@ -46,12 +47,17 @@ SOUND = (
 KINDS: dict[str, tuple[str, ...]] = {"full batches": (), "sampled": SAMPLED}
 
 
+def fewest(channel: Channel, rounds: int, seed: int, *, most: int) -> ReleaseAudit:
+    """The audit of a channel, with as few canary devices as it can do with."""
+    return audit_releases(channel, rounds, seed, most=0)
+
+
 def cut_short(put: Put) -> None:
     """As few canaries as make an audit of about half a second."""
     put(audits.mechanisms.on_device, "_POOL", 10)
     put(audits.mechanisms.on_device, "_MOST_DRAWS", 120_000)
     put(audits.mechanisms.on_device, "_CALLS", 6)
-    put(audits.mechanisms.closing, "_UPLOADS", dict.fromkeys(audits.mechanisms.closing._UPLOADS, 0))
+    put(audits.mechanisms.closing, "audit_releases", fewest)
 
 
 @dataclass(frozen=True)

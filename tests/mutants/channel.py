@@ -19,7 +19,7 @@ _DRAWS = 800
 """At the least: 2 rounds of 400 canary devices."""
 
 
-def _noised(share: float) -> Fault:
+def with_noise(share: float) -> Fault:
     return lambda put: put(privkd.channels.channel, "discrete_gaussian", quieter(share))
 
 
@@ -47,7 +47,7 @@ def _relabelled(chosen: Callable[[Sequence[Any]], Sequence[Any]]) -> Fault:
     return put_it
 
 
-def _divided_by_the_devices(put: Put) -> None:
+def divided_by_the_devices(put: Put) -> None:
     """The noise is for the sensitivity of the mean, and is added to the sum."""
     released: list[int] = [1]
     whole = SecureChannel.release
@@ -63,7 +63,7 @@ def _divided_by_the_devices(put: Put) -> None:
     put(privkd.channels.secure, "noise_variance", variance)
 
 
-def _clipped_at_twice(put: Put) -> None:
+def clipped_at_twice(put: Put) -> None:
     """Devices' blocks are clipped to twice the clip norm that the noise is for."""
 
     def encode(self: FixedPoint, blocks: Any) -> Any:
@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant(
         "noised channel without noise",
         "devices add none",
-        _noised(0.0),
+        with_noise(0.0),
         ("noised",),
         _SIZE,
         variance_away(0, _DRAWS),
@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant(
         "noised channel with half of the noise",
         "devices add half of theirs",
-        _noised(0.5),
+        with_noise(0.5),
         ("noised",),
         _SIZE,
         variance_away(0.25, _DRAWS),
@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant(
         "blocks clipped at twice the norm",
         "a device sends twice what the noise is for",
-        _clipped_at_twice,
+        clipped_at_twice,
         ("noised", *_SECURE),
         _DEVICES,
         "half of 400 canaries' entries are off by a clip norm: their mean by 7 standard deviations",
@@ -133,7 +133,7 @@ MUTANTS = (
     Mutant(
         "sensitivity of the mean",
         "the noise of the sum is scaled to the clip norm divided by the number of devices",
-        _divided_by_the_devices,
+        divided_by_the_devices,
         _SECURE,
         _SIZE,
         variance_away(1e-4, _DRAWS),
