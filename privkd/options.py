@@ -51,7 +51,7 @@ _ALL = (
     Option("drop", "data.drop", "Columns that are neither feature nor label, comma-separated. [none]"),
     Option("devices", "data.devices", "Number of devices. [5]"),
     Option("rounds", "rounds", "Number of rounds. [3]"),
-    Option("channel", "channel.kind", "plain, noised or secure. [secure]"),
+    Option("channel", "channel.kind", "plain, noised, secure or a plug-in's. [secure]"),
     Option("aggregators", "channel.aggregators", "Parties of the secure channel. [2]"),
     Option(
         "aggregation",

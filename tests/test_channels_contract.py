@@ -149,6 +149,7 @@ class TestOnesOwn:
             ({"views": ()}, "expected one view"),
             ({"views": ("teacher",)}, "none of them a model's"),
             ({"views": ("a", "b")}, "expected one view"),
+            ({"shows_each": False, "views": ("a", "b", "c")}, "expected one view or two"),
         ],
     )
     def test_is_refused_with_a_mistake(self, given: dict[str, Any], why: str) -> None:

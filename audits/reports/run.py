@@ -10,6 +10,7 @@ from audits.findings import Finding, LabelFinding, Refused
 from audits.reports.page import Figure, Section, Table, columns
 from audits.reports.trust import trust_of
 from audits.wording import counted, epsilon_text, event_text, percent, points
+from privkd.channels.registry import known
 from privkd.data.constants import in_words, unset
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Statement
@@ -62,6 +63,7 @@ def ledger(facts: RunRecord) -> Section:
         "Devices hold disjoint records, so a unit's epsilon is that of its worst device (parallel "
         "composition); rounds compose on each device.",
         *_closing(facts),
+        *_unaudited(facts),
         *_silence(facts),
     )
     return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round))
@@ -79,6 +81,14 @@ def _closing(facts: RunRecord) -> tuple[str, ...]:
         f"the run itself at its end: {paths}. No private record had a part in them. Of {checked} checks of "
         f"clipping, noise and batches on the same path, {passed} passed.",
     )
+
+
+def _unaudited(facts: RunRecord) -> tuple[str, ...]:
+    """Why there is no lower bound for a device, where the channel says it."""
+    why = known(facts.config.channel.kind).unaudited
+    if not why or math.isinf(facts.spent(Unit.DEVICE)):
+        return ()
+    return (f"There is no lower bound per device: {why}.",)
 
 
 def _silence(facts: RunRecord) -> tuple[str, ...]:

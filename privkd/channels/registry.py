@@ -196,6 +196,8 @@ def register(
     _check_views(name, views, shows_each)
     why = f"{name} channel{' without a device budget' if adds_noise else ''} adds no noise"
     more = {"without_noise": why, **more}
+    if not adds_noise:
+        more = {"unaudited": f"the {name} channel adds no noise, so nothing is claimed for a device", **more}
     if not shows_each:
         more = {"draws": lambda settings, devices: 1, **more}
 
@@ -222,12 +224,18 @@ def _check_views(name: str, views: tuple[str, ...], shows_each: bool) -> None:
 
 
 def known(name: str) -> Kind:
-    """The kind of this name, or one that says so where its plug-in is not loaded, as records are read."""
-    return KINDS.find(name) or Kind(
-        load=lambda: KINDS[name],  # type: ignore[arg-type, return-value]  # raises
-        trust=trust.Said((f"The channel {name!r} is a plug-in's, which is not loaded here.",), "a release"),
-        without_noise=f"{name} channel without a device budget adds no noise",
-    )
+    """The kind of this name, or one that says that its plug-in is not loaded, as records are read."""
+    return KINDS.find(name) or _unloaded(name)
+
+
+def _unloaded(name: str) -> Kind:
+    words = f"The channel {name!r} is a plug-in's, which is not loaded here."
+
+    def load() -> "Callable[..., Channel]":
+        raise ConfigError(words)
+
+    why = f"{name} channel without a device budget adds no noise"
+    return Kind(load, trust.Said((words,), "a release"), why)
 
 
 def channel_views() -> tuple[str, ...]:
