@@ -339,7 +339,7 @@ def test_the_table_keeps_its_verdicts_in_a_pipe(plain: Path) -> None:
 def test_quantile_regression_reads_public_features_alone(side: tuple[RunFolder, ReplayContext]) -> None:
     _, device = side
     pool = draw_pool(device.run.scenario, 0, "natural", 0)
-    features = features_of(device.starts[-1][0], pool)
+    features = features_of(device.last_starts[0], pool)
     classes = device.run.scenario.classes
     assert features.candidates.shape == (len(pool.candidates), 2 * classes + 1)
     assert features.population.shape == (len(pool.population), 2 * classes + 1)

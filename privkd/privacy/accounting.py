@@ -19,17 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import count as count_from
+from typing import TYPE_CHECKING
 
 import numpy as np
-from dp_accounting import dp_event
-from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
-from dp_accounting.pld import privacy_loss_distribution as pld
-from dp_accounting.rdp import RdpAccountant
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from privkd.errors import BudgetError, InputError
 from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
+
+# The accounting library is loaded when a price is asked for: whoever reads a statement needs none.
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 MAX_NOISE = 1e6
 """More noise than this is priced as this much, and a lower rate than the least one as the least."""
@@ -355,6 +356,8 @@ def _gaussian_epsilon(mu_squared: float, delta: float) -> float:
     """Epsilon of mu-Gaussian differential privacy (Balle and Wang 2018, Theorem 8)."""
     if not mu_squared:
         return 0.0
+    from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+
     with np.errstate(divide="ignore"):
         return float(get_epsilon_gaussian(1 / math.sqrt(max(mu_squared, _MIN_RHO)), delta, tol=1e-12))
 
@@ -380,6 +383,9 @@ def _zcdp_epsilon(rho: float, delta: float) -> float:
 
 def _renyi_epsilon(events: Composition, delta: float) -> float:
     """The better of two bounds: the library's, and one that forgoes amplification but holds in all cases."""
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import RdpAccountant
+
     rho = events.rho + events.mu_squared / 2
     accountant = RdpAccountant(_ORDERS)
     try:
@@ -411,7 +417,7 @@ def _quiet() -> Iterator[None]:
 
 def _distribution(
     events: Composition, *, pessimistic: bool, accuracy: float = math.inf
-) -> pld.PrivacyLossDistribution | None:
+) -> "PrivacyLossDistribution | None":
     """The composed privacy loss distribution; rho enters as the Gaussian that attains it.
 
     ``None`` where the steps are too many, or their losses leave the range of a float. The optimistic one
@@ -435,7 +441,7 @@ def _distribution(
     return reduce(lambda whole, part: whole.compose(part, tail_mass_truncation=0), parts)
 
 
-def _loss_quantile(distribution: pld.PrivacyLossDistribution | None, delta: float) -> float | None:
+def _loss_quantile(distribution: "PrivacyLossDistribution | None", delta: float) -> float | None:
     if distribution is None:
         return None
     try:
@@ -459,7 +465,9 @@ def _interval(events: Composition, largest: float, pessimistic: bool, accuracy: 
 
 
 @lru_cache(maxsize=8)
-def _step(noise: float, rate: float, interval: float, pessimistic: bool) -> pld.PrivacyLossDistribution:
+def _step(noise: float, rate: float, interval: float, pessimistic: bool) -> "PrivacyLossDistribution":
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     return pld.from_gaussian_mechanism(
         noise,
         sampling_prob=rate,
