@@ -1,7 +1,7 @@
 """The audits' reports: all findings of one kind, as a record, a data frame and a table."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -43,12 +43,15 @@ REPLAY_NOTE = (
 
 @dataclass(frozen=True)
 class Scored:
-    """One attack's scores, and which way the coins fell: float64 and bool ``[guess]``."""
+    """One attack's scores, and which way the coins fell: float64 and bool ``[guess]``.
+
+    Reports are equal where their findings are, which follow from these.
+    """
 
     view: str
     attack: str
-    values: NDArray[np.float64]
-    inside: NDArray[np.bool_]
+    values: NDArray[np.float64] = field(compare=False)
+    inside: NDArray[np.bool_] = field(compare=False)
 
 
 class MembershipReport(FileRecord, Value):

@@ -134,7 +134,7 @@ class Value(ABC):
         return None
 
     def to_frame(self) -> "DataFrame":
-        """One row for each of what the value is made of.
+        """One row for each of what the value is made of; NaN is a figure that there is not.
 
         Raises:
             InputError: pandas is not installed.
@@ -145,7 +145,8 @@ class Value(ABC):
             raise InputError(
                 "a data frame needs pandas, which is not installed here: pip install 'privkd[notebook]'"
             ) from None
-        return DataFrame(list(self.rows()))
+        # A column of ``None`` would be one of objects, which nothing can draw.
+        return DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in self.rows()])
 
     def _repr_html_(self) -> str:
         from rich.console import Console

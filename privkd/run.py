@@ -31,7 +31,8 @@ from privkd.runs.result import Result, StudentResult, TeacherResult, TestSet, le
 from privkd.secure.installed import check_channel
 
 Factory: TypeAlias = Callable[..., nn.Module]
-"""A model of the user's own: called as `models.zoo.build` calls one that a setting names."""
+"""A model of the user's own: ``factory(input_shape, classes)`` gives one that was not trained yet; it maps
+``[record, *input_shape]`` to logits ``[record, class]``."""
 Arrays: TypeAlias = tuple[Any, Any]
 """Inputs ``[record, *shape]`` and labels ``[record]``."""
 Announce: TypeAlias = Callable[[Path, Prepared], None]

@@ -21,8 +21,24 @@ def commands_of(page: str) -> list[list[str]]:
 
 def files_named(page: str) -> set[str]:
     """The project's files that stand in the page's code spans."""
-    folders = "privkd|papers|audits|attacks|tests|benchmarks|docs"
+    folders = "privkd|papers|audits|attacks|tests|benchmarks|docs|examples"
     return set(re.findall(rf"`((?:{folders})/[\w./-]+)`", page))
+
+
+def symbols_missed(text: str) -> list[str]:
+    """The names in code spans of ``text`` that no file defines that it names too; none if it names none."""
+    spans = re.findall(r"`([^`]+)`", text)
+    named = [ROOT / span for span in spans if (ROOT / span).exists()]
+    files = [file for path in named for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    code = "\n".join(file.read_text() for file in files)
+    names = [span.rpartition(".")[2] for span in spans if re.fullmatch(r"[A-Za-z_][\w.]*", span)]
+    return [
+        name
+        for name in names
+        if named
+        and name not in ("py", "toml", "json", "jsonl")
+        and not re.search(rf"^ *(?:def|class) {name}\b|^ *{name}\b *[:=]", code, re.MULTILINE)
+    ]
 
 
 def links_of(page: str) -> set[str]:

@@ -174,6 +174,12 @@ class TestValue:
         assert list(frame.columns) == list(values[name].rows()[0])
         assert len(frame) == len(values[name].rows())
 
+    def test_a_figure_that_there_is_not_is_nan(self, values: dict[str, Value]) -> None:
+        pytest.importorskip("pandas")
+        frame = values["membership"].to_frame()
+        assert values["membership"].rows()[0]["tpr_at_fpr_0.001"] is None
+        assert (frame["tpr_at_fpr_0.001"].dtype, frame["tpr_at_fpr_0.001"].isna().all()) == (float, True)
+
     @pytest.mark.parametrize("name", VALUES)
     def test_shows_its_table_in_a_notebook(self, values: dict[str, Value], name: str) -> None:
         shown = values[name]._repr_html_()

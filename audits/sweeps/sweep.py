@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TABLE = "curve.csv"
-_WIDTH = 110
 
 
 @dataclass(frozen=True)
