@@ -73,7 +73,12 @@ def put(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     """Into this process, and into those of the aggregators that it will start."""
     mutant.put(lambda owner, name, value: patch.setattr(owner, name, value))
     if mutant.in_parties:
-        folders = (str(HERE / "mutants" / "startup"), str(HERE), os.environ.get("PYTHONPATH", ""))
+        folders = (
+            str(HERE / "mutants" / "startup"),
+            str(HERE),
+            str(HERE / "support"),
+            os.environ.get("PYTHONPATH", ""),
+        )
         patch.setenv("PYTHONPATH", os.pathsep.join(folders))
         patch.setenv(VARIABLE, mutant.name)
 

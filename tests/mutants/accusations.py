@@ -19,7 +19,7 @@ from pathlib import Path
 _TESTS = str(Path(__file__).resolve().parents[1])
 if __name__ == "__main__":
     # In place of this folder, whose modules are a package's.
-    sys.path[:1] = [_TESTS, str(Path(_TESTS).parent)]
+    sys.path[:1] = [_TESTS, f"{_TESTS}/support", str(Path(_TESTS).parent)]
 
 from running import federation_of  # noqa: E402
 from scipy.stats import binom  # noqa: E402

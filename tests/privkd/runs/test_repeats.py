@@ -25,7 +25,7 @@ from privkd.privacy.events import NoPrivacy, PrivacyEvent, ZCdp
 from privkd.privacy.noise import NoiseRoot
 from privkd.runs.fingerprints import UNKEPT, check_repeats
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2] / "support"
 AFTER_THE_RELEASE, IN_ROUND_TWO = 4, 6
 """Stages of a run: the first release was made and not committed; students train again."""
 REFUSED = r"the answers of round 1 differ from those of the interrupted release.*OMP_NUM_THREADS=\d+"

@@ -22,7 +22,7 @@ from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
 from privkd.runs.folder import RunFolder
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2] / "support"
 
 
 class Killed(BaseException):

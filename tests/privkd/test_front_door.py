@@ -88,7 +88,7 @@ def elsewhere(run: privkd.Run, code: str) -> tuple[int, str, str]:
     begin = (
         f"import audits, privkd; from test_front_door import arrays, own_student; path = {str(run.path)!r}\n"
     )
-    return process(code=begin + textwrap.dedent(code), cwd=ROOT, path=str(ROOT / "tests"))
+    return process(code=begin + textwrap.dedent(code), cwd=ROOT, path=str(ROOT / "tests" / "support"))
 
 
 class TestOwnRecordsAndModels:

@@ -65,7 +65,7 @@ class Commands:
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         self._count = 0
-        paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+        paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, __file__],
