@@ -99,9 +99,15 @@ def name_of(given: Any, what: str) -> str:
 
 
 def hand_over(name: str, given: Any) -> None:
-    """Give ``given`` the ``name`` that `name_of` gave it in another process."""
+    """Give ``given`` the ``name`` that `name_of` gave it in another process.
+
+    Raises:
+        InputError: the name is of something else, which needs nothing.
+    """
     if name.partition(":")[0] == _HANDED_OVER:
         _HERE[name] = given
+    elif name_of(given, "it") != name:
+        raise InputError(f"the run has {name!r}, which was not handed over: give nothing in its place")
 
 
 def users_callable(path: str, what: str, error: type[InputError]) -> Any:
@@ -115,7 +121,8 @@ def users_callable(path: str, what: str, error: type[InputError]) -> Any:
     module, _, name = path.partition(":")
     if module == _HANDED_OVER:
         if path not in _HERE:
-            raise error(f"{what} {path!r} was handed over in another process: give it to privkd.load again")
+            again = "give it to privkd.load, or to privkd.resume, again"
+            raise error(f"{what} {path!r} was handed over in another process: {again}")
         return _HERE[path]
     import_from(Path.cwd())
     try:

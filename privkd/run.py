@@ -15,7 +15,7 @@ from torch import nn
 from privkd.config import Config, config_tree, load_config, parse_config
 from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
-from privkd.errors import RunError
+from privkd.errors import InputError, RunError
 from privkd.federation import ClosingAudit, Played
 from privkd.federation import run as play_rounds
 from privkd.models.latency import latencies_ms
@@ -145,14 +145,30 @@ def train(
         return _played(folder, prepared, progress or Silent())
 
 
-def resume(path: Path | str, *, progress: Progress | None = None) -> Run:
+def resume(
+    path: Path | str,
+    *,
+    data: Arrays | Callable[[], Arrays] | None = None,
+    teacher: Factory | None = None,
+    student: Factory | Sequence[Factory] | None = None,
+    progress: Progress | None = None,
+) -> Run:
     """Go on with the run in ``path``, with the settings that it was started with.
 
+    Args:
+        path: the run's folder.
+        data: what was handed over to `train` in another process.
+        teacher: likewise.
+        student: likewise.
+        progress: told of every stage.
+
     Raises:
+        InputError: something else is given than was handed over.
         RunError: its data or code changed, or it is damaged.
         PrivkdError: otherwise as `train`.
     """
     with RunFolder.resume(Path(path)) as folder:
+        _give_again(folder.config, data, teacher, student)
         return _played(folder, None, progress or Silent())
 
 
@@ -173,20 +189,28 @@ def load(
 
     Raises:
         RunError: there is none, it is not finished, or it is damaged.
+        InputError: something else is given than was handed over.
     """
     folder = Path(path)
     if not (folder / "result.json").is_file():
         raise RunError(f"{folder}: no finished run; go on with one by `privkd train --resume {folder}`")
     config = load_config(folder / "config.toml")
+    _give_again(config, data, teacher, student)
+    return Run(folder, config, Result.read(folder / "result.json"))
+
+
+def _give_again(config: Config, data: Any, teacher: Any, student: Any) -> None:
+    """Hand over what `train` was given in another process; `None` is nothing."""
     if data is not None:
         hand_over(config.data.source, _returning(data) if isinstance(data, tuple) else data)
     if teacher is not None:
         hand_over(config.teacher.model.name, teacher)
     if student is not None:
-        several = student if isinstance(student, Sequence) else (student,)
-        for model, one in zip(config.student.models, several, strict=False):
+        several, models = student if isinstance(student, Sequence) else (student,), config.student.models
+        if len(several) != len(models):
+            raise InputError(f"{len(several)} students given again, but the run has {len(models)}")
+        for model, one in zip(models, several, strict=True):
             hand_over(model.name, one)
-    return Run(folder, config, Result.read(folder / "result.json"))
 
 
 def _with_objects(config: Config, data: Any, teacher: Any, student: Any, channel: str | None) -> Config:

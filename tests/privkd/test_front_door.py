@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pages import ROOT
-from running import SMALL
+from running import SMALL, StopAt
 from test_front import process
 from torch import nn
 
@@ -124,7 +124,9 @@ class TestOwnRecordsAndModels:
         assert code == 0, err
         accuracy, refusal = out.splitlines()
         assert float(accuracy) == run.result.teacher.after
-        assert refusal.endswith("was handed over in another process: give it to privkd.load again")
+        assert refusal.endswith(
+            "was handed over in another process: give it to privkd.load, or to privkd.resume, again"
+        )
 
     def test_and_given_again_are_audited_alike(self, run: privkd.Run) -> None:
         code, out, err = elsewhere(
@@ -150,6 +152,42 @@ class TestOwnRecordsAndModels:
         assert code == 1
         assert "RunError" in err.splitlines()[-1]
         assert "changed" in err.splitlines()[-1]
+
+    def test_and_given_again_a_run_goes_on(self, run: privkd.Run, tmp_path: Path) -> None:
+        """Killed after its first commit, it ends as the whole one."""
+        path, stop = tmp_path / "run", StopAt(4)
+        with pytest.raises(KeyboardInterrupt):
+            privkd.train(
+                CONFIG, data=arrays(), student=lambda *shape: own_student(*shape), out=path, progress=stop
+            )
+        code, out, err = elsewhere(
+            run,
+            f"""
+            import pathlib
+            path = {str(path)!r}
+            try:
+                privkd.resume(path)
+            except privkd.errors.InputError as error:
+                print("give it" in str(error))
+            run = privkd.resume(path, data=arrays(), student=own_student)
+            print(run.result.teacher.after)
+            """,
+        )
+        assert code == 0, err
+        assert out.split() == ["True", str(run.result.teacher.after)]
+
+    @pytest.mark.parametrize(
+        "given", [{"data": arrays()}, {"student": own_student}, {"teacher": own_student}], ids=list
+    )
+    def test_a_run_of_ours_needs_none(self, given: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "result.json").write_text("{}")
+        (tmp_path / "config.toml").write_text("")
+        with pytest.raises(InputError, match=r"the run has '.*', which was not handed over: give nothing"):
+            privkd.load(tmp_path, **given)
+
+    def test_as_many_students_are_given_again(self, run: privkd.Run) -> None:
+        with pytest.raises(InputError, match="2 students given again, but the run has 1"):
+            privkd.load(run.path, student=(own_student, own_student))
 
     @pytest.mark.parametrize("given", [{"data": 3}, {"student": 3}, {"teacher": object()}], ids=str)
     def test_what_is_neither_a_name_nor_code_is_refused(self, given: dict[str, Any], tmp_path: Path) -> None:
