@@ -17,14 +17,13 @@ from torch.nn import functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from privkd.channels.channel import Channel, PlainChannel  # noqa: E402
+from privkd.channels.channel import PlainChannel  # noqa: E402
 from privkd.cloud import RULES  # noqa: E402
 from privkd.config import load_config  # noqa: E402
 from privkd.federation import Federation  # noqa: E402
-from privkd.messages import Question, Release, Task  # noqa: E402
+from privkd.messages import Question, Release, Task, Upload  # noqa: E402
 from privkd.plan import budgets  # noqa: E402
 from privkd.prepared import prepare  # noqa: E402
-from privkd.privacy.events import PrivacyEvent  # noqa: E402
 from privkd.privacy.ledger import Ledger  # noqa: E402
 from privkd.progress import Silent  # noqa: E402
 from privkd.runs.checkpoint import State  # noqa: E402
@@ -62,26 +61,20 @@ ATTACKS: Mapping[str, Attack] = {
 }
 
 
-class HostileChannel(Channel):
+class HostileChannel(PlainChannel):
     """The plain channel, with the blocks of the last ``hostile`` devices replaced on the wire."""
 
     def __init__(self, clip_norm: float, attack: Attack, hostile: int) -> None:
         super().__init__(clip_norm)
-        self._inner = PlainChannel(clip_norm)
         self._attack = attack
         self._hostile = hostile
 
-    @property
-    def event(self) -> PrivacyEvent:
-        """As of the plain channel."""
-        return self._inner.event
-
-    def carry(self, question: Question, answers: Tensor, devices: Sequence[str]) -> Release:
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
         """What the cloud receives."""
-        found = self._inner.carry(question, answers, devices)
+        found = super().collect(question, uploads)
         if not self._hostile:
             return found
-        honest = found.answers[: len(devices) - self._hostile]
+        honest = found.answers[: len(uploads) - self._hostile]
         sent = self._attack(honest).expand(self._hostile, *honest.shape[1:])
         return replace(found, answers=torch.cat([honest, sent]))
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from running import StopAt, Watching, charges, play, resume, same
 from torch import Tensor
 
@@ -20,7 +22,7 @@ import privkd.federation
 from privkd.channels.channel import Channel
 from privkd.device import responses
 from privkd.errors import RunError
-from privkd.messages import Question, Release
+from privkd.messages import Question, Release, Upload
 from privkd.privacy.events import NoPrivacy, PrivacyEvent, ZCdp
 from privkd.privacy.noise import NoiseRoot
 from privkd.runs.fingerprints import UNKEPT, check_repeats
@@ -64,6 +66,12 @@ class Counted(Channel):
     def carry(self, question: Question, answers: Tensor, devices: Sequence[str]) -> Release:
         type(self).begun += 1
         raise KeyboardInterrupt
+
+    def encode(self, question: Question, block: NDArray[np.float64], device: str) -> Upload:
+        raise AssertionError("nothing is carried")
+
+    def collect(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        raise AssertionError("nothing is carried")
 
 
 def opened(*_: Any, clip_norm: float, rho: float | None, **__: Any) -> Counted:
