@@ -86,9 +86,10 @@ def audit(run: privkd.Run | Path) -> MembershipReport:
 def elsewhere(run: privkd.Run, code: str) -> tuple[int, str, str]:
     """``code`` in another process, which has the records and the factory under other names."""
     begin = (
-        f"import audits, privkd; from test_front_door import arrays, own_student; path = {str(run.path)!r}\n"
+        "import audits, numpy as np, privkd\nfrom torch import nn\nfrom typing import Any\n"
+        f"{inspect.getsource(arrays)}\n{inspect.getsource(own_student)}\npath = {str(run.path)!r}\n"
     )
-    return process(code=begin + textwrap.dedent(code), cwd=ROOT, path=str(ROOT / "tests" / "support"))
+    return process(code=begin + textwrap.dedent(code), cwd=ROOT)
 
 
 class TestOwnRecordsAndModels:
