@@ -50,16 +50,16 @@ def _relabelled(chosen: Callable[[Sequence[Any]], Sequence[Any]]) -> Fault:
 def divided_by_the_devices(put: Put) -> None:
     """The noise is for the sensitivity of the mean, and is added to the sum."""
     released: list[int] = [1]
-    whole = SecureChannel.release
+    whole = SecureChannel.carry
 
-    def release(self: Any, answers: Any, *, devices: Sequence[str], round: int) -> Any:
+    def carry(self: Any, question: Any, answers: Any, devices: Sequence[str]) -> Any:
         released[0] = len(devices)
-        return whole(self, answers, devices=devices, round=round)
+        return whole(self, question, answers, devices)
 
     def variance(bound: int, rho: float) -> Fraction:
         return noise_variance(bound // released[0], rho)
 
-    put(SecureChannel, "release", release)
+    put(SecureChannel, "carry", carry)
     put(privkd.channels.secure, "noise_variance", variance)
 
 

@@ -141,15 +141,15 @@ class TestThroughARun:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, sent: float
     ) -> None:
         """What it put on the wire is kept as it was received, and every weight stays finite."""
-        inner = PlainChannel.release
+        inner = PlainChannel.carry
 
-        def release(channel: PlainChannel, answers: Tensor, **named: Any) -> Release:
-            found = inner(channel, answers, **named)
+        def carry(channel: PlainChannel, *arguments: Any) -> Release:
+            found = inner(channel, *arguments)
             found.answers[-1] = sent
             found.answers[-1, :, 0] /= 2
             return found
 
-        monkeypatch.setattr(PlainChannel, "release", release)
+        monkeypatch.setattr(PlainChannel, "carry", carry)
         play(tmp_path / "run", f"reverse.aggregation={rule}")
         files = {
             file.relative_to(tmp_path / "run"): load_file(file) for file in tmp_path.rglob("*.safetensors")

@@ -198,7 +198,7 @@ def _descriptor(descriptor: int, *_: object) -> str:
 
 
 def _arm(strike: Strike, trace: int) -> None:
-    from privkd.channels.channel import NoisedChannel, PlainChannel, Release
+    from privkd.channels.channel import NoisedChannel, PlainChannel
     from privkd.channels.secure import SecureChannel
 
     tracer = _Tracer(strike, trace)
@@ -208,26 +208,26 @@ def _arm(strike: Strike, trace: int) -> None:
         setattr(os, name, tracer.wrap(name, getattr(os, name), lambda _, target, **__: _named(target)))
     os.unlink = tracer.wrap("unlink", os.unlink, lambda path, **__: _named(path))
     for kind in (PlainChannel, NoisedChannel, SecureChannel):
-        _arm_release(tracer, kind, Release)
+        _arm_release(tracer, kind)
 
 
-def _arm_release(tracer: _Tracer, kind: Any, release: Any) -> None:
-    inner = kind.release
+def _arm_release(tracer: _Tracer, kind: Any) -> None:
+    inner = kind.carry
 
-    def noted(channel: Any, answers: Any, *, devices: Any, round: int) -> Any:
-        found = inner(channel, answers, devices=devices, round=round)
+    def noted(channel: Any, question: Any, answers: Any, devices: Any) -> Any:
+        found = inner(channel, question, answers, devices)
         shown = hashlib.sha256(answers.numpy().tobytes() + found.answers.numpy().tobytes()).hexdigest()
-        tracer.note(f"released {round} {shown}")
+        tracer.note(f"released {question.round} {shown}")
         return found
 
-    def outer(channel: Any, answers: Any, *, devices: Any, round: int) -> Any:
+    def outer(channel: Any, question: Any, answers: Any, devices: Any) -> Any:
         if devices[0].startswith(("replay-", "audit-")):
             # An audit's made-up devices: no release of the run.
-            return inner(channel, answers, devices=devices, round=round)
-        point = tracer.wrap("release", lambda _: noted(channel, answers, devices=devices, round=round), str)
-        return point(round)
+            return inner(channel, question, answers, devices)
+        point = tracer.wrap("release", lambda _: noted(channel, question, answers, devices), str)
+        return point(question.round)
 
-    kind.release = outer
+    kind.carry = outer
 
 
 def _child(order: dict[str, Any]) -> NoReturn:
