@@ -6,6 +6,7 @@ the number of devices being public.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from privkd.channels import trust
@@ -78,28 +79,14 @@ class Kind:
     label: tuple[int, int] = (6, 6)
 
 
-def _plain() -> "Callable[..., Channel]":
-    from privkd.channels.channel import PlainChannel
+def _ours(room: str, name: str) -> "Callable[[], Callable[..., Channel]]":
+    """One of our classes, by name, as its room is loaded when a channel of it is opened."""
 
-    return PlainChannel
+    def load() -> "Callable[..., Channel]":
+        found: Callable[..., Channel] = getattr(import_module(f"privkd.channels.{room}"), name)
+        return found
 
-
-def _noised() -> "Callable[..., Channel]":
-    from privkd.channels.channel import NoisedChannel
-
-    return NoisedChannel
-
-
-def _secure() -> "Callable[..., Channel]":
-    from privkd.channels.secure import SecureChannel
-
-    return SecureChannel
-
-
-def _open_sum() -> "Callable[..., Channel]":
-    from privkd.channels.secure import OpenSum
-
-    return OpenSum
+    return load
 
 
 def _through_parties(settings: "ChannelConfig") -> Canaries:
@@ -115,7 +102,7 @@ def _through_parties(settings: "ChannelConfig") -> Canaries:
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; markers tell them apart in grey.
 _OURS = {
     "plain": Kind(
-        load=_plain,
+        load=_ours("channel", "PlainChannel"),
         trust=trust.plain,
         without_noise="plain channel: the cloud sees each device's answers, without any noise",
         adds_noise=False,
@@ -125,7 +112,7 @@ _OURS = {
         marker="o",
     ),
     "noised": Kind(
-        load=_noised,
+        load=_ours("channel", "NoisedChannel"),
         trust=trust.noised,
         without_noise="noised channel without a device budget adds no noise",
         budgeted=True,
@@ -135,14 +122,14 @@ _OURS = {
         label=(6, -12),
     ),
     "secure": Kind(
-        load=_secure,
+        load=_ours("secure", "SecureChannel"),
         trust=trust.secure,
         without_noise="secure aggregation without noise has no device-level guarantee",
         views=("secure_sum", "secure_sum_colluding"),
         shows_each=False,
         has_parties=True,
         draws=lambda settings, devices: settings.aggregators if settings.noise_from == "aggregators" else 1,
-        replay=_open_sum,
+        replay=_ours("secure", "OpenSum"),
         canaries=_through_parties,
         model="Federated",
         colour="#009E73",
