@@ -28,7 +28,8 @@ def files_named(page: str) -> set[str]:
 def symbols_missed(text: str) -> list[str]:
     """The names in code spans of ``text`` that no file defines that it names too; none if it names none."""
     spans = re.findall(r"`([^`]+)`", text)
-    named = [ROOT / span for span in spans if (ROOT / span).exists()]
+    # A bare word names no file of ours, whatever a run has left in the folder.
+    named = [ROOT / span for span in spans if re.search(r"[/.]", span) and (ROOT / span).exists()]
     files = [file for path in named for file in ([path] if path.is_file() else path.rglob("*.py"))]
     code = "\n".join(file.read_text() for file in files)
     names = [span.rpartition(".")[2] for span in spans if re.fullmatch(r"[A-Za-z_][\w.]*", span)]

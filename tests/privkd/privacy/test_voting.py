@@ -212,7 +212,6 @@ def test_votes_are_sent_and_asked_within_the_budget() -> None:
     config = settings(**{"privacy.device_epsilon": 8.0})
     assert config.channel.sends == "votes"
     assert load_config().channel.sends == "probabilities"
-    assert config.channel.through_services
     plan = make_plan(config, FACTS)
     assert plan.votes is not None
     assert plan.votes.rho is not None
