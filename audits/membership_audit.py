@@ -31,6 +31,7 @@ from audits.tables import MembershipReport, Scored
 from audits.views import Replays, Wires
 from privkd.channels.registry import KINDS
 from privkd.errors import ConfigError, InputError
+from privkd.messages import dealt
 from privkd.prepared import Prepared, reopen_simulation
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
@@ -250,8 +251,8 @@ class _Audit:
         if view == "teacher":
             signals, public = self._wires.teacher_signals(replays), side.transcript.exchanges[-1].teacher
         else:
-            starts = side.last_starts
-            signals, public = _student_signals(replays), starts[self._request.device % len(starts)]
+            signals = _student_signals(replays)
+            public = dealt(side.last_starts, self._request.device)
         return evidence_on_models(signals, replays.pool, public)
 
     @cached_property

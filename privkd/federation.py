@@ -23,7 +23,7 @@ from privkd.cloud import Cloud
 from privkd.controls import Controls, NoDeviceTeachers, mean_accuracy, measure_controls, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.engines.simulation import Simulation
-from privkd.messages import Question, Release, Task
+from privkd.messages import Question, Release, Task, dealt
 from privkd.plan import Plan, budgets
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Audited, note_audit, noted_audit
@@ -187,7 +187,7 @@ class Federation:
         self.progress.stage("teacher: training on public data")
         teacher = self.cloud.trained_teacher()
         idle, public = NoDeviceTeachers(teacher, teacher), self.cloud.public_students(teacher, round=0)
-        students = [public[number % len(public)] for number in range(self.prepared.plan.devices)]
+        students = [dealt(public, number) for number in range(self.prepared.plan.devices)]
         return State(teacher, idle, (), (self._figures(teacher, idle, students, 1.0, 0),))
 
     def play(self, state: State, students: Sequence[nn.Module] = ()) -> tuple[State, tuple[nn.Module, ...]]:
@@ -332,7 +332,7 @@ def _finish(
     if prepared.simulated and prepared.config.controls:
         controls = measure_controls(
             prepared.simulation,
-            [fresh[number % len(fresh)] for number in range(prepared.plan.devices)],
+            [dealt(fresh, number) for number in range(prepared.plan.devices)],
             prepared.mechanism,
             rounds=prepared.plan.rounds,
             test=scenario.test,

@@ -77,8 +77,9 @@ class Task:
 
         Where every round starts from the teacher, and before the first, that is the published student.
         """
-        own = before is not None and self.training.start == "own"
-        return before if own and before is not None else self.starts[number % len(self.starts)]
+        if before is not None and self.training.start == "own":
+            return before
+        return dealt(self.starts, number)
 
     def dealt(self, numbers: Sequence[int], before: Sequence[nn.Module] = ()) -> list[nn.Module]:
         """`start` for the devices of ``numbers``, whose students were ``before``, if they had any."""
@@ -87,7 +88,7 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that the task says, by which an upload names it."""
+        """SHA-256 of all that the task says: equal tasks have equal ones."""
         digest = hashlib.sha256()
         for part in self._parts():
             digest.update(len(part).to_bytes(8, "big"))
@@ -152,6 +153,11 @@ class Release:
     ) -> "Release":
         """What a channel made of the answers to ``question``."""
         return cls(question.queries, answers, question.baseline, noise_std, tuple(devices))
+
+
+def dealt(models: Sequence[nn.Module], number: int) -> nn.Module:
+    """The one of ``models``, one of each architecture, that falls to the device of this number."""
+    return models[number % len(models)]
 
 
 def _bytes(tensor: Tensor) -> bytes:

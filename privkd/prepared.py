@@ -20,6 +20,7 @@ from privkd.data import build_scenario
 from privkd.data.scenario import Scenario
 from privkd.engines.simulation import Draws, RandomnessOf, Simulation
 from privkd.errors import RunError
+from privkd.messages import dealt
 from privkd.models.zoo import parameter_count, torch_device
 from privkd.plan import Plan, facts_of, make_plan
 from privkd.plugins import load_plugins
@@ -128,7 +129,7 @@ class Prepared:
         progress.stage("students: learning from the last teacher")
         with seeded_layers(self.config.seed, "deliver"):
             shared = self.cloud.public_students(state.teacher, round=state.round)
-            starts = [shared[number % len(shared)] for number in numbers]
+            starts = [dealt(shared, number) for number in numbers]
             if weight == 0:
                 return starts
             return self.simulation.part(numbers).merge(

@@ -1,6 +1,7 @@
 """Reports from facts, of a run and of a curve: the page, the record, and the files that hold both."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,9 @@ class _Report(FileRecord, Value):
         return f"{self._place}: {self.alarm_words[0]}; do not release" if self.alarm_words else None
 
     @property
+    @abstractmethod
     def _place(self) -> str:
-        raise NotImplementedError
+        """The folder that it speaks of."""
 
 
 class RunReport(_Report):
