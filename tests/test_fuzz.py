@@ -39,7 +39,8 @@ from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
 from privkd.runs.checkpoint import load_state, load_transcript, saved
 from privkd.runs.folder import RunFolder
-from privkd.secure.keys import load_party, public_hex
+from privkd.secure.keys import public_hex
+from privkd.secure.party import load_party
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import Upload, header_of, prepare, unseal
 

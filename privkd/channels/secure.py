@@ -25,8 +25,8 @@ from privkd.secure.client import ClientTls, service_links
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.group import PartyGroup, PartyLink, Total, relay
 from privkd.secure.installed import check_crypten
-from privkd.secure.keys import MAX_PARTIES
 from privkd.secure.local import LocalParties, local_links
+from privkd.secure.party import MAX_PARTIES
 from privkd.secure.shares import fitting_encoding
 from privkd.secure.terms import RoundTerms, VoteTerms, distributed_variance, party_noise
 from privkd.secure.upload import Upload as SealedUpload

@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 import privkd
 from privkd.errors import ChannelError, RefusalError
 from privkd.secure.client import ClientTls
-from privkd.secure.keys import CLOUD, LimitsConfig, Party, public_hex, write_parties
+from privkd.secure.keys import CLOUD, public_hex, write_parties
+from privkd.secure.party import LimitsConfig, Party
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 from privkd.secure.uploads import UploadsInMemory

@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.events import PartyId
 from privkd.secure.frames import Kind, Task, pack_identifiers, unpack_identifiers
-from privkd.secure.keys import Party
 from privkd.secure.normcheck import MIN_PROJECTIONS
+from privkd.secure.party import Party
 from privkd.secure.terms import (
     ROUNDING,
     DeviceTotals,

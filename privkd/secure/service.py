@@ -30,14 +30,8 @@ from typing import Any, cast
 
 from privkd.errors import ChannelError, ConfigError, PrivkdError, RefusalError
 from privkd.journal import Journal
-from privkd.secure.keys import (
-    CLOUD,
-    PartyConfig,
-    load_noise_key,
-    load_party,
-    load_sealing_key,
-    public_hex,
-)
+from privkd.secure.keys import CLOUD, load_noise_key, load_sealing_key, public_hex
+from privkd.secure.party import PartyConfig, load_party
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import header_of, unpacked

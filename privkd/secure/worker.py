@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 import privkd
 from privkd.errors import ChannelError, RefusalError
 from privkd.secure.frames import Frame, Kind, Link, LinkClosedError, WorkerSetup
-from privkd.secure.keys import Party
+from privkd.secure.party import Party
 from privkd.secure.terms import session_mark
 
 _MODULE = "privkd.secure.protocol"

@@ -19,7 +19,8 @@ from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.client import HttpLink, service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, Total, UnreachableError
-from privkd.secure.keys import load_party, make_keys
+from privkd.secure.keys import make_keys
+from privkd.secure.party import load_party
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms, set_digest
 from privkd.secure.upload import Upload, prepare, upload_identifier

@@ -17,8 +17,8 @@ from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.noise import NoiseRoot
 from privkd.secure.client import service_links
 from privkd.secure.group import PartyGroup
-from privkd.secure.keys import PartyConfig, load_party
 from privkd.secure.local import LocalParties
+from privkd.secure.party import PartyConfig, load_party
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms, attempt_label, set_digest
 from privkd.secure.upload import prepare

@@ -27,8 +27,9 @@ from privkd.errors import ChannelError, RefusalError
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.secure.fixedpoint import FixedPoint, _squared_norms, hold_bound
 from privkd.secure.frames import Frame, Kind, Task
-from privkd.secure.keys import LimitsConfig, Party, public_hex
+from privkd.secure.keys import public_hex
 from privkd.secure.local import LocalLink
+from privkd.secure.party import LimitsConfig, Party
 from privkd.secure.protocol import AggregatorProtocol
 from privkd.secure.rounds import Rounds
 from privkd.secure.shares import Form, Share, fitting_encoding, reconstruct, split, to_ring

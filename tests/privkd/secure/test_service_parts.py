@@ -23,13 +23,8 @@ from privkd.config import load_config
 from privkd.errors import ChannelError, ConfigError
 from privkd.privacy.events import ZCdp
 from privkd.privacy.noise import NoiseRoot
-from privkd.secure.keys import (
-    load_noise_key,
-    load_party,
-    load_sealing_key,
-    make_keys,
-    public_hex,
-)
+from privkd.secure.keys import load_noise_key, load_sealing_key, make_keys, public_hex
+from privkd.secure.party import load_party
 from privkd.secure.shares import reconstruct
 from privkd.secure.terms import RoundTerms, distributed_rho, distributed_variance, set_digest
 from privkd.secure.upload import Upload, header_of, prepare, unseal

@@ -29,8 +29,9 @@ from privkd.privacy.votes import VoteRule, tally, vote_rule
 from privkd.secure.client import service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup
-from privkd.secure.keys import load_party, make_keys
+from privkd.secure.keys import make_keys
 from privkd.secure.local import LocalParties
+from privkd.secure.party import load_party
 from privkd.secure.rounds import admit_terms
 from privkd.secure.shares import split
 from privkd.secure.terms import RoundTerms, VoteTerms, combine, partial_vote, set_digest
