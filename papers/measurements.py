@@ -122,7 +122,7 @@ class Latency:
         writer = format_named(self.form)
         run = reopen_simulation(folder, HELD_BY_DEVICES)
         done = finished(run, folder)
-        records, divisor = run.scenario.public.inputs, run.scenario.divisor
+        records, divisor = run.scenario.public.inputs, run.scenario.constants.divisor
         models = {"student": done.students[0], "teacher": done.state.teacher}
         with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
             artefacts = [

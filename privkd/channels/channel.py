@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privkd.channels.registry import KINDS, known, price_of
-from privkd.errors import ChannelError, ConfigError, InputError
+from privkd.errors import ChannelError, ConfigError, InputError, RefusalError
 from privkd.messages import Question, Release, Upload
 from privkd.privacy.events import PartyId, PrivacyEvent
 from privkd.privacy.noise import MAX_SIGMA2, NoiseRoot, discrete_gaussian
@@ -91,6 +91,33 @@ class Channel(ABC):
 
     def open(self, question: Question, devices: Sequence[PartyId]) -> None:  # noqa: B027
         """Have whatever stands behind the channel await answers to ``question`` of at most ``devices``."""
+
+    def invitation(self) -> bytes:
+        """The cloud's half: what a device elsewhere must be told of the round that is open, to encode for it.
+
+        Public; empty where the question says all.
+        """
+        return b""
+
+    def accept(self, question: Question, invitation: bytes) -> None:
+        """The device's half: take part in a round that a cloud elsewhere has opened.
+
+        Raises:
+            RefusalError: it is not the round that this channel's settings give.
+        """
+        if invitation:
+            raise RefusalError(409, f"the {self.kind} channel needs no terms, but the cloud sent some")
+
+    def deliver(self, upload: Upload, deadline: float) -> bytes:
+        """The device's half: bring ``upload`` to whatever stands behind the channel; may be repeated.
+
+        Returns:
+            What is left to send to the cloud itself.
+
+        Raises:
+            ChannelError: a party cannot be reached by ``deadline``, on ``time.monotonic``, or refuses.
+        """
+        return upload.payload
 
     @abstractmethod
     def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:

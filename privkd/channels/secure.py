@@ -21,7 +21,7 @@ from privkd.messages import Question, Release, Upload
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import VoteRule
-from privkd.secure.client import ClientTls, service_links
+from privkd.secure.client import ClientTls, HttpLink, send, service_links
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.group import PartyGroup, PartyLink, Total, relay
 from privkd.secure.installed import check_crypten
@@ -33,6 +33,8 @@ from privkd.secure.upload import Upload as SealedUpload
 from privkd.secure.upload import prepare
 
 _LIFETIME = 86_400
+_CLOCKS_APART = 600
+"""Seconds by which a cloud's clock may be ahead of a device's."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,17 @@ class _Parties:
         if self._group is None:
             self._group = self._start()
         return self._group
+
+    def endpoints(self, deadline: float) -> list[HttpLink]:
+        """The running aggregators by rank, as a device reaches them: it starts no worker.
+
+        Raises:
+            ChannelError: one cannot be reached by ``deadline``, or its key is not the pinned one.
+        """
+        if self._group is None:
+            self._group = PartyGroup(self._links(), pins=self._options.pins)
+        self._group.keys(deadline)
+        return [link for link in self._group.aggregators if isinstance(link, HttpLink)]
 
     def _start(self) -> PartyGroup:
         group = PartyGroup(self._links(), pins=self._options.pins)
@@ -349,9 +362,41 @@ class SecureChannel(Channel):
         request = self._request(question, len(roster), self._minimum(roster, devices))
         deadline = time.monotonic() + self._deadline
         group = self._parties.started()
-        terms = group.standing(self._terms(group, roster, question.round, request), deadline)
+        first = self._terms(group.keys(time.monotonic() + self._deadline), roster, question.round, request)
+        terms = group.standing(first, deadline)
         group.open(terms, deadline)
         self._opened = _Opened(request, terms, deadline)
+
+    def invitation(self) -> bytes:
+        """See `Channel.invitation`: the round's terms."""
+        return self._round().terms.pack()
+
+    def accept(self, question: Question, invitation: bytes) -> None:
+        """See `Channel.accept`: the terms are computed again, for the pinned keys and the roster.
+
+        A cloud decides when a round expires and which attempt at it this is, and nothing else.
+
+        Raises:
+            RefusalError: they are others, or expire in the past or too far ahead.
+        """
+        options = self._options
+        try:
+            terms = RoundTerms.unpack(invitation)
+        except ChannelError as error:
+            raise RefusalError(400, str(error)) from None
+        request = self._request(question, len(options.roster), self._minimum(options.roster, options.roster))
+        own = self._terms(options.pins, options.roster, question.round, request)
+        if terms != own.model_copy(update={"attempt": terms.attempt, "expires": terms.expires}):
+            raise RefusalError(409, "the round's terms are not those that the plan gives")
+        if not time.time() < terms.expires <= own.expires + _CLOCKS_APART:
+            raise RefusalError(409, f"the round expires at {terms.expires}, which is over or too far ahead")
+        self._opened = _Opened(request, terms, time.monotonic() + self._deadline)
+
+    def deliver(self, upload: Upload, deadline: float) -> bytes:
+        """See `Channel.deliver`: each aggregator is sent its envelope, and the cloud nothing."""
+        endpoints = self._parties.endpoints(deadline)
+        send(SealedUpload.unpack(upload.payload), endpoints, deadline=deadline)
+        return b""
 
     def encode(self, question: Question, block: NDArray[np.float64], device: PartyId) -> Upload:
         """The clipped block as integers, shared among the aggregators, each share sealed to one of them."""
@@ -425,12 +470,12 @@ class SecureChannel(Channel):
         return minimum
 
     def _terms(
-        self, group: PartyGroup, roster: tuple[PartyId, ...], round: int, request: _Request
+        self, keys: tuple[str, ...], roster: tuple[PartyId, ...], round: int, request: _Request
     ) -> RoundTerms:
         """The terms of a round's first attempt."""
         return RoundTerms(
             round=self._name(round),
-            keys=group.keys(time.monotonic() + self._deadline),
+            keys=keys,
             entries=request.entries,
             minimum=request.minimum,
             fraction_bits=request.mean.encoding.fraction_bits,

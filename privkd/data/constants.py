@@ -56,6 +56,10 @@ class Constants:
         return features if self.divisor == 1 else features.div_(self.divisor)
 
 
+AS_THEY_CAME = Constants(1.0, None, None, "as they are")
+"""Of features that are inputs already."""
+
+
 def find_constants(source: Source, public: Indices, config: DataConfig) -> Constants:
     """The constants of ``source``, from settings and from its ``public`` records and test split.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from privkd.config import DataConfig
 from privkd.data.constants import (
+    AS_THEY_CAME,
     Constants,
     check_set,
     find_constants,
@@ -63,7 +64,8 @@ class Scenario:
         classes: number of classes.
         records_per_device: the nominal shard size, a public constant.
         gap_classes: the classes that the public data lack, if any.
-        divisor: what the whole numbers of the raw data were divided by; 1 where features are as they came.
+        constants: how raw features became inputs.
+        labels: the classes by name, in the order of their numbers.
         inferred: public constants that a simulation read from all records, private ones too, in words.
         taken: what in the data was taken for what, such as the label, in words by its name.
     """
@@ -76,7 +78,8 @@ class Scenario:
     classes: int
     records_per_device: int
     gap_classes: tuple[int, ...]
-    divisor: float = 1.0
+    constants: Constants = AS_THEY_CAME
+    labels: tuple[str, ...] = ()
     inferred: tuple[str, ...] = ()
     taken: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,7 +186,8 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
         classes=len(classes),
         records_per_device=split.records_per_device,
         gap_classes=split.gap_classes,
-        divisor=constants.divisor,
+        constants=constants,
+        labels=classes,
         inferred=in_words(unset(config, given_test=given_test)),
         taken={**source.taken, "scale": constants.said},
     )

@@ -48,7 +48,7 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     name = scenario.devices[device].name
     path = out or folder.path / "export" / f"{name}{suffix}"
     student = prepared.personalised(done, [device], Silent())[0]
-    artefact = export_model(student, scenario.public.inputs, scenario.divisor, form, path)
+    artefact = export_model(student, scenario.public.inputs, scenario.constants.divisor, form, path)
     exported = Exported(run=str(folder.path), device=name, round=done.state.round, **dict(artefact))
     folder.write_json(f"export/{name}-{form}.json", exported.tree())
     return exported

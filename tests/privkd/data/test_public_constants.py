@@ -52,7 +52,7 @@ def shown(scenario: Scenario) -> dict[str, Any]:
         "records": digest,
         "shapes": [tuple(tensor.shape) for tensor in tensors],
         "classes": scenario.classes,
-        "divisor": scenario.divisor,
+        "divisor": scenario.constants.divisor,
         "gap": scenario.gap_classes,
         "plan": asdict(make_plan(Config(), facts_of(scenario))),
     }

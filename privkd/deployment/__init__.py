@@ -1,0 +1,1 @@
+"""Deployment: the roles as programs of their own, and who carries their messages."""

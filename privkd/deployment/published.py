@@ -1,0 +1,245 @@
+"""The published plan: what a cloud promises its devices before the first round, and the name of the run.
+
+``plan.json`` is canonical, and its SHA-256 is the run's name: a cloud that changes one field has another run,
+to which no device has agreed. It holds no path and no seed. Beside it lies ``proxy.safetensors``, the public
+proxy set: devices are asked about rows of it by number, so that no question can bring inputs of its own.
+
+A device believes no figure of it that it can compute: `PublishedPlan.checked` calibrates the noise again.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor
+
+from privkd.channels.registry import price_of
+from privkd.config import Config, config_tree, parse_config
+from privkd.data.constants import Constants
+from privkd.data.scenario import Scenario
+from privkd.errors import ConfigError, RunError
+from privkd.plan import Plan, PublicFacts, make_plan
+from privkd.privacy.events import DpSgd, PartyId
+from privkd.records import Count, FileRecord, Plain, Real, Record
+
+PLAN_FILE, PROXY_FILE = "plan.json", "proxy.safetensors"
+_SHOWN = ("rounds", "teacher", "student", "privacy", "channel", "reverse")
+"""The groups of settings that devices must know. Others are the cloud's own: data, seed, plug-ins."""
+_ROUNDING = 1e-9
+"""By how much, of itself, a figure may differ on another machine."""
+_OWN = ("ca", "certificate", "key")
+"""Settings of the channel that are the cloud's own files."""
+
+
+class Scale(Record):
+    """How raw features become inputs; see `privkd.data.constants.Constants`."""
+
+    divisor: Real
+    largest: Real | None
+    channels: Count | None
+
+    @classmethod
+    def of(cls, constants: Constants) -> Self:
+        """That of a scenario."""
+        return cls(divisor=constants.divisor, largest=constants.largest, channels=constants.channels)
+
+    @property
+    def constants(self) -> Constants:
+        """As data are read by them."""
+        return Constants(self.divisor, self.largest, self.channels, "as the plan says")
+
+
+class PublishedPlan(FileRecord):
+    """All that devices are told of a run before it begins. Public.
+
+    Attributes:
+        settings: the tree of those settings that concern a device.
+        roster: the devices by name; a device's number is its place.
+        records_per_device: the nominal size of a shard, a constant that owners agree to, never a count.
+        classes: by name, in the order of their numbers.
+        input_shape: of one input.
+        scale: how raw features become inputs.
+        queries: proxy records put to the students in each round.
+        clip_norm: L2 bound on a device's whole block of answers.
+        noise_multiplier: of DP-SGD.
+        rho: zCDP price of one release to a device; ``None`` for no noise.
+        epsilon_record: of the whole run, at the settings' delta; infinite without DP.
+        epsilon_device: likewise.
+        answer_seconds: devices answer at whole multiples of it after a question arrived, so that the moment
+            says little of how long they trained.
+        proxy: SHA-256 of ``proxy.safetensors``.
+    """
+
+    settings: Mapping[str, Plain]
+    roster: Annotated[tuple[PartyId, ...], Field(min_length=1)]
+    records_per_device: Annotated[Count, Field(ge=1)]
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    input_shape: tuple[Count, ...]
+    scale: Scale
+    queries: Count
+    clip_norm: Real
+    noise_multiplier: Real
+    rho: Real | None
+    epsilon_record: Real
+    epsilon_device: Real
+    answer_seconds: Annotated[Real, Field(gt=0)]
+    proxy: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    @classmethod
+    def of(
+        cls, config: Config, scenario: Scenario, plan: Plan, roster: Sequence[PartyId], answer_seconds: float
+    ) -> Self:
+        """That of a run with these settings, for the devices on ``roster``."""
+        return cls(
+            settings=public_settings(config),
+            roster=tuple(roster),
+            records_per_device=scenario.records_per_device,
+            classes=scenario.labels,
+            input_shape=scenario.input_shape,
+            scale=Scale.of(scenario.constants),
+            queries=plan.queries,
+            clip_norm=plan.clip_norm,
+            noise_multiplier=plan.noise_multiplier,
+            rho=plan.rho,
+            epsilon_record=plan.record.high,
+            epsilon_device=plan.device.high,
+            answer_seconds=answer_seconds,
+            proxy=hashlib.sha256(proxy_bytes(scenario.proxy)).hexdigest(),
+        )
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The bytes of ``plan.json``: equal for equal plans."""
+        return json.dumps(self.tree(), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `canonical` in hexadecimal: the run's name."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings that concern a device; the others are at their defaults.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        return parse_config(dict(self.settings))
+
+    def checked(self, proxy: int) -> Plan:
+        """The plan of the settings, for a proxy set of ``proxy`` records, with the published figures.
+
+        These are those of the settings up to the rounding of another machine's arithmetic, by which the noise
+        and the price are then the same on all of them.
+
+        Raises:
+            RunError: a published figure is not what the settings give.
+            ConfigError: the settings make no plan.
+            BudgetError: no noise reaches their budget.
+        """
+        facts = PublicFacts(len(self.roster), self.records_per_device, proxy, len(self.classes))
+        plan = make_plan(self.config, facts)
+        own = {
+            "queries": plan.queries,
+            "clip_norm": plan.clip_norm,
+            "noise_multiplier": plan.noise_multiplier,
+            "rho": plan.rho,
+            "epsilon_record": plan.record.high,
+            "epsilon_device": plan.device.high,
+        }
+        for name, computed in own.items():
+            if not _equal(getattr(self, name), computed):
+                said = getattr(self, name)
+                raise RunError(f"the published plan says {name}={said}, but its settings give {computed}")
+        event = (
+            replace(plan.record_event, noise_multiplier=self.noise_multiplier)
+            if isinstance(plan.record_event, DpSgd)
+            else plan.record_event
+        )
+        return replace(
+            plan,
+            clip_norm=self.clip_norm,
+            noise_multiplier=self.noise_multiplier,
+            rho=self.rho,
+            record_event=event,
+            device_event=price_of(self.config.channel.kind, self.rho),
+        )
+
+    def number(self, device: PartyId) -> int:
+        """A device's place on the roster, which decides its architecture.
+
+        Raises:
+            ConfigError: it is not on the roster.
+        """
+        if device not in self.roster:
+            raise ConfigError(f"{device} is not on the roster of run {self.digest[:12]}")
+        return self.roster.index(device)
+
+    def write(self, folder: Path, proxy: Tensor) -> None:
+        """Write both files into ``folder``, which exists.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        try:
+            (folder / PLAN_FILE).write_bytes(self.canonical)
+            (folder / PROXY_FILE).write_bytes(proxy_bytes(proxy))
+        except OSError as error:
+            raise RunError(f"{folder}: {error.strerror or error}") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> "tuple[PublishedPlan, Tensor]":
+        """The plan and its proxy set ``[query, *shape]`` in ``folder``.
+
+        Raises:
+            RunError: a file is missing, damaged, not canonical, or the proxy set is not the plan's.
+        """
+        plan = cls.read(folder / PLAN_FILE)
+        proxy = _bytes_of(folder / PROXY_FILE)
+        if _bytes_of(folder / PLAN_FILE) != plan.canonical:
+            raise RunError(f"{folder / PLAN_FILE} is not canonical: ask the cloud for its own file")
+        if hashlib.sha256(proxy).hexdigest() != plan.proxy:
+            raise RunError(f"{folder / PROXY_FILE} is not the proxy set of the plan beside it")
+        try:
+            inputs = parse_tensors(proxy)["inputs"]
+        except (SafetensorError, KeyError) as error:
+            raise RunError(f"{folder / PROXY_FILE} holds no inputs ({error})") from None
+        if tuple(inputs.shape[1:]) != plan.input_shape or not bool(inputs.isfinite().all()):
+            raise RunError(f"{folder / PROXY_FILE}: inputs of shape {list(inputs.shape)} are not the plan's")
+        return plan, inputs
+
+
+def _equal(published: float | None, computed: float | None) -> bool:
+    if published is None or computed is None:
+        return published is computed
+    return math.isclose(published, computed, rel_tol=_ROUNDING)
+
+
+def public_settings(config: Config) -> dict[str, Any]:
+    """The settings that devices are told."""
+    tree = {name: group for name, group in config_tree(config).items() if name in _SHOWN}
+    channel = {name: value for name, value in tree.get("channel", {}).items() if name not in _OWN}
+    shown: dict[str, Any] = json.loads(json.dumps(tree | {"channel": channel}, default=os.fspath))
+    return shown
+
+
+def proxy_bytes(proxy: Tensor) -> bytes:
+    """``proxy.safetensors`` of the inputs ``proxy`` ``[query, *shape]``."""
+    return serialise_tensors({"inputs": proxy.detach().cpu().contiguous()})
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from None
