@@ -31,7 +31,7 @@
     calls_per_caller = 8              # at once, by the name in the certificate
     calls_per_second = 20.0           # by that name, ten seconds' worth at once; the cloud's are not counted
     max_upload_bytes = 67108864
-    max_bytes_at_once = 67108864      # of bodies in memory; the others wait unread
+    max_bytes_at_once = 16777216      # of bodies in memory; the others wait unread
     keep_rounds = 8                   # finished rounds whose sealed uploads are kept
 
     [status]
@@ -90,7 +90,7 @@ class LimitsConfig(Settings):
     calls_per_caller: Positive = 8
     calls_per_second: PositiveFloat = 20.0
     max_upload_bytes: Positive = 1 << 26
-    max_bytes_at_once: Positive = 1 << 26
+    max_bytes_at_once: Positive = 1 << 24
     keep_rounds: Positive = 8
 
 

@@ -348,16 +348,30 @@ class Rounds:
 
     # ---- uploads ------------------------------------------------------------------------------------
 
-    def upload(self, label: int, envelope: bytes) -> PartyId:
-        """Take one device's upload, durably; the device. The same bytes again change nothing.
+    def upload_many(self, uploads: Iterable[tuple[int, bytes]]) -> list[ChannelError | None]:
+        """Take uploads, each to the round of its label, durably and with one sync a round.
 
-        Raises:
-            RefusalError: it is not accepted; the reason is kept for the journal.
+        The same bytes again change nothing.
+
+        Returns:
+            Of each upload why it is not accepted, or none. The reason of a refusal is kept for the journal.
         """
-        state = self._opened(label)
-        device = self._take(state, envelope)
-        state.uploads.sync()
-        return device
+        outcomes: list[ChannelError | None] = []
+        taken: dict[int, list[int]] = {}
+        for number, (label, envelope) in enumerate(uploads):
+            try:
+                self._take(self._opened(label), envelope)
+            except ChannelError as error:
+                outcomes.append(error)
+            else:
+                outcomes.append(None)
+                taken.setdefault(label, []).append(number)
+        for label, numbers in taken.items():
+            try:
+                self._rounds[label].uploads.sync()
+            except ChannelError as error:
+                outcomes = [error if i in numbers else outcome for i, outcome in enumerate(outcomes)]
+        return outcomes
 
     def upload_all(self, label: int, envelopes: Iterable[bytes]) -> list[str]:
         """Take many uploads, durably and with one sync; why each that is not accepted is not."""

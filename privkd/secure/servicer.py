@@ -2,8 +2,9 @@
 
 A call costs no thread while its body comes in. Who calls, and whether that caller may, is settled before the
 body is read; of those that wait for room nothing is held but what the connection's window takes. Uploads,
-closings and all else are worked off by threads of their own each: a round that closes for minutes, or a crowd
-of uploads, delays nothing of the others.
+closings and all else are worked off by threads of their own: a round that closes for minutes, or a crowd of
+uploads, delays nothing of the others. Uploads that wait together become durable together, as writing to the
+disk is most of what one costs.
 """
 
 import asyncio
@@ -11,18 +12,19 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 
 from privkd.errors import ChannelError, PrivkdError, RefusalError
 from privkd.secure import aggregator_pb2 as pb
 from privkd.secure.aggregator_pb2_grpc import AggregatorServicer
+from privkd.secure.batches import Batches
 from privkd.secure.callers import BusyError, ByteBudget, Callers
 from privkd.secure.keys import CLOUD
 from privkd.secure.observed import Call, Observed
@@ -40,6 +42,14 @@ Pieces: TypeAlias = AsyncIterator[pb.Piece]
 T = TypeVar("T")
 
 
+class _Sent(NamedTuple):
+    """An envelope, to which round, and who sent it."""
+
+    round: int
+    envelope: bytes
+    caller: str | None
+
+
 class PartyServicer(AggregatorServicer):
     """The calls of one party's service."""
 
@@ -51,9 +61,9 @@ class PartyServicer(AggregatorServicer):
         self._knows_callers = knows_callers
         self.callers = Callers(rounds.party.limits)
         self._budget = ByteBudget(rounds.party.limits.max_bytes_at_once)
-        self._uploading, self._closing, self._else = (
-            ThreadPoolExecutor(_THREADS, name) for name in ("uploads", "closing", "calls")
-        )
+        self._uploads = Batches(self._taken, "uploads")
+        self._closing = ThreadPoolExecutor(_THREADS, "closing")
+        self._else = ThreadPoolExecutor(_THREADS, "calls")
 
     # ---- the calls ----------------------------------------------------------------------------------
 
@@ -97,7 +107,7 @@ class PartyServicer(AggregatorServicer):
             _within(head.size, largest_envelope(self._rounds.terms(head.round).entries))
             async with self._budget.taken(head.size):
                 body = await self._body(pieces, head.size)
-                await _in(self._uploading, self._upload, head.round, body, call.caller)
+                await self._uploads.done(_Sent(head.round, body, call.caller))
             return pb.Done()
 
     async def Relay(self, pieces: Pieces, context: Context) -> pb.RelayReply:
@@ -107,7 +117,7 @@ class PartyServicer(AggregatorServicer):
             head = await _head(pieces, call, limit)
             async with self._budget.taken(head.size):
                 body = await self._body(pieces, head.size)
-                return pb.RelayReply(refused=await _in(self._uploading, self._relay, head.round, body))
+                return pb.RelayReply(refused=await _in(self._else, self._relay, head.round, body))
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         """How far a round is."""
@@ -197,13 +207,12 @@ class PartyServicer(AggregatorServicer):
             raise RefusalError(400, f"terms of round {terms.folder} sent to round {round:016x}")
         self._rounds.open(terms)
 
-    def _upload(self, round: int, envelope: bytes, caller: str | None) -> None:
-        if caller not in (None, CLOUD):
-            with _malformed():
-                device = header_of(envelope).device
-            if device != caller:
-                raise RefusalError(403, f"{caller!r} may not upload for {device}")
-        self._rounds.upload(round, envelope)
+    def _taken(self, sent: Sequence[_Sent]) -> list[Exception | None]:
+        """Of each why it is not taken, if it is not; those that are, are durable."""
+        strange = [_not_own(each) for each in sent]
+        own = [(each.round, each.envelope) for each, why in zip(sent, strange, strict=True) if why is None]
+        outcomes = iter(self._rounds.upload_many(own))
+        return [why or next(outcomes) for why in strange]
 
     def _relay(self, round: int, body: bytes) -> list[str]:
         with _malformed():
@@ -212,7 +221,8 @@ class PartyServicer(AggregatorServicer):
 
     def close(self) -> None:
         """Let go of the threads; those that are at work end with it."""
-        for pool in (self._uploading, self._closing, self._else):
+        self._uploads.close()
+        for pool in (self._closing, self._else):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -224,6 +234,19 @@ async def _head(pieces: Pieces, call: Call, limit: int) -> pb.Head:
     call.size = first.head.size
     _within(first.head.size, limit)
     return first.head
+
+
+def _not_own(sent: _Sent) -> RefusalError | None:
+    """Why a caller may not send this envelope, whatever the call's head said; none if it may."""
+    if sent.caller in (None, CLOUD):
+        return None
+    try:
+        device = header_of(sent.envelope).device
+    except ChannelError as error:
+        return RefusalError(400, str(error))
+    return (
+        None if device == sent.caller else RefusalError(403, f"{sent.caller!r} may not upload for {device}")
+    )
 
 
 def _within(size: int, limit: int) -> None:
