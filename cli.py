@@ -61,13 +61,19 @@ host, port, interface         of rank 0's rendezvous; this party's interface
 certificate, key              of this service
 client_ca                     asks for client certificates; "cloud" opens and closes rounds;
                               loopback only without it
+[status]
+listen = "127.0.0.1:9440"     /healthz, /readyz, /status and /metrics over HTTP; loopback only
+[log]
+level = "info"                JSON lines on stderr: "debug", "info", "warning" or "error"
 [limits]
 minimum_devices = 2           this party releases nothing over fewer
 max_rho                       most that a device pays in one round, in zCDP [no limit]
 max_rho_total                 most that it pays in all rounds of which this party makes a
                               share, over restarts too [no limit]
-request_seconds, start_seconds, step_seconds, hang_seconds, max_connections,
-max_upload_bytes, keep_rounds
+request_seconds, start_seconds, step_seconds, hang_seconds, calls_per_caller,
+calls_per_second, max_upload_bytes, max_bytes_at_once, keep_rounds
+\b
+SIGHUP: reads [tls] and [limits] anew. SIGTERM: ends within seconds, and goes on where it was.
 """
 
 
@@ -252,10 +258,23 @@ def keys(
 @app.command(help=f"Run one party of the secure channel as a service.\n\n\b\n{PARTY_TOML}")
 def aggregator(
     config: Annotated[str, typer.Option(help="The party's settings, as TOML.")],
+    status: Annotated[
+        bool, typer.Option("--status", help="Say how the running service is, in place of running one.")
+    ] = False,
+    json_: Json = False,
 ) -> None:
     """Run one party of the secure channel as a service."""
+    if status:
+        from privkd.secure.party_state import party_state
+        from privkd.terminal import show
+
+        show(party_state(Path(config)), as_json=json_)
+        return
+    from privkd.errors import ConfigError
     from privkd.secure.service import serve
 
+    if json_:
+        raise ConfigError("--json is for --status: a service logs JSON lines on stderr by itself")
     serve(Path(config))
 
 
