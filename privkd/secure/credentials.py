@@ -5,13 +5,15 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpc
 from cryptography import x509
 
 from privkd.errors import ConfigError
-from privkd.secure.party import TlsConfig
+
+if TYPE_CHECKING:
+    from privkd.secure.party import TlsConfig
 
 
 def ends(certificate: Path) -> datetime:
@@ -31,7 +33,7 @@ def ends(certificate: Path) -> datetime:
 class ServerCertificates:
     """What a service shows and whom it trusts; read anew by ``reload``, for the handshakes from then on."""
 
-    def __init__(self, tls: TlsConfig) -> None:
+    def __init__(self, tls: "TlsConfig") -> None:
         """Read the files.
 
         Raises:
@@ -46,7 +48,7 @@ class ServerCertificates:
             require_client_authentication=tls.client_ca is not None,
         )
 
-    def reload(self, tls: TlsConfig) -> None:
+    def reload(self, tls: "TlsConfig") -> None:
         """Read the files anew. Raises as the constructor, and then goes on with the former."""
         ends, configuration = _read(tls)
         with self._lock:
@@ -64,7 +66,7 @@ class ServerCertificates:
         return (self.ends - datetime.now(UTC)).total_seconds()
 
 
-def _read(tls: TlsConfig) -> tuple[datetime, grpc.ServerCertificateConfiguration]:
+def _read(tls: "TlsConfig") -> tuple[datetime, grpc.ServerCertificateConfiguration]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(tls.certificate, tls.key)

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from privkd.secure.local import LocalParties
 from privkd.secure.party import LimitsConfig, load_party
 from privkd.secure.party_state import party_state
 from privkd.secure.service import Service
+from privkd.secure.servicer import PartyServicer
+from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import prepare, seal_integers
 from privkd.secure.worker import Worker
 
@@ -77,8 +80,6 @@ def test_the_protocol_says_how_long_an_envelope_is_and_what_lies_where(tmp_path:
     """The bytes as ``aggregator.proto`` states them, read without the package's own reader."""
     make_keys(tmp_path, tls=False)
     party = load_party(tmp_path / "party-0.toml")
-    from privkd.secure.terms import RoundTerms
-
     terms = RoundTerms(
         round=2**60 + 5, keys=party.members, entries=7, minimum=2, fraction_bits=0, bound=9, sigma2=None,
         roster=("dévice",), expires=int(time.time()) + 60,
@@ -98,8 +99,6 @@ def test_the_protocol_says_how_long_an_envelope_is_and_what_lies_where(tmp_path:
 
 
 def test_every_call_is_the_servicer_s() -> None:
-    from privkd.secure.servicer import PartyServicer
-
     service = aggregator_pb2.DESCRIPTOR.services_by_name["Aggregator"]
     assert all(method.name in vars(PartyServicer) for method in service.methods)
 
@@ -330,8 +329,6 @@ def test_a_port_that_is_in_use_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_an_expired_certificate_is_told_at_the_start(tmp_path: Path) -> None:
     make_keys(tmp_path)
-    from datetime import UTC, datetime, timedelta
-
     authority = TestAuthority()
     authority._until = datetime.now(UTC) - timedelta(seconds=5)
     for end in (".pem", ".key"):
