@@ -29,7 +29,7 @@ _MAX_STATUS_BYTES = 1 << 28
 _RELAY_BYTES = 1 << 22
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _ATTEMPT_SECONDS = 15.0
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
 _ENCRYPTED = {"grpcs": True, "https": True, "grpc": False, "http": False}
 _OPTIONS: list[tuple[str, Any]] = [
     *OPTIONS,
@@ -240,7 +240,9 @@ class ServiceLink:
                 f"{self.url}: this client's own certificate {own} ended on {until:%Y-%m-%d %H:%M} UTC, "
                 "by this machine's clock; renew it"
             )
-        if "connect" in details and self._turned_away() and self._turned_away():
+        broken_off = any(words in details for words in ("Socket closed", "reset by peer", "Broken pipe"))
+        # Twice, as a service that is being killed looks the same for once.
+        if broken_off and self._turned_away() and self._turned_away():
             what = "a client without a certificate" if own is None else f"this client's certificate {own}"
             return f"{self.url}: it does not accept {what}"
         return None
@@ -258,8 +260,8 @@ class ServiceLink:
                 context.wrap_socket(raw, server_hostname=self._host) as connection,
             ):
                 return connection.recv(1) == b""
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, ConnectionResetError)
 
     def close(self) -> None:
         """Close the connection; the service goes on, and the next call opens another. Idempotent."""

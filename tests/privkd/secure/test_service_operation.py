@@ -176,13 +176,13 @@ def looked_up(service: Served, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_a_service_says_what_it_does_keeps_secrets_reloads_and_ends(served: list[Served]) -> None:
-    """One round through two services, with a reload of certificates and limits in its middle."""
-    folder = served[0].folder
-    assert served[0].first.startswith("aggregator-0 listens on grpcs://127.0.0.1:")
-    tls = cloud(folder)
-    group = PartyGroup(service_links([service.url for service in served], tls))
-    rig = Rig(group, (), lambda rank: folder / f"state-{rank}")
+def opened(served: list[Served]) -> Rig:
+    links = service_links([service.url for service in served], cloud(served[0].folder))
+    return Rig(PartyGroup(links), (), lambda rank: served[0].folder / f"state-{rank}")
+
+
+def test_what_a_service_shows_of_a_round_and_what_it_never_shows(served: list[Served]) -> None:
+    folder, rig = served[0].folder, opened(served)
     terms = rig.open(minimum=3)
     uploads = uploads_of(terms)
     for device in terms.roster[:2]:
@@ -190,52 +190,18 @@ def test_a_service_says_what_it_does_keeps_secrets_reloads_and_ends(served: list
     stranger = prepare(block(9), terms, "stranger")
     with pytest.raises(RefusalError, match="not on the roster"):
         rig.put(stranger)
-    own = ServiceLink(
-        served[0].url, ClientTls(folder / "ca.pem", folder / "device-0.pem", folder / "device-0.key")
-    )
+    own = ClientTls(folder / "ca.pem", folder / "device-0.pem", folder / "device-0.key")
     with pytest.raises(RefusalError, match="may not"):
-        own.abandon(terms.label, soon())
-    own.close()
-
+        ServiceLink(served[0].url, own).abandon(terms.label, soon())
     assert looked_up(served[0], "/healthz") == (200, "ok\n")
     assert looked_up(served[0], "/readyz") == (200, "ready\n")
     assert looked_up(served[0], "/nothing")[0] == 404
     state = json.loads(looked_up(served[0], "/status")[1])
     assert (state["rounds"]["open"], state["uploads"], state["worker"]["running"]) == (1, 2, False)
     assert 0 < state["certificate_seconds"] < 366 * 86400
-
-    def serial() -> int:
-        with socket.create_connection(("127.0.0.1", int(served[0].url.rpartition(":")[2]))) as raw:
-            context = tls.context()
-            with context.wrap_socket(raw, server_hostname="127.0.0.1") as connection:
-                shown = connection.getpeercert(binary_form=True)
-        assert shown is not None
-        return x509.load_der_x509_certificate(shown).serial_number
-
-    before = serial()
-    authority = TestAuthority()
-    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    authority._key = key  # type: ignore[assignment]
-    for end in (".pem", ".key"):
-        (folder / f"party-0.tls{end}").unlink()
-    authority.issue(folder, "party-0.tls", name="party-0", hosts=["127.0.0.1"])
-    settings(served[0].config, limits=LIMITS | {"max_upload_bytes": 4})
-    served[0].process.send_signal(signal.SIGHUP)
-    served[0].await_event("reloaded")
-    assert serial() != before, "the new certificate is shown"
-    with pytest.raises(RefusalError, match="more than this party takes"):
-        rig.open(entries=100)
-    settings(served[0].config, rank=1)
-    served[0].process.send_signal(signal.SIGHUP)
-    assert "without a restart" in served[0].await_event("not reloaded")["reason"]
-    settings(served[0].config, rank=0, limits=LIMITS)
-    served[0].process.send_signal(signal.SIGHUP)
-
     for device in terms.roster[2:]:
         rig.put(uploads[device])
-    total = rig.close(terms)
-    np.testing.assert_array_equal(total.integers, sum_over(terms, terms.roster))
-
+    rig.close(terms)
     figures = looked_up(served[0], "/metrics")[1]
     for line in (
         'privkd_calls_total{call="Upload",code="OK"} 4.0', 'privkd_refusals_total{reason="forbidden"} 2.0',
@@ -244,18 +210,54 @@ def test_a_service_says_what_it_does_keeps_secrets_reloads_and_ends(served: list
         "privkd_upload_bytes_total ", 'privkd_call_seconds_bucket{call="Upload"',
     ):  # fmt: skip
         assert f"\n{line}" in figures, line
-    workers = served[0].children()
-    assert workers
+    rig.group.disconnect()
+    check_log(served[0], [e for u in (*uploads.values(), stranger) for e in u.envelopes])
+
+
+def serial(service: Served) -> int:
+    """Of the certificate that it shows."""
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as raw:
+        context = cloud(service.folder).context()
+        with context.wrap_socket(raw, server_hostname="127.0.0.1") as connection:
+            shown = connection.getpeercert(binary_form=True)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown).serial_number
+
+
+def test_certificates_and_limits_are_read_anew_and_a_signal_ends_it(served: list[Served]) -> None:
+    """In the middle of a round, which is none the worse for it."""
+    folder, first, rig = served[0].folder, served[0], opened(served)
+    terms = rig.open()
+    uploads = uploads_of(terms)
+    rig.put(uploads["device-0"])
+    before, authority = serial(first), TestAuthority()
+    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    authority._key = key  # type: ignore[assignment]
+    for end in (".pem", ".key"):
+        (folder / f"party-0.tls{end}").unlink()
+    authority.issue(folder, "party-0.tls", name="party-0", hosts=["127.0.0.1"])
+    settings(first.config, limits=LIMITS | {"max_upload_bytes": 4})
+    first.process.send_signal(signal.SIGHUP)
+    first.await_event("reloaded")
+    assert serial(first) != before
+    with pytest.raises(RefusalError, match="more than this party takes"):
+        rig.open(entries=100)
+    settings(first.config, rank=1)
+    first.process.send_signal(signal.SIGHUP)
+    assert "without a restart" in first.await_event("not reloaded")["reason"]
+    for device in terms.roster[1:]:
+        rig.put(uploads[device])
+    np.testing.assert_array_equal(rig.close(terms).integers, sum_over(terms, terms.roster))
+    workers = [child for service in served for child in service.children()]
+    assert len(workers) == 2
     for number, service in zip((signal.SIGTERM, signal.SIGINT), served, strict=True):
         begun = time.monotonic()
         service.process.send_signal(number)
         assert service.process.wait(20) == 0
         assert time.monotonic() - begun < 8
         assert service.log()[-1]["event"] == "ended"
-    for worker in workers:
-        assert not Path(f"/proc/{worker}").exists()
-    group.disconnect()
-    check_log(served[0], [e for u in (*uploads.values(), stranger) for e in u.envelopes])
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    rig.group.disconnect()
 
 
 def check_log(service: Served, envelopes: list[bytes]) -> None:
@@ -287,9 +289,7 @@ def check_log(service: Served, envelopes: list[bytes]) -> None:
 
 
 def test_the_state_of_a_service_is_told_whether_it_runs_or_not(served: list[Served]) -> None:
-    folder = served[0].folder
-    group = PartyGroup(service_links([service.url for service in served], cloud(folder)))
-    rig = Rig(group, (), lambda rank: folder / f"state-{rank}")
+    rig = opened(served)
     terms = rig.open()
     rig.put(uploads_of(terms)["device-0"])
     asked = [sys.executable, "-m", "privkd", "aggregator", "--config", str(served[0].config), "--status"]
@@ -304,7 +304,7 @@ def test_the_state_of_a_service_is_told_whether_it_runs_or_not(served: list[Serv
     assert state.rounds["open"] == 1
     assert state.certificate_seconds is not None
     assert state.certificate_seconds > 0
-    group.disconnect()
+    rig.group.disconnect()
 
 
 def test_the_standard_health_service_answers(tmp_path: Path) -> None:
