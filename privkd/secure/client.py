@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from privkd.errors import ChannelError, ConfigError, RefusalError
+from privkd.secure.certificates import load_identity
 from privkd.secure.group import UnreachableError
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import Upload, packed
@@ -37,8 +38,11 @@ class ClientTls:
         """The TLS settings.
 
         Raises:
-            ConfigError: a file is missing or is no certificate.
+            ConfigError: a file is missing or is no certificate, the certificate has expired, or others than
+                its owner may read the key.
         """
+        if self.certificate is not None:
+            load_identity(self.certificate, self.key)
         try:
             context = ssl.create_default_context(cafile=self.ca)
             context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -30,8 +30,10 @@ from typing import Any, cast
 
 from privkd.errors import ChannelError, ConfigError, PrivkdError, RefusalError
 from privkd.journal import Journal
-from privkd.secure.keys import CLOUD, load_noise_key, load_sealing_key, public_hex
+from privkd.secure.certificates import CLOUD, load_identity
+from privkd.secure.keys import load_noise_key, load_sealing_key, public_hex
 from privkd.secure.party import PartyConfig, load_party
+from privkd.secure.revocation import RevocationList
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import header_of, unpacked
@@ -119,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> None:
         try:
+            self._service.check_standing(self.connection)
             answer = self._service.answer(self.command, self.path, body, self._caller)
         except RefusalError as refusal:
             self._refuse(refusal.status, str(refusal), keep=True)
@@ -173,6 +176,7 @@ class Service(ThreadingHTTPServer):
         self.party = party
         self.rounds = _rounds(party)
         self._context = _server_context(party)
+        self._revoked = _revocations(party)
         self._connections = threading.BoundedSemaphore(party.limits.max_connections)
         try:
             super().__init__(party.address, _Handler)
@@ -230,6 +234,13 @@ class Service(ThreadingHTTPServer):
             case _:
                 raise RefusalError(405, f"{method} is not offered at {path}")
         return b"{}"
+
+    def check_standing(self, connection: socket.socket) -> None:
+        """Raise `RefusalError` where the client's certificate was revoked."""
+        if self._revoked is not None and isinstance(connection, ssl.SSLSocket):
+            shown = connection.getpeercert(binary_form=True)
+            if shown is None or self._revoked.revoked(shown):
+                raise RefusalError(403, "this certificate was revoked")
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; the handshake is the handler's, so that a silent client stops nobody else."""
@@ -306,6 +317,7 @@ def _server_context(party: PartyConfig) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    load_identity(tls.certificate, tls.key)
     try:
         context.load_cert_chain(tls.certificate, tls.key)
         if tls.client_ca is not None:
@@ -314,6 +326,13 @@ def _server_context(party: PartyConfig) -> ssl.SSLContext | None:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"[tls] {tls.certificate}, {tls.key}, {tls.client_ca}: {error}") from None
     return context
+
+
+def _revocations(party: PartyConfig) -> RevocationList | None:
+    tls = party.tls
+    if tls is None or tls.client_ca is None or tls.crl is None:
+        return None
+    return RevocationList(tls.crl, tls.client_ca)
 
 
 def _only_cloud(caller: str | None) -> None:
