@@ -449,11 +449,23 @@ def doctor(
     fix: Annotated[
         bool, typer.Option("--fix", help="Install CrypTen where it is missing, without its dependencies.")
     ] = False,
+    role: Annotated[
+        Text, typer.Option(help="aggregator, device or cloud: a preflight over its group instead.")
+    ] = None,
+    config: Annotated[Text, typer.Option(help="The role's settings, as TOML.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="https://HOST:PORT of an aggregator's other parties; repeat.")
+    ] = None,
+    json_: Json = False,
 ) -> None:
-    """Say what is missing on this machine, and the exact command that mends it."""
+    """Say what is missing on this machine, or what would stop a role's round, and what mends it."""
+    if role is not None:
+        from privkd.preflight import preflight_command
+
+        sys.exit(preflight_command(role, _path(config), peers=peer or (), as_json=json_))
     from privkd.doctor import doctor_command
 
-    sys.exit(doctor_command(fix=fix))
+    sys.exit(doctor_command(fix=fix, as_json=json_))
 
 
 @app.command()
