@@ -4,7 +4,7 @@ It changes nothing, and prints no secret. The role's file is ``party.toml`` for 
 a device's have a table ``[aggregators]``::
 
     [aggregators]
-    urls = ["https://a.example:8440", "https://b.example:8440"]
+    urls = ["https://a.example:8440", "https://b.example:8440"]     # by rank, the third party's last
     keys = ["9f..", "07.."]           # the aggregators' public keys by rank
     ca = "ca.pem"                     # relative to this file
     certificate = "device-0.pem"
@@ -185,10 +185,7 @@ def _limits(party: PartyConfig) -> Finding:
 
 
 def _rendezvous(party: PartyConfig) -> Finding:
-    host, interface = party.peers.host, party.peers.interface
-    cure = "set [peers] host to rank 0's address on the private network"
-    if interface and interface not in (name for _, name in socket.if_nameindex()):
-        return _finding("peers", f"no interface {interface!r} here", "set [peers] interface to one of these")
+    host, cure = party.peers.host, "set [peers] host to rank 0's address, as the other parties reach it"
     if _is_loopback(host) and not _is_loopback(party.address[0]):
         words = f"rank 0 is {host}, which is this host's own: right on one machine alone"
         return _finding("peers", words, cure, required=False)
@@ -243,10 +240,12 @@ def _client(role: str, config: Path) -> Iterator[Finding]:
         if role_of(name) is not Role(role):
             yield _finding("name", f"{name!r} is that of a {role_of(name)}", f"take a {role}'s certificate")
     tls = ClientTls(ca, certificate, key)
-    reached = [_Peer.at(url, tls) for url in table.urls]
+    # A device has nothing to say to the third party.
+    needed = table.urls if role == "cloud" else table.urls[: len(table.keys)]
+    reached = [_Peer.at(url, tls) for url in needed]
     for peer in reached:
         yield peer.finding(table.keys)
-    yield _group(role, table, reached)
+    yield _group(table, reached)
     yield _clock([peer for peer in reached if peer.facts])
 
 
@@ -263,27 +262,27 @@ def _aggregators(config: Path) -> _Aggregators:
         raise ConfigError(f"{config}: {name}: {first['msg']}; `privkd keys group` prints it") from None
 
 
-def _group(role: str, table: _Aggregators, reached: "Sequence[_Peer]") -> Finding:
-    """Whether the services are one whole group, as far as the role needs it."""
-    silent = [peer.url for peer in reached if not peer.facts]
+def _group(table: _Aggregators, needed: "Sequence[_Peer]") -> Finding:
+    """Whether the services that are ``needed`` belong to one group, which the table names whole."""
+    silent = [peer.url for peer in needed if not peer.facts]
     if silent:
-        words = f"not known: {len(silent)} of {len(reached)} did not say who they are"
+        words = f"not known: {len(silent)} of {len(needed)} did not say who they are"
         return _finding("group", words, "mend those first")
-    parties, ranks = len(table.keys), sorted(peer.rank for peer in reached)
-    sizes = {(peer.facts["parties"], peer.facts["members"]) for peer in reached if peer.facts}
+    sizes = {(peer.facts["parties"], peer.facts["members"]) for peer in needed if peer.facts}
     if len(sizes) > 1:
         return _finding("group", "the services are of different groups", "take the urls of one group")
-    ((aggregators, members),) = sizes
-    if aggregators != parties:
-        words = f"{aggregators} aggregators, and {parties} pinned keys"
+    ((parties, members),) = sizes
+    if parties != len(table.keys):
+        words = f"{parties} aggregators, and {len(table.keys)} pinned keys"
         return _finding("group", words, "pin each aggregator's key, by rank")
-    third_party = members > parties
-    wanted = parties + (third_party and role == "cloud")
-    if ranks[:wanted] != list(range(wanted)) or len(set(ranks)) != len(ranks):
-        words = f"ranks {', '.join(map(str, ranks))} of {wanted}"
-        lacking = "the third party" if ranks == list(range(parties)) else "every aggregator, once"
-        return _finding("group", words, f"name {lacking} in urls")
-    return _finding("group", f"{parties} aggregators{' and the third party' if third_party else ''}")
+    ranks = [peer.rank for peer in needed]
+    if ranks != list(range(len(needed))):
+        words = f"the urls are of rank {', '.join(map(str, ranks))}"
+        return _finding("group", words, "name every party once in urls, by rank, the third party last")
+    if len(table.urls) != members:
+        words = f"a group of {members}, and {len(table.urls)} urls"
+        return _finding("group", words, "name the third party last in urls")
+    return _finding("group", f"{parties} aggregators{' and the third party' if members > parties else ''}")
 
 
 # ---- what roles share --------------------------------------------------------------------------------
@@ -325,9 +324,9 @@ class _Peer:
 
     Attributes:
         url: where it is.
-        facts: what it says of itself; nothing where it was not reached.
+        facts: what it says of itself, perhaps also its ``version``, and by how many seconds its clock is
+            ``ahead``; nothing where it was not reached.
         days: until its certificate ends.
-        skew: seconds by which its clock is ahead, where it tells the time.
         fault: why it was not reached.
         cure: what mends that.
         required: whether a round needs it now.
@@ -336,7 +335,6 @@ class _Peer:
     url: str
     facts: Mapping[str, Any] | None = None
     days: float | None = None
-    skew: float | None = None
     fault: str = ""
     cure: str = ""
     required: bool = True
@@ -351,12 +349,11 @@ class _Peer:
             _resolved(place[0])
             days = None
             with closing(socket.create_connection(place, _SECONDS)) as connection:
-                if parts.scheme == "https" and tls is not None:
+                if parts.scheme in ("https", "grpcs") and tls is not None:
                     cure = "see who approved which certificate: `privkd keys show` on both sides"
                     days, required = _handshake(connection, place[0], tls), True
             (link,) = service_links([url], tls)
             with closing(link):
-                sent = time.time()
                 facts = dict(link.about(time.monotonic() + _SECONDS))
         except ssl.SSLCertVerificationError as error:
             return cls(url, fault=f"its certificate is not trusted ({error.verify_message})", cure=cure)
@@ -364,9 +361,7 @@ class _Peer:
             return cls(url, fault=f"it refuses this certificate ({error.reason})", cure=cure)
         except (OSError, ValueError, PrivkdError) as error:
             return cls(url, fault=str(error).removeprefix(f"{url}: "), cure=cure, required=required)
-        told = facts.get("time")
-        skew = float(told) - (sent + time.time()) / 2 if isinstance(told, int | float) else None
-        return cls(url, facts, days, skew)
+        return cls(url, facts, days)
 
     @property
     def rank(self) -> int:
@@ -384,6 +379,10 @@ class _Peer:
         if self.days is not None and self.days < WARNING_DAYS:
             words = f"rank {rank}; its certificate ends in {self.days:.0f} days"
             return _finding(self.url, words, "have that party run `privkd keys renew`", required=False)
+        theirs, ours = self.facts.get("version"), _version("privkd")
+        if theirs is not None and theirs != ours:
+            words = f"rank {rank} runs privkd {theirs}, and here it is {ours}"
+            return _finding(self.url, words, "run the same version on all hosts", required=False)
         whose = "key as pinned" if rank < len(pins) else "the third party"
         days = "" if self.days is None else f", certificate for another {self.days:.0f} days"
         return _finding(self.url, f"rank {rank}, {whose}{days}")
@@ -404,7 +403,7 @@ def _handshake(connection: socket.socket, host: str, tls: ClientTls) -> float:
 
 def _clock(reached: "Sequence[_Peer]") -> Finding:
     now = f"here it is {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    skews = {peer.url: peer.skew for peer in reached if peer.skew is not None}
+    skews = {peer.url: float(peer.facts["ahead"]) for peer in reached if peer.facts and "ahead" in peer.facts}
     if not skews:
         return _finding("clock", f"{now}; no peer told its own")
     url, worst = max(skews.items(), key=lambda item: abs(item[1]))

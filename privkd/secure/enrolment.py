@@ -157,7 +157,8 @@ def make_party(
         f"2. put {name}.pem, ca.pem and crl.pem, which come back, into {folder}\n"
         f"3. exchange {folder / f'member-{rank}.toml'} with the other parties, then run\n"
         f"   `privkd keys group MEMBER... --config {folder / 'party.toml'}`\n"
-        "4. set [limits] max_rho and max_rho_total in party.toml, and [peers] to rank 0's private address\n"
+        "4. set [limits] max_rho and max_rho_total in party.toml, and [peers] host and port to where rank 0 "
+        "waits for the others\n"
         f"5. run `privkd doctor --role aggregator --config {folder / 'party.toml'}`"
     )
 
@@ -316,7 +317,7 @@ def group(members: Sequence[Path], *, config: Path, keys: Sequence[str] = ()) ->
 
 
 def aggregators_table(members: Sequence[Path]) -> str:
-    """The table ``[aggregators]`` of the cloud's and of devices' settings, as TOML.
+    """The table ``[aggregators]`` of the cloud's and of devices' settings: TOML, the third party's url last.
 
     Raises:
         ConfigError: the files are not those of one whole group.
@@ -328,16 +329,13 @@ def aggregators_table(members: Sequence[Path]) -> str:
         raise ConfigError("members: these files are of groups of different sizes")
     listed = _listed(given, parties, third)
     table = {
-        "urls": [member.url for member in published[:parties]],
+        "urls": [member.url for member in published],
         "keys": listed[:parties],
         "ca": "ca.pem",
         "certificate": f"{CLOUD}.pem",
         "key": f"{CLOUD}.key",
     }
-    text = tomli_w.dumps({"aggregators": table})
-    if len(listed) > parties:
-        text += f"# The cloud adds the third party to urls: {published[parties].url}\n"
-    return text + "# A device puts its own name for cloud.\n"
+    return tomli_w.dumps({"aggregators": table}) + "# A device puts its own name for cloud.\n"
 
 
 def _given(published: Sequence[Member], keys: Sequence[str]) -> dict[int, str]:

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import ROOT, commands_of
 
 from cli import app
 from privkd.errors import ChannelError, ConfigError
@@ -114,11 +115,9 @@ def enrol(base: Path) -> Path:
     for folder in "abt":
         done("keys", "group", *published, "--config", base / folder / "party.toml")
     table = tomllib.loads(done("keys", "group", *published))["aggregators"]
-    third = "https://127.0.0.1:{}".format(load_party(base / "t" / "party.toml").address[1])
     for folder in ("cloud", "d0", "d1"):
         name = MEMBERS[folder]
         own = {**table, "certificate": f"{name}.pem", "key": f"{name}.key"}
-        own["urls"] = [*table["urls"], third] if folder == "cloud" else table["urls"]
         (base / folder / "settings.toml").write_text(tomli_w.dumps({"aggregators": own}))
     return base
 
@@ -280,6 +279,71 @@ def test_a_revoked_device_is_refused_at_once(group: Path, tmp_path: Path) -> Non
         about(url(group, "b"), shown, 3.0)
     assert about(url(group, "b"), tls(group, "d0"))["rank"] == 1
     refused("no certificate of .* that holds", "keys", "revoke", "lost", "--authority", group / "ca")
+
+
+class Hosts:
+    """Folders that stand for hosts; commands are run in them, and files carried from one to another."""
+
+    def __init__(self, base: Path, patch: pytest.MonkeyPatch) -> None:
+        self.base, self.patch = base, patch
+
+    def run(self, host: str, words: list[str]) -> str:
+        assert words[0] == "privkd"
+        (self.base / host).mkdir(exist_ok=True)
+        self.patch.chdir(self.base / host)
+        return done(*words[1:])
+
+    def carry(self, source: str, target: str) -> None:
+        """To a file, or into a folder that ends in a slash."""
+        file = self.base / target / (Path(source).name if target.endswith("/") else "")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.base / source, file)
+
+
+def test_the_page_for_three_hosts_is_followed_to_the_letter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    parts = {part[0]: part for part in re.split(r"^## (?=\d\.)", page, flags=re.MULTILINE)}
+    hosts = Hosts(tmp_path, monkeypatch)
+    for command in commands_of(parts["1"]):
+        hosts.run("home", command)
+    (first,) = commands_of(parts["2"])
+    assert "`--rank 1 --host b.example` and `--rank 2 --host t.example`" in parts["2"]
+    for rank, letter in enumerate("abt"):
+        hosts.run(
+            letter, [{"0": str(rank), "a.example": f"{letter}.example"}.get(word, word) for word in first]
+        )
+    cloud, device = commands_of(parts["3"])
+    hosts.run("cloud", cloud)
+    boxes = [f"device-{i}" for i in range(5)]
+    for box in boxes:
+        hosts.run(box, [box if word == "device-0" else word for word in device])
+    members = {f"party-{rank}": f"{letter}/party" for rank, letter in enumerate("abt")}
+    members |= {"cloud": "cloud/cloud"} | {box: f"{box}/device" for box in boxes}
+    role = dict(zip(Role, reversed(commands_of(parts["4"])), strict=True))
+    for name, folder in members.items():
+        hosts.carry(f"{folder}/{name}.csr", "home/")
+        asked = role[role_of(name)]
+        hosts.run("home", [*asked[:3], f"{name}.csr", *asked[4:]])
+        for file in (f"issued/{name}.pem", "ca.pem", *(["crl.pem"] if name.startswith("party") else [])):
+            hosts.carry(f"home/authority/{file}", f"{folder}/")
+    fill, table = commands_of(parts["5"])
+    for host in ("a", "b", "t", "cloud", *boxes):
+        for rank, letter in enumerate("abt"):
+            hosts.carry(f"{letter}/party/member-{rank}.toml", f"{host}/")
+    for letter in "abt":
+        hosts.run(letter, fill)
+        settings = tmp_path / letter / "party" / "party.toml"
+        settings.write_text(settings.read_text() + re.findall(r"```toml\n(.*?)```", parts["5"], re.DOTALL)[0])
+    parties = [load_party(tmp_path / letter / "party" / "party.toml") for letter in "abt"]
+    assert len({party.members for party in parties}) == 1
+    assert [(party.rank, party.limits.max_rho_total, party.peers.port) for party in parties] == [
+        (rank, 2.0, 8450) for rank in range(3)
+    ]
+    found = tomllib.loads(hosts.run("cloud", table))["aggregators"]
+    assert tuple(found["keys"]) == parties[0].members[:2]
+    assert found["urls"] == [f"https://{letter}.example:8440" for letter in "abt"]
 
 
 # ---- the authority -----------------------------------------------------------------------------------
@@ -671,7 +735,9 @@ def test_the_preflight_names_what_would_stop_a_round(
         return config
 
     code, found = preflight("cloud", changed(urls=tree["urls"][:2]))
-    assert (code, found["group"]["cure"]) == (1, "name the third party in urls")
+    assert (code, found["group"]["cure"]) == (1, "name the third party last in urls")
+    code, found = preflight("cloud", changed(urls=tree["urls"][::-1]))
+    assert "of rank 2, 1, 0" in str(found["group"]["found"])
     (nobody,) = free_ports(1)
     silent = f"https://127.0.0.1:{nobody}"
     code, found = preflight("cloud", changed(urls=[*tree["urls"][:2], silent]))
