@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 
 from privkd.errors import ChannelError
-from privkd.secure.keys import CLOUD
+from privkd.secure.certificates import CLOUD
 from privkd.secure.party import LimitsConfig
 
 _BURST_SECONDS = 10.0

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import aggregator_pb2 as pb
 from privkd.secure.addresses import is_loopback, joined
 from privkd.secure.aggregator_pb2_grpc import AggregatorStub
-from privkd.secure.credentials import ends
+from privkd.secure.certificates import check_validity, load_certificate, load_identity
 from privkd.secure.group import UnreachableError
 from privkd.secure.rpc import FINAL, OPTIONS, PROTOCOL, stream
 from privkd.secure.terms import RoundTerms
@@ -55,8 +54,11 @@ class ClientTls:
         """The same for Python's own TLS.
 
         Raises:
-            ConfigError: a file is missing or is no certificate.
+            ConfigError: a file is missing or is no certificate, the certificate has expired, or others than
+                its owner may read the key.
         """
+        if self.certificate is not None:
+            load_identity(self.certificate, self.key)
         try:
             context = ssl.create_default_context(cafile=self.ca)
             context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -235,11 +237,11 @@ class ServiceLink:
         if found:
             return f"{self.url}: its certificate is not trusted ({reason.partition(':')[0]})"
         own = None if self._tls is None else self._tls.certificate
-        if own is not None and (until := ends(own)) <= datetime.now(UTC):
-            return (
-                f"{self.url}: this client's own certificate {own} ended on {until:%Y-%m-%d %H:%M} UTC, "
-                "by this machine's clock; renew it"
-            )
+        if own is not None:
+            try:
+                check_validity(load_certificate(own), own)
+            except ConfigError as error:
+                return f"{self.url}: {error}"
         broken_off = any(words in details for words in ("Socket closed", "reset by peer", "Broken pipe"))
         # Twice, as a service that is being killed looks the same for once.
         if broken_off and self._turned_away() and self._turned_away():

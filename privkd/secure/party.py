@@ -19,6 +19,7 @@
     certificate = "party-0.pem"
     key = "party-0.tls.key"
     client_ca = "ca.pem"              # asks clients for certificates; "cloud" opens and closes rounds
+    crl = "crl.pem"                   # certificates that client_ca took back; read anew when it changes
 
     [limits]
     minimum_devices = 2               # this party releases nothing over fewer, whatever the cloud asks
@@ -75,6 +76,7 @@ class TlsConfig(Settings):
     certificate: Path
     key: Path
     client_ca: Path | None = None
+    crl: Path | None = None
 
 
 class LimitsConfig(Settings):
@@ -131,7 +133,8 @@ class Party(Settings):
     def _of_one_group(self) -> Self:
         if len(self.members) not in (self.parties, self.parties + 1):
             raise ValueError(f"{len(self.members)} members: expected the keys of {self.parties} aggregators, "
-                             "and of the third party if there is one")  # fmt: skip
+                             "and the third party's if there is one; `privkd keys group` "
+                             "fills them in")  # fmt: skip
         for member in self.members:
             if len(member) != 64 or not set(member) <= set("0123456789abcdef"):
                 raise ValueError(f"member {member!r}: expected 64 hexadecimal digits")
@@ -223,6 +226,7 @@ def _anchored(party: PartyConfig, folder: Path) -> PartyConfig:
                 "certificate": folder / tls.certificate,
                 "key": folder / tls.key,
                 "client_ca": None if tls.client_ca is None else folder / tls.client_ca,
+                "crl": None if tls.crl is None else folder / tls.crl,
             }
         )
     return party.model_copy(

@@ -13,7 +13,7 @@ from privkd.errors import RunError
 from privkd.journal import Journal
 from privkd.records import Value
 from privkd.secure.addresses import joined
-from privkd.secure.credentials import ends
+from privkd.secure.certificates import load_certificate
 from privkd.secure.party import PartyConfig, load_party
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _read(party: PartyConfig) -> PartyState:
         if record["event"] in names:
             far[record["round"]] = names[record["event"]]
     rounds = {state: list(far.values()).count(state) for state in dict.fromkeys(names.values())}
-    until = None if party.tls is None else ends(party.tls.certificate)
+    until = None if party.tls is None else load_certificate(party.tls.certificate).not_valid_after_utc
     return PartyState(
         party=party.name,
         answers=False,

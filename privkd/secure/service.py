@@ -72,10 +72,7 @@ class Service:
         self._certificates = None if party.tls is None else ServerCertificates(party.tls)
         self._unready: str | None = "it starts"
         self.observed = Observed(self.log, self.state)
-        knows_callers = party.tls is not None and party.tls.client_ca is not None
-        self._servicer = PartyServicer(
-            self.rounds, party.directory, self.observed, knows_callers=knows_callers
-        )
+        self._servicer = PartyServicer(self.rounds, party.directory, self.observed, self._certificates)
         self._status: StatusListener | None = None
         self._server, self._port = _run(self._bound())
 
@@ -241,11 +238,11 @@ def serve(config: Path, *, while_input: bool = False) -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     told: queue.SimpleQueue[signal.Signals] = queue.SimpleQueue()
+    log = Log(None if while_input else party.log.level)
+    service = Service(party, log)
+    log.adopt_libraries()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: told.put(signal.Signals(number)))
-    log = Log(None if while_input else party.log.level)
-    log.adopt_libraries()
-    service = Service(party, log)
     if while_input:
         threading.Thread(target=_after_input, args=(told,), daemon=True).start()
     try:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,8 @@ from privkd.secure import aggregator_pb2 as pb
 from privkd.secure.aggregator_pb2_grpc import AggregatorServicer
 from privkd.secure.batches import Batches
 from privkd.secure.callers import BusyError, ByteBudget, Callers
-from privkd.secure.keys import CLOUD
+from privkd.secure.certificates import CLOUD
+from privkd.secure.credentials import ServerCertificates
 from privkd.secure.observed import Call, Observed
 from privkd.secure.rounds import Rounds
 from privkd.secure.rpc import PROTOCOL, code_of, cut
@@ -53,12 +54,14 @@ class _Sent(NamedTuple):
 class PartyServicer(AggregatorServicer):
     """The calls of one party's service."""
 
-    def __init__(self, rounds: Rounds, folder: Path, observed: Observed, *, knows_callers: bool) -> None:
-        """``folder``: where the rounds are kept; ``knows_callers``: by certificates, else each may do all."""
+    def __init__(
+        self, rounds: Rounds, folder: Path, observed: Observed, trust: ServerCertificates | None
+    ) -> None:
+        """``folder``: where the rounds are kept; ``trust``: who is who, else each caller may do all."""
         self._rounds = rounds
         self._folder = str(folder)
         self._observed = observed
-        self._knows_callers = knows_callers
+        self._trust = trust if trust is not None and trust.asks else None
         self.callers = Callers(rounds.party.limits)
         self._budget = ByteBudget(rounds.party.limits.max_bytes_at_once)
         self._uploads = Batches(self._taken, "uploads")
@@ -146,10 +149,14 @@ class PartyServicer(AggregatorServicer):
     @contextlib.asynccontextmanager
     async def _call(self, name: str, context: Context, *, cloud_only: bool = False) -> AsyncIterator[Call]:
         """A call of one who may make it: counted, logged, and its failure told in words."""
-        call = Call(name, self._caller(context))
+        shown = context.auth_context() if self._trust is not None else {}
+        own_name = _first(shown, "x509_common_name").decode(errors="replace")
+        call = Call(name, None if self._trust is None else own_name)
         start, status = time.monotonic(), None
         failure: tuple[grpc.StatusCode, str] | None = None
         try:
+            if self._trust is not None and self._trust.revoked(_first(shown, "x509_pem_cert")):
+                raise RefusalError(403, "this certificate was revoked")
             with self.callers.admitted(call.caller):
                 if cloud_only and call.caller not in (None, CLOUD):
                     raise RefusalError(403, f"{call.caller!r} may not open, close or relay rounds")
@@ -174,13 +181,6 @@ class PartyServicer(AggregatorServicer):
             self._observed.ended(call, time.monotonic() - start, status)
         if failure is not None:
             await context.abort(*failure)
-
-    def _caller(self, context: Context) -> str | None:
-        """The common name of the caller's certificate; none where no certificates are asked for."""
-        if not self._knows_callers:
-            return None
-        names = list(context.auth_context().get("x509_common_name", ()))
-        return names[0].decode(errors="replace") if names else ""
 
     def _told(self, error: PrivkdError) -> str:
         """What a caller is told: in one line, and nothing of where files lie."""
@@ -224,6 +224,11 @@ class PartyServicer(AggregatorServicer):
         self._uploads.close()
         for pool in (self._closing, self._else):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _first(shown: Mapping[str, Iterable[bytes]], name: str) -> bytes:
+    """What a caller's certificate says under a name, or nothing."""
+    return next(iter(shown.get(name, ())), b"")
 
 
 async def _head(pieces: Pieces, call: Call, limit: int) -> pb.Head:

@@ -30,11 +30,12 @@ from rig import LIMITS, Rig, block, services_inside, soon, sum_over, uploads_of
 
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import aggregator_pb2
+from privkd.secure.authority import Authority
 from privkd.secure.callers import BusyError, ByteBudget, Callers
 from privkd.secure.client import ClientTls, ServiceLink, send, service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, UnreachableError
-from privkd.secure.keys import TestAuthority, make_keys
+from privkd.secure.keys import make_keys
 from privkd.secure.local import LocalParties
 from privkd.secure.party import LimitsConfig, load_party
 from privkd.secure.party_state import party_state
@@ -230,9 +231,7 @@ def test_certificates_and_limits_are_read_anew_and_a_signal_ends_it(served: list
     terms = rig.open()
     uploads = uploads_of(terms)
     rig.put(uploads["device-0"])
-    before, authority = serial(first), TestAuthority()
-    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    authority._key = key  # type: ignore[assignment]
+    before, authority = serial(first), Authority(folder)
     for end in (".pem", ".key"):
         (folder / f"party-0.tls{end}").unlink()
     authority.issue(folder, "party-0.tls", name="party-0", hosts=["127.0.0.1"])
@@ -329,12 +328,12 @@ def test_a_port_that_is_in_use_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_an_expired_certificate_is_told_at_the_start(tmp_path: Path) -> None:
     make_keys(tmp_path)
-    authority = TestAuthority()
-    authority._until = datetime.now(UTC) - timedelta(seconds=5)
     for end in (".pem", ".key"):
         (tmp_path / f"party-0.tls{end}").unlink()
-    authority.issue(tmp_path, "party-0.tls", name="party-0", hosts=["127.0.0.1"])
-    with pytest.raises(ConfigError, match=r"party-0\.tls\.pem ended on .*; renew it"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Authority, "_until", lambda *_: datetime.now(UTC) - timedelta(seconds=5))
+        Authority(tmp_path).issue(tmp_path, "party-0.tls", name="party-0", hosts=["127.0.0.1"])
+    with pytest.raises(ConfigError, match=r"party-0\.tls\.pem: the certificate of party-0 expired on"):
         Service(load_party(tmp_path / "party-0.toml"))
 
 

@@ -37,10 +37,10 @@ from rig import (
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import local as local_module
 from privkd.secure.aggregator_pb2 import Head, JoinRequest, Piece, ShareRequest, StatusRequest
+from privkd.secure.authority import Authority
 from privkd.secure.client import ClientTls, ServiceLink, persistently, send, service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, UnreachableError, relay
-from privkd.secure.keys import TestAuthority
 from privkd.secure.local import LocalParties
 from privkd.secure.rpc import PIECE_BYTES, stream
 from privkd.secure.service import Service
@@ -454,19 +454,22 @@ def test_certificates_that_do_not_serve_are_told_at_once_and_in_words(rig: Rig, 
     """Not tried again until the deadline: nothing would change."""
     folder, url, authority = local(rig).folder, rig.service(0).url, local(rig).authority
     assert authority is not None
-    stranger = TestAuthority()
-    stranger.write(tmp_path)
-    stranger.issue(tmp_path, "foreign", name="device-0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(authority, "_until", datetime.now(UTC) - timedelta(seconds=5))
-        authority.issue(tmp_path, "old", name="device-0")
 
     def own(stem: str, ca: Path = folder / "ca.pem") -> ClientTls:
         return ClientTls(ca, tmp_path / f"{stem}.pem", tmp_path / f"{stem}.key")
 
+    Authority.create(tmp_path).issue(tmp_path, "foreign", name="device-0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authority, "_until", lambda _: datetime.now(UTC) + timedelta(seconds=2))
+        authority.issue(tmp_path, "old", name="device-0")
+    old = ServiceLink(url, own("old"))
+    time.sleep(2.1)
+    with pytest.raises(ConfigError, match=r"old\.pem: the certificate of device-0 expired on .* keys renew"):
+        ServiceLink(url, own("old"))
+
     elsewhere = url.replace("127.0.0.1", "localhost")
     for link, words in [
-        (ServiceLink(url, own("old")), r"own certificate .*old\.pem ended on .* renew it"),
+        (old, r"old\.pem: the certificate of device-0 expired on .*: run `privkd keys renew"),
         (ServiceLink(url, own("foreign")), r"does not accept this client's certificate .*foreign\.pem"),
         (ServiceLink(url, ClientTls(folder / "ca.pem")), "does not accept a client without a certificate"),
         (ServiceLink(url, own("foreign", tmp_path / "ca.pem")), "its certificate is not trusted"),
