@@ -273,7 +273,7 @@ def renew(certificate: Path, *, key: Path | None = None, hosts: Sequence[str] = 
         f"send {csr} to the authority, which runs\n"
         f"  privkd keys approve {csr.name} --renew{with_role}\n"
         f"then put {name_of(load_certificate(certificate))}.pem, which comes back, over {certificate}, and "
-        "start what uses it again"
+        "have what uses it read it: a party on SIGHUP, all else when it is started again"
     )
 
 
