@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from privkd.command_line import OneLineErrors, help_alone, print_version, with_settings
+from privkd.command_line import OneLineErrors, group_or_command, help_alone, print_version, with_settings
 from privkd.options import OPTIONS
 from privkd.plugins import load_siblings
 
@@ -61,13 +61,20 @@ host, port, interface         of rank 0's rendezvous; this party's interface
 certificate, key              of this service
 client_ca                     asks for client certificates; "cloud" opens and closes rounds;
                               loopback only without it
+crl                           certificates that client_ca took back
+[status]
+listen = "127.0.0.1:9440"     /healthz, /readyz, /status and /metrics over HTTP; loopback only
+[log]
+level = "info"                JSON lines on stderr: "debug", "info", "warning" or "error"
 [limits]
 minimum_devices = 2           this party releases nothing over fewer
 max_rho                       most that a device pays in one round, in zCDP [no limit]
 max_rho_total                 most that it pays in all rounds of which this party makes a
                               share, over restarts too [no limit]
-request_seconds, start_seconds, step_seconds, hang_seconds, max_connections,
-max_upload_bytes, keep_rounds
+request_seconds, start_seconds, step_seconds, hang_seconds, calls_per_caller,
+calls_per_second, max_upload_bytes, max_bytes_at_once, keep_rounds
+\b
+SIGHUP: reads [tls] and [limits] anew. SIGTERM: ends within seconds, and goes on where it was.
 """
 
 
@@ -218,9 +225,27 @@ def compare(
     show(beside(first, second), as_json=json_)
 
 
-@app.command()
-def keys(
-    out: Annotated[str, typer.Option(help="Folder for keys, certificates and configurations.")],
+keys = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Make keys and certificates: each member its own, or with --out a whole group's on one machine.",
+)
+app.add_typer(keys, name="keys")
+
+KeysOut = Annotated[str, typer.Option("--out", help="Folder of this member alone.")]
+AuthorityFolder = Annotated[str, typer.Option("--authority", help="The authority's folder.")]
+PartyFile = Annotated[str, typer.Option("--config", help="The party's settings, as TOML.")]
+Days = Annotated[int | None, typer.Option(help="Days that the certificate holds. [365]")]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--host", help="Address or name by which others reach it; repeat."),
+]
+
+
+@keys.callback()
+def keys_here(
+    context: typer.Context,
+    out: Annotated[Text, typer.Option(help="Folder for keys, certificates and configurations.")] = None,
     parties: Annotated[int, typer.Option(help="Number of aggregators.")] = 2,
     third_party: Annotated[
         bool, typer.Option("--third-party", help="Also a third party, which votes and norm checks need.")
@@ -232,9 +257,16 @@ def keys(
     device: Annotated[
         list[str] | None, typer.Option(help="Name of a device to make a client certificate for; repeat.")
     ] = None,
-    tls: Annotated[bool, typer.Option("--tls/--no-tls", help="Make and use test certificates.")] = True,
+    tls: Annotated[bool, typer.Option("--tls/--no-tls", help="Make and use certificates.")] = True,
 ) -> None:
-    """Make the parties' keys, test certificates, and a configuration for each `privkd aggregator`."""
+    """Make keys and certificates: each member its own, or with --out a whole group's on one machine.
+
+    With --out, and for one machine only: the keys of all parties, an authority, and a configuration for each
+    `privkd aggregator` in one folder.
+    """
+    if out is None or context.invoked_subcommand is not None:
+        group_or_command(context, needed="--out")
+        return
     from privkd.secure.keys import make_keys
 
     made = make_keys(
@@ -249,13 +281,185 @@ def keys(
     typer.echo(made)
 
 
+@keys.command("authority")
+def keys_authority(
+    out: Annotated[str, typer.Option(help="The authority's folder; its key never leaves it.")],
+    days: Annotated[int | None, typer.Option(help="Days that the authority holds. [3650]")] = None,
+) -> None:
+    """Make the authority that approves certificates, on the machine of whoever runs it."""
+    from privkd.secure.enrolment import make_authority
+
+    typer.echo(make_authority(Path(out), days=days))
+
+
+@keys.command("party")
+def keys_party(
+    out: KeysOut,
+    rank: Annotated[int, typer.Option(help="Which party; the third party's is the number of aggregators.")],
+    parties: Annotated[int, typer.Option(help="Number of aggregators.")] = 2,
+    third_party: Annotated[
+        bool, typer.Option("--third-party", help="The group has a third party; all parties give this alike.")
+    ] = False,
+    host: Hosts = None,
+    port: Annotated[int, typer.Option(help="Of its service.")] = 8440,
+    listen: Annotated[Text, typer.Option(help="HOST:PORT to bind. [the first --host]")] = None,
+) -> None:
+    """Make one party's keys, its request for a certificate, and its party.toml; print its public key."""
+    from privkd.secure.enrolment import make_party
+
+    made = make_party(
+        Path(out),
+        rank=rank,
+        parties=parties,
+        third_party=third_party,
+        hosts=host or (),
+        port=port,
+        listen=listen,
+    )
+    typer.echo(made)
+
+
+@keys.command("device")
+def keys_device(
+    name: Annotated[str, typer.Argument(help="The device's name.")],
+    out: KeysOut,
+) -> None:
+    """Make a device's TLS key on the device, and its request for a certificate."""
+    from privkd.secure.enrolment import make_device
+
+    typer.echo(make_device(name, Path(out)))
+
+
+@keys.command("cloud")
+def keys_cloud(
+    out: KeysOut,
+    host: Hosts = None,
+) -> None:
+    """Make the cloud's TLS key on its host, and its request for a certificate."""
+    from privkd.secure.enrolment import make_cloud
+
+    typer.echo(make_cloud(Path(out), hosts=host or ()))
+
+
+@keys.command("approve")
+def keys_approve(
+    request: Annotated[str, typer.Argument(help="The request, NAME.csr.")],
+    authority: AuthorityFolder,
+    role: Annotated[str, typer.Option(help="What to let it be: device, cloud or party.")] = "device",
+    days: Days = None,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="It may have a certificate already, for the same key.")
+    ] = False,
+    fingerprint: Annotated[
+        Text, typer.Option(help="Refuse another key than that of this fingerprint; ask nothing.")
+    ] = None,
+) -> None:
+    """Show who asks for what, and give it its certificate."""
+    from privkd.secure.enrolment import approve_shown
+
+    ask = typer.confirm if sys.stdin.isatty() and fingerprint is None else None
+    made = approve_shown(
+        Path(request), Path(authority), role=role, days=days, renew=renew, expected=fingerprint, ask=ask
+    )
+    typer.echo(made)
+
+
+@keys.command("add-device")
+def keys_add_device(
+    name: Annotated[str, typer.Argument(help="The device's name.")],
+    out: KeysOut,
+    authority: AuthorityFolder,
+    days: Days = None,
+) -> None:
+    """Make a device's key and approve it at once, on the authority's machine; no party is touched."""
+    from privkd.secure.enrolment import add_device
+
+    typer.echo(add_device(name, Path(out), Path(authority), days=days))
+
+
+@keys.command("group")
+def keys_group(
+    members: Annotated[list[str] | None, typer.Argument(help="Files member-N.toml of the parties.")] = None,
+    config: Annotated[
+        Text, typer.Option(help="The party.toml to fill. [print the table for the cloud and devices]")
+    ] = None,
+    member: Annotated[
+        list[str] | None, typer.Option("--member", help="RANK=KEY in hexadecimal; repeat for more.")
+    ] = None,
+) -> None:
+    """Fill a party's members list from the public keys that the parties published."""
+    from privkd.secure.enrolment import aggregators_table, group
+
+    files = [Path(name) for name in members or ()]
+    typer.echo(
+        aggregators_table(files) if config is None else group(files, config=Path(config), keys=member or ())
+    )
+
+
+@keys.command("renew")
+def keys_renew(
+    certificate: Annotated[str, typer.Argument(help="The certificate, NAME.pem, which may have expired.")],
+    key: Annotated[Text, typer.Option(help="Its private key. [NAME.key beside it]")] = None,
+    host: Annotated[list[str] | None, typer.Option(help="Where it serves from now on. [as before]")] = None,
+) -> None:
+    """Ask for a certificate anew, for the same name and key."""
+    from privkd.secure.enrolment import renew
+
+    typer.echo(renew(Path(certificate), key=_path(key), hosts=host or ()))
+
+
+@keys.command("revoke")
+def keys_revoke(
+    name: Annotated[str, typer.Argument(help="Whose certificates are taken back.")],
+    authority: AuthorityFolder,
+) -> None:
+    """Take back a member's certificates, and write crl.pem for the parties."""
+    from privkd.secure.enrolment import revoke
+
+    typer.echo(revoke(name, Path(authority)))
+
+
+@keys.command("rotate")
+def keys_rotate(
+    config: PartyFile,
+) -> None:
+    """Give a party a new sealing key beside the old one."""
+    from privkd.secure.enrolment import rotate
+
+    typer.echo(rotate(Path(config)))
+
+
+@keys.command("show")
+def keys_show(
+    path: Annotated[str, typer.Argument(help="A key, request, certificate or party.toml, or a folder.")],
+    json_: Json = False,
+) -> None:
+    """Say whose a file is, its public key, and how long it holds. Exit code 2 if it is of no use any more."""
+    from privkd.secure.inventory import show_keys
+
+    show_keys(Path(path), as_json=json_)
+
+
 @app.command(help=f"Run one party of the secure channel as a service.\n\n\b\n{PARTY_TOML}")
 def aggregator(
     config: Annotated[str, typer.Option(help="The party's settings, as TOML.")],
+    status: Annotated[
+        bool, typer.Option("--status", help="Say how the running service is, in place of running one.")
+    ] = False,
+    json_: Json = False,
 ) -> None:
     """Run one party of the secure channel as a service."""
+    if status:
+        from privkd.secure.party_state import party_state
+        from privkd.terminal import show
+
+        show(party_state(Path(config)), as_json=json_)
+        return
+    from privkd.errors import ConfigError
     from privkd.secure.service import serve
 
+    if json_:
+        raise ConfigError("--json is for --status: a service logs JSON lines on stderr by itself")
     serve(Path(config))
 
 
@@ -264,11 +468,23 @@ def doctor(
     fix: Annotated[
         bool, typer.Option("--fix", help="Install CrypTen where it is missing, without its dependencies.")
     ] = False,
+    role: Annotated[
+        Text, typer.Option(help="aggregator, device or cloud: a preflight over its group instead.")
+    ] = None,
+    config: Annotated[Text, typer.Option(help="The role's settings, as TOML.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="https://HOST:PORT of an aggregator's other parties; repeat.")
+    ] = None,
+    json_: Json = False,
 ) -> None:
-    """Say what is missing on this machine, and the exact command that mends it."""
+    """Say what is missing on this machine, or what would stop a role's round, and what mends it."""
+    if role is not None:
+        from privkd.preflight import preflight_command
+
+        sys.exit(preflight_command(role, _path(config), peers=peer or (), as_json=json_))
     from privkd.doctor import doctor_command
 
-    sys.exit(doctor_command(fix=fix))
+    sys.exit(doctor_command(fix=fix, as_json=json_))
 
 
 @app.command()

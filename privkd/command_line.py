@@ -74,6 +74,23 @@ def help_alone(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
+def group_or_command(context: typer.Context, *, needed: str) -> None:
+    """Print the help of a group that was called with nothing; one that was called with a command lets it run.
+
+    Raises:
+        ConfigError: the group's own options were given besides, or without the one that is ``needed``.
+    """
+    from privkd.errors import ConfigError
+
+    sources = map(context.get_parameter_source, context.params)
+    if any(source is not None and source.name != "DEFAULT" for source in sources):
+        command = context.invoked_subcommand
+        raise ConfigError(
+            f"missing option {needed}" if command is None else f"options stand after {command!r}"
+        )
+    help_alone(context)
+
+
 def print_version(wanted: bool) -> None:
     """Print the version and end, if ``wanted``."""
     if wanted:

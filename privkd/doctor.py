@@ -1,20 +1,23 @@
 """What this machine lacks, and the exact command that mends it."""
 
 import importlib
+import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 from privkd.secure.installed import CRYPTEN_COMMAND, has_crypten
 
 _MISSING = {True: ("missing", "red"), False: ("optional", "yellow")}
+_BAD = "Something is missing: run the commands above; `privkd doctor --fix` runs CrypTen's."
+_GOOD = "All that is needed is here."
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``cure`` is the command that mends it, empty where all is well."""
+    """One thing that was looked at. ``cure`` is what mends it, empty where all is well."""
 
     name: str
     found: str
@@ -23,11 +26,11 @@ class Finding:
     required: bool = True
 
 
-def doctor_command(*, fix: bool) -> int:
+def doctor_command(*, fix: bool, as_json: bool = False) -> int:
     """Print what `examine` finds, with ``fix`` after `fix_crypten`; the exit code."""
     if fix:
         fix_crypten()
-    return print_findings(examine())
+    return print_findings(examine(), as_json=as_json)
 
 
 def fix_crypten() -> None:
@@ -84,29 +87,42 @@ def examine() -> list[Finding]:
     return findings
 
 
-def print_findings(findings: list[Finding]) -> int:
-    """Print a line for each finding; 1 where something required is missing, else 0."""
+def print_findings(
+    findings: list[Finding],
+    *,
+    as_json: bool = False,
+    words: Mapping[bool, tuple[str, str]] = _MISSING,
+    bad: str = _BAD,
+    good: str = _GOOD,
+) -> int:
+    """Print a line for each finding; 1 where something required is not well, else 0.
+
+    Args:
+        findings: from `examine`, or about a group.
+        as_json: as one JSON list instead.
+        words: with its colour, what is said of a finding that is not well, by whether it is required.
+        bad: last line where something required is not well.
+        good: last line where nothing is.
+    """
+    missing = any(finding.cure and finding.required for finding in findings)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings]) + "\n")
+        return int(missing)
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
     for finding in findings:
-        word, style = ("ok", "green") if not finding.cure else _MISSING[finding.required]
+        word, style = ("ok", "green") if not finding.cure else words[finding.required]
+        purpose = f" ({finding.needed_for})" if finding.cure and finding.needed_for else ""
         line = Text(f"{word:9}", style)
-        line.append(finding.name if not finding.cure else f"{finding.name} ({finding.needed_for})", "default")
+        line.append(f"{finding.name}{purpose}", "default")
         line.append(f": {finding.found}", "default")
         console.print(line, soft_wrap=True)
         if finding.cure:
             console.print(Text(f"{'':9}{finding.cure}"), soft_wrap=True)
-    missing = any(finding.cure and finding.required for finding in findings)
-    console.print(
-        "Something is missing: run the commands above; `privkd doctor --fix` runs CrypTen's."
-        if missing
-        else "All that is needed is here.",
-        soft_wrap=True,
-        markup=False,
-    )
-    return 1 if missing else 0
+    console.print(bad if missing else good, soft_wrap=True, markup=False)
+    return int(missing)
 
 
 def _python() -> Finding:

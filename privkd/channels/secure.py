@@ -21,7 +21,7 @@ from privkd.messages import Question, Release, Upload
 from privkd.privacy.events import PartyId
 from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import VoteRule
-from privkd.secure.client import ClientTls, HttpLink, send, service_links
+from privkd.secure.client import ClientTls, ServiceLink, send, service_links
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.group import PartyGroup, PartyLink, Total, relay
 from privkd.secure.installed import check_crypten
@@ -187,7 +187,7 @@ class _Parties:
             self._group = self._start()
         return self._group
 
-    def endpoints(self, deadline: float) -> list[HttpLink]:
+    def endpoints(self, deadline: float) -> list[ServiceLink]:
         """The running aggregators by rank, as a device reaches them: it starts no worker.
 
         Raises:
@@ -196,7 +196,7 @@ class _Parties:
         if self._group is None:
             self._group = PartyGroup(self._links(), pins=self._options.pins)
         self._group.keys(deadline)
-        return [link for link in self._group.aggregators if isinstance(link, HttpLink)]
+        return [link for link in self._group.aggregators if isinstance(link, ServiceLink)]
 
     def _start(self) -> PartyGroup:
         group = PartyGroup(self._links(), pins=self._options.pins)

@@ -1,27 +1,44 @@
-"""A party's service as a device or the cloud reaches it: HTTP with deadlines, and two kinds of failure."""
+"""A party's service as a device or the cloud reaches it: gRPC with deadlines, and two kinds of failure."""
 
-import contextlib
-import http.client
-import json
 import random
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import grpc
+
 from privkd.errors import ChannelError, ConfigError, RefusalError
+from privkd.secure import aggregator_pb2 as pb
+from privkd.secure.addresses import is_loopback, joined
+from privkd.secure.aggregator_pb2_grpc import AggregatorStub
+from privkd.secure.certificates import check_validity, load_certificate, load_identity
 from privkd.secure.group import UnreachableError
+from privkd.secure.rpc import FINAL, OPTIONS, PROTOCOL, stream
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import Upload, packed
 
-_CHUNK = 1 << 18
-_MAX_ANSWER = 1 << 30
+_MAX_STATUS_BYTES = 1 << 28
 _RELAY_BYTES = 1 << 22
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _ATTEMPT_SECONDS = 15.0
+_LOOK_SECONDS = 2.0
+_ENCRYPTED = {"grpcs": True, "https": True, "grpc": False, "http": False}
+_OPTIONS: list[tuple[str, Any]] = [
+    *OPTIONS,
+    ("grpc.max_receive_message_length", _MAX_STATUS_BYTES),
+    # Each link has a connection of its own, under its own certificate.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+]
 T = TypeVar("T")
 
 
@@ -34,11 +51,14 @@ class ClientTls:
     key: Path | None = None
 
     def context(self) -> ssl.SSLContext:
-        """The TLS settings.
+        """The same for Python's own TLS.
 
         Raises:
-            ConfigError: a file is missing or is no certificate.
+            ConfigError: a file is missing or is no certificate, the certificate has expired, or others than
+                its owner may read the key.
         """
+        if self.certificate is not None:
+            load_identity(self.certificate, self.key)
         try:
             context = ssl.create_default_context(cafile=self.ca)
             context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -48,128 +68,209 @@ class ClientTls:
             raise ConfigError(f"certificates {self.ca}, {self.certificate}, {self.key}: {error}") from None
         return context
 
+    def credentials(self) -> grpc.ChannelCredentials:
+        """As gRPC takes them. Raises as `context`."""
+        self.context()
+        key, certificate = (path and path.read_bytes() for path in (self.key, self.certificate))
+        return grpc.ssl_channel_credentials(self.ca.read_bytes(), key or None, certificate or None)
 
-class Endpoint:
-    """One party's address. Keeps a connection open between requests; for one thread at a time."""
+
+class ServiceLink:
+    """The link to a party that runs as a service: see ``aggregator.proto``. Keeps a connection open.
+
+    Calls raise `RefusalError` where the party refuses for good, `UnreachableError` where there was no answer
+    by the deadline or it may be asked again, and `ChannelError` where one does not trust the other's
+    certificate. Deadlines are on ``time.monotonic``. Any number of threads may use it.
+    """
 
     def __init__(self, url: str, tls: ClientTls | None = None) -> None:
         """Check the address; nothing is sent.
 
         Raises:
-            ConfigError: not an address of http on the loopback interface, or of https.
+            ConfigError: not an address of ``grpc`` on the loopback interface, or of ``grpcs``; ``http`` and
+                ``https`` mean the same.
         """
         parts = urlsplit(url)
         try:
-            self._host, self._port = parts.hostname or "", parts.port
+            self._host, self._port = parts.hostname or "", parts.port or 0
         except ValueError:
-            self._host, self._port = "", None
-        if parts.scheme not in ("http", "https") or not self._host or self._port is None:
-            raise ConfigError(f"aggregator {url!r}: expected an address such as https://host:8440")
-        if parts.scheme == "http" and self._host not in ("127.0.0.1", "::1", "localhost"):
-            raise ConfigError(f"aggregator {url!r}: without https only the loopback interface is allowed")
+            self._host, self._port = "", 0
+        if parts.scheme not in _ENCRYPTED or not self._host or not self._port:
+            raise ConfigError(f"aggregator {url!r}: expected an address such as grpcs://host:8440")
+        if not _ENCRYPTED[parts.scheme] and not is_loopback(self._host):
+            raise ConfigError(f"aggregator {url!r}: without grpcs only the loopback interface is allowed")
         self.url = url
-        self._context: ssl.SSLContext | None = None
-        if parts.scheme == "https":
-            self._context = ssl.create_default_context() if tls is None else tls.context()
-        self._connection: http.client.HTTPConnection | None = None
+        self._tls = tls
+        self._credentials: grpc.ChannelCredentials | None = None
+        if _ENCRYPTED[parts.scheme]:
+            self._credentials = grpc.ssl_channel_credentials() if tls is None else tls.credentials()
+        self._opening = threading.Lock()
+        self._channel: grpc.Channel | None = None
 
-    def request(self, method: str, path: str, body: bytes = b"", *, deadline: float) -> bytes:
-        """The body of the answer.
+    @property
+    def name(self) -> str:
+        """Its address."""
+        return self.url
 
-        Args:
-            method: HTTP's.
-            path: see ``privkd.secure.service``.
-            body: of the request.
-            deadline: on ``time.monotonic``.
+    # ---- the calls ----------------------------------------------------------------------------------
 
-        Raises:
-            RefusalError: refused for good.
-            UnreachableError: no answer by the deadline, or to be tried again.
-            ChannelError: its certificate is not trusted.
-        """
-        try:
-            status, answer = self._exchange(method, path, body, deadline)
-        except ssl.SSLCertVerificationError as error:
-            self.close()
-            raise ChannelError(
-                f"{self.url}: its certificate is not trusted ({error.verify_message})"
-            ) from error
-        except TimeoutError as error:
-            self.close()
-            raise UnreachableError(f"{self.url} did not answer in time") from error
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            raise UnreachableError(f"{self.url}: {error or type(error).__name__}") from error
-        if status == 200:
-            return answer
-        reason = f"{self.url}: {_reason(status, answer)}"
-        raise RefusalError(status, reason) if 400 <= status < 500 else UnreachableError(reason)
+    def about(self, deadline: float) -> Mapping[str, Any]:
+        """What the party says of itself: also its ``version``, and how far its clock is ahead, in seconds."""
+        answer = self.insist("About", pb.AboutRequest, deadline)
+        if answer.protocol != PROTOCOL:
+            raise ChannelError(f"{self.url} speaks protocol {answer.protocol}, and this is {PROTOCOL}: "
+                               f"it runs privkd {answer.version}")  # fmt: skip
+        if not answer.rank < len(answer.members):
+            raise ChannelError(f"{self.url} is not a party's service")
+        return {
+            "rank": answer.rank,
+            "parties": answer.parties,
+            "key": answer.members[answer.rank].hex(),
+            "members": len(answer.members),
+            "version": answer.version,
+            "ahead": answer.clock_ms / 1000 - time.time(),
+        }
 
-    def insist(self, method: str, path: str, body: bytes = b"", *, deadline: float) -> bytes:
-        """`request`, tried again with growing pauses for as long as the party is unreachable."""
+    def join(self, session: str, port: int | None, deadline: float) -> int:
+        """Have it start a worker; the port of rank 0's rendezvous."""
+        return int(self.call("Join", pb.JoinRequest(session=session, port=port), deadline).port)
 
-        def attempt() -> bytes:
-            by = min(deadline, time.monotonic() + _ATTEMPT_SECONDS)
-            return self.request(method, path, body, deadline=by)
+    def open(self, terms: RoundTerms, deadline: float) -> None:
+        """Publish a round."""
+        self.insist("Open", lambda: stream(terms.label, terms.pack()), deadline)
+
+    def upload(self, round: int, device: str, envelope: bytes, deadline: float) -> None:
+        """Hand over a device's envelope, again and again while the party cannot be reached."""
+        self.insist("Upload", lambda: stream(round, envelope, device), deadline)
+
+    def relay(self, round: int, envelopes: Sequence[bytes], deadline: float) -> list[str]:
+        """Hand on sealed uploads; what was refused."""
+        refused: list[str] = []
+        for batch in _batches(envelopes):
+            request = partial(stream, round, packed(batch))
+            refused += self.insist("Relay", request, deadline).refused
+        return refused
+
+    def status(self, round: int, deadline: float) -> Mapping[str, Any]:
+        """What is public of an attempt at a round."""
+        answer = self.insist("Status", lambda: pb.StatusRequest(round=round), deadline)
+        optional = {
+            name: getattr(answer, name) if answer.HasField(name) else None
+            for name in ("set", "failure", "made_in")
+        }
+        return optional | {
+            "terms": answer.terms.decode(),
+            "closed": answer.closed,
+            "devices": list(answer.devices),
+            "left_out": dict(answer.left_out),
+            "over": answer.over,
+            "shared": answer.shared,
+        }
+
+    def share(self, round: int, session: str, *, agree: bool, kept: bool, deadline: float) -> bytes:
+        """Close an attempt; the party's part of the result."""
+        request = pb.ShareRequest(round=round, session=session, agree=agree, kept=kept)
+        pieces: Iterable[pb.Piece] = self.call("Share", request, deadline, list)
+        return b"".join(piece.data for piece in pieces)
+
+    def abandon(self, round: int, deadline: float) -> None:
+        """Have it never release anything of an attempt."""
+        self.call("Abandon", pb.AbandonRequest(round=round), deadline)
+
+    # ---- what they have in common -------------------------------------------------------------------
+
+    def insist(self, name: str, request: Callable[[], Any], deadline: float) -> Any:
+        """`call`, tried again with growing pauses for as long as the party is unreachable."""
+
+        def attempt() -> Any:
+            return self.call(name, request(), min(deadline, time.monotonic() + _ATTEMPT_SECONDS))
 
         return persistently(attempt, deadline)
 
-    def _exchange(self, method: str, path: str, body: bytes, deadline: float) -> tuple[int, bytes]:
-        kept = self._connection is not None
+    def call(self, name: str, request: Any, deadline: float, read: Callable[[Any], Any] | None = None) -> Any:
+        """What the party answers to one call of its service.
+
+        Args:
+            name: of the call, as in ``aggregator.proto``.
+            request: its message, or an iterator over its pieces.
+            deadline: on ``time.monotonic``.
+            read: of an answer in pieces, what is made of them.
+        """
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise UnreachableError(f"{self.url} did not answer in time")
         try:
-            return self._try(method, path, body, deadline)
-        except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            # A party closes idle connections; requests may be repeated, so once more on a fresh one.
-            if not kept:
-                raise
-            self.close()
-            return self._try(method, path, body, deadline)
+            answer = getattr(AggregatorStub(self._opened()), name)(request, timeout=remaining)
+            return answer if read is None else read(answer)
+        except grpc.RpcError as error:
+            raise self._failure(error) from error
 
-    def _try(self, method: str, path: str, body: bytes, deadline: float) -> tuple[int, bytes]:
-        connection = self._connected(deadline)
-        connection.request(method, path, body, {"Content-Type": "application/octet-stream"})
-        self._bound(connection, deadline)
-        response = connection.getresponse()
-        parts, size = [], 0
-        while chunk := response.read(_CHUNK):
-            parts.append(chunk)
-            size += len(chunk)
-            if size > _MAX_ANSWER:
-                raise http.client.HTTPException("an answer without end")
-            self._bound(connection, deadline)
-        if response.will_close:
-            self.close()
-        return response.status, b"".join(parts)
+    def _opened(self) -> grpc.Channel:
+        with self._opening:
+            if self._channel is None:
+                target = joined(self._host, self._port)
+                self._channel = (
+                    grpc.insecure_channel(target, _OPTIONS)
+                    if self._credentials is None
+                    else grpc.secure_channel(target, self._credentials, _OPTIONS)
+                )
+            return self._channel
 
-    def _connected(self, deadline: float) -> http.client.HTTPConnection:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        if self._connection is None:
-            port, timeout = self._port, remaining
-            self._connection = (
-                http.client.HTTPConnection(self._host, port, timeout=timeout)
-                if self._context is None
-                else http.client.HTTPSConnection(self._host, port, timeout=timeout, context=self._context)
-            )
-            self._connection.connect()
-        self._bound(self._connection, deadline)
-        return self._connection
+    def _failure(self, error: grpc.RpcError) -> ChannelError:
+        """What an error of gRPC means to whoever called."""
+        code, details = error.code(), " ".join((error.details() or "").split())
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in details:
+            return UnreachableError(f"{self.url} did not answer in time")
+        if code in FINAL:
+            return RefusalError(FINAL[code], f"{self.url}: {details}")
+        if code is grpc.StatusCode.UNAVAILABLE and self._credentials is not None:
+            distrust = self._distrust(details)
+            if distrust is not None:
+                return ChannelError(distrust)
+        return UnreachableError(f"{self.url}: {details or code.name}")
 
-    @staticmethod
-    def _bound(connection: http.client.HTTPConnection, deadline: float) -> None:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        if connection.sock is not None:
-            connection.sock.settimeout(remaining)
+    def _distrust(self, details: str) -> str | None:
+        """Why a connection cannot come about as long as the certificates are what they are, if that is so."""
+        if "Hostname Verification" in details:
+            return f"{self.url}: its certificate is not trusted (it is for another host than {self._host!r})"
+        _, found, reason = details.partition("CERTIFICATE_VERIFY_FAILED: ")
+        if found:
+            return f"{self.url}: its certificate is not trusted ({reason.partition(':')[0]})"
+        own = None if self._tls is None else self._tls.certificate
+        if own is not None:
+            try:
+                check_validity(load_certificate(own), own)
+            except ConfigError as error:
+                return f"{self.url}: {error}"
+        broken_off = any(words in details for words in ("Socket closed", "reset by peer", "Broken pipe"))
+        # Twice, as a service that is being killed looks the same for once.
+        if broken_off and self._turned_away() and self._turned_away():
+            what = "a client without a certificate" if own is None else f"this client's certificate {own}"
+            return f"{self.url}: it does not accept {what}"
+        return None
+
+    def _turned_away(self) -> bool:
+        """Whether it ends a connection right after a handshake that was well on our side.
+
+        That is how gRPC refuses a client's certificate. It does not say why.
+        """
+        context = ssl.create_default_context() if self._tls is None else self._tls.context()
+        context.set_alpn_protocols(["h2"])
+        try:
+            with (
+                socket.create_connection((self._host, self._port), _LOOK_SECONDS) as raw,
+                context.wrap_socket(raw, server_hostname=self._host) as connection,
+            ):
+                return connection.recv(1) == b""
+        except OSError as error:
+            return isinstance(error, ConnectionResetError)
 
     def close(self) -> None:
-        """Close the connection; the next request opens another. Idempotent."""
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                self._connection.close()
-            self._connection = None
+        """Close the connection; the service goes on, and the next call opens another. Idempotent."""
+        with self._opening:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
 
 
 def persistently(attempt: Callable[[], T], deadline: float) -> T:
@@ -190,94 +291,22 @@ def persistently(attempt: Callable[[], T], deadline: float) -> T:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _reason(status: int, answer: bytes) -> str:
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        return str(json.loads(answer)["error"])
-    return f"HTTP status {status}"
-
-
-def send(upload: Upload, endpoints: Sequence[Endpoint], *, deadline: float) -> None:
+def send(upload: Upload, links: Sequence[ServiceLink], *, deadline: float) -> None:
     """Send each aggregator its envelope, again and again where it cannot be reached.
 
     Args:
         upload: from ``prepare``.
-        endpoints: the aggregators, by rank.
+        links: to the aggregators, by rank.
         deadline: on ``time.monotonic``.
 
     Raises:
         ChannelError: an aggregator refused it, or cannot be reached in time.
     """
-    path = f"/v1/rounds/{upload.round:016x}/uploads"
-    for endpoint, envelope in zip(endpoints, upload.envelopes, strict=True):
-        endpoint.insist("POST", path, envelope, deadline=deadline)
+    for link, envelope in zip(links, upload.envelopes, strict=True):
+        link.upload(upload.round, upload.device, envelope, deadline)
 
 
-class HttpLink(Endpoint):
-    """The link to a party that runs as a service; see ``privkd.secure.service``."""
-
-    def __init__(self, url: str, tls: ClientTls | None = None) -> None:
-        """Check the address; nothing is sent. Raises as `Endpoint`."""
-        super().__init__(url, tls)
-        # Apart, as sessions are renewed while another request still waits for its answer.
-        self._sessions = Endpoint(url, tls)
-
-    @property
-    def name(self) -> str:
-        """Its address."""
-        return self.url
-
-    def about(self, deadline: float) -> Mapping[str, Any]:
-        """What the party says of itself."""
-        answer = self.insist("GET", "/v1/party", deadline=deadline)
-        try:
-            facts = json.loads(answer)
-            return {name: facts[name] for name in ("rank", "parties", "key", "members")}
-        except (ValueError, TypeError, KeyError):
-            raise ChannelError(f"{self.url} is not a party's service") from None
-
-    def join(self, session: str, port: int | None, deadline: float) -> int:
-        """Have it start a worker; the port of rank 0's rendezvous."""
-        fields = {"session": session} | ({} if port is None else {"port": port})
-        answer = self._sessions.request("POST", "/v1/session", json.dumps(fields).encode(), deadline=deadline)
-        return int(json.loads(answer)["port"])
-
-    def open(self, terms: RoundTerms, deadline: float) -> None:
-        """Publish a round."""
-        self.insist("PUT", f"/v1/rounds/{terms.folder}", terms.pack(), deadline=deadline)
-
-    def relay(self, round: int, envelopes: Sequence[bytes], deadline: float) -> list[str]:
-        """Hand on sealed uploads; what was refused."""
-        refused: list[str] = []
-        for batch in _batches(envelopes):
-            answer = self.insist("POST", f"{_path(round)}/relay", packed(batch), deadline=deadline)
-            refused += json.loads(answer)["refused"]
-        return refused
-
-    def status(self, round: int, deadline: float) -> Mapping[str, Any]:
-        """What is public of an attempt at a round."""
-        status: dict[str, Any] = json.loads(self.insist("GET", _path(round), deadline=deadline))
-        return status
-
-    def share(self, round: int, session: str, *, agree: bool, kept: bool, deadline: float) -> bytes:
-        """Close an attempt; the party's part of the result."""
-        fields = {"session": session, "agree": agree, "kept": kept}
-        return self.request("POST", f"{_path(round)}/share", json.dumps(fields).encode(), deadline=deadline)
-
-    def abandon(self, round: int, deadline: float) -> None:
-        """Have it never release anything of an attempt."""
-        self.request("POST", f"{_path(round)}/abandon", b"{}", deadline=deadline)
-
-    def close(self) -> None:
-        """Close the connections; the service goes on. Idempotent."""
-        super().close()
-        self._sessions.close()
-
-
-def _path(round: int) -> str:
-    return f"/v1/rounds/{round:016x}"
-
-
-def service_links(urls: Sequence[str], tls: ClientTls | None = None) -> list[HttpLink]:
+def service_links(urls: Sequence[str], tls: ClientTls | None = None) -> list[ServiceLink]:
     """Links to the services at ``urls``; ``tls``: what to trust, and the cloud's own certificate.
 
     Raises:
@@ -285,7 +314,7 @@ def service_links(urls: Sequence[str], tls: ClientTls | None = None) -> list[Htt
     """
     if len(set(urls)) != len(urls):
         raise ConfigError("an aggregator's address is named twice")
-    return [HttpLink(url, tls) for url in urls]
+    return [ServiceLink(url, tls) for url in urls]
 
 
 def _batches(envelopes: Sequence[bytes]) -> Iterator[list[bytes]]:

@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import privkd
 from privkd.errors import ChannelError, RefusalError
+from privkd.secure.certificates import CLOUD
 from privkd.secure.client import ClientTls
-from privkd.secure.keys import CLOUD, public_hex, write_parties
+from privkd.secure.keys import public_hex, write_parties
 from privkd.secure.party import LimitsConfig, Party
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms

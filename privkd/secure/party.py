@@ -19,35 +19,44 @@
     certificate = "party-0.pem"
     key = "party-0.tls.key"
     client_ca = "ca.pem"              # asks clients for certificates; "cloud" opens and closes rounds
+    crl = "crl.pem"                   # certificates that client_ca took back; read anew when it changes
 
     [limits]
     minimum_devices = 2               # this party releases nothing over fewer, whatever the cloud asks
     max_rho = 0.5                     # this party refuses rounds with less noise than this price
     max_rho_total = 2.0               # most that each device may pay in all rounds together
-    request_seconds = 30.0            # to read one request or write its answer
+    request_seconds = 30.0            # in which the body of one call must have come
     start_seconds = 300.0             # for the worker to come up
     step_seconds = 120.0              # for one step of the worker
     hang_seconds = 20.0               # without a sign of life from the worker before it is ended
-    max_connections = 64
+    calls_per_caller = 8              # at once, by the name in the certificate
+    calls_per_second = 20.0           # by that name, ten seconds' worth at once; the cloud's are not counted
     max_upload_bytes = 67108864
+    max_bytes_at_once = 16777216      # of bodies in memory; the others wait unread
     keep_rounds = 8                   # finished rounds whose sealed uploads are kept
+
+    [status]
+    listen = "127.0.0.1:9440"         # /healthz, /readyz, /status, /metrics over HTTP; loopback only
+
+    [log]
+    level = "info"                    # "debug", "info", "warning" or "error", as JSON lines on stderr
 
 Without ``[tls]`` it listens on the loopback interface only, and elsewhere only with ``client_ca``, as
 anybody could open and close rounds otherwise. ``max_rho`` and ``max_rho_total`` are unlimited unless given;
 where one is, rounds without noise are refused. A total counts every round of which this party made a share
 (``privkd.secure.terms``). Every field is public but what the two key
-files hold.
+files hold. On SIGHUP a service reads ``[tls]`` and ``[limits]`` anew, and the certificates with them.
 """
 
-import ipaddress
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from privkd.config import Positive, PositiveFloat, Settings
 from privkd.errors import ConfigError
+from privkd.secure.addresses import is_loopback, parse_listen
 
 MAX_PARTIES = 16
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -67,6 +76,7 @@ class TlsConfig(Settings):
     certificate: Path
     key: Path
     client_ca: Path | None = None
+    crl: Path | None = None
 
 
 class LimitsConfig(Settings):
@@ -79,9 +89,35 @@ class LimitsConfig(Settings):
     start_seconds: PositiveFloat = 300.0
     step_seconds: PositiveFloat = 120.0
     hang_seconds: PositiveFloat = 20.0
-    max_connections: Positive = 64
+    calls_per_caller: Positive = 8
+    calls_per_second: PositiveFloat = 20.0
     max_upload_bytes: Positive = 1 << 26
+    max_bytes_at_once: Positive = 1 << 24
     keep_rounds: Positive = 8
+
+
+class StatusConfig(Settings):
+    """Where an operator looks; see the module."""
+
+    listen: str
+
+    @model_validator(mode="after")
+    def _for_this_machine(self) -> Self:
+        if not is_loopback(self.address[0]):
+            raise ValueError(f"status.listen={self.listen!r}: it asks nobody for a certificate, so only the "
+                             "loopback interface is allowed")  # fmt: skip
+        return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of ``listen``."""
+        return parse_listen("status.listen", self.listen)
+
+
+class LogConfig(Settings):
+    """What is written on stderr; see the module."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Party(Settings):
@@ -97,7 +133,8 @@ class Party(Settings):
     def _of_one_group(self) -> Self:
         if len(self.members) not in (self.parties, self.parties + 1):
             raise ValueError(f"{len(self.members)} members: expected the keys of {self.parties} aggregators, "
-                             "and of the third party if there is one")  # fmt: skip
+                             "and the third party's if there is one; `privkd keys group` "
+                             "fills them in")  # fmt: skip
         for member in self.members:
             if len(member) != 64 or not set(member) <= set("0123456789abcdef"):
                 raise ValueError(f"member {member!r}: expected 64 hexadecimal digits")
@@ -137,13 +174,15 @@ class PartyConfig(Party):
     sealing_key: Path
     noise_key: Path
     tls: TlsConfig | None = None
+    status: StatusConfig | None = None
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _not_open_to_all(self) -> Self:
         host, _ = self.address
-        if self.tls is None and not _is_loopback(host):
+        if self.tls is None and not is_loopback(host):
             raise ValueError(f"listen={self.listen!r}: without [tls] only the loopback interface is allowed")
-        if self.tls is not None and self.tls.client_ca is None and not _is_loopback(host):
+        if self.tls is not None and self.tls.client_ca is None and not is_loopback(host):
             raise ValueError(
                 f"listen={self.listen!r}: without tls.client_ca anybody who reaches it could open and close "
                 "rounds; set client_ca, or listen on the loopback interface"
@@ -153,10 +192,7 @@ class PartyConfig(Party):
     @property
     def address(self) -> tuple[str, int]:
         """Host and port of ``listen``."""
-        host, colon, port = self.listen.rpartition(":")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"listen={self.listen!r}: expected host:port")
-        return host.strip("[]"), int(port)
+        return parse_listen("listen", self.listen)
 
 
 def load_party(path: Path) -> PartyConfig:
@@ -190,6 +226,7 @@ def _anchored(party: PartyConfig, folder: Path) -> PartyConfig:
                 "certificate": folder / tls.certificate,
                 "key": folder / tls.key,
                 "client_ca": None if tls.client_ca is None else folder / tls.client_ca,
+                "crl": None if tls.crl is None else folder / tls.crl,
             }
         )
     return party.model_copy(
@@ -200,10 +237,3 @@ def _anchored(party: PartyConfig, folder: Path) -> PartyConfig:
             "tls": tls,
         }
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -65,7 +65,8 @@ class RoundState:
         posted: whether this party's share left it.
         pruned: whether the uploads were deleted.
         refused: why uploads were refused, by device.
-        lock: held by whoever decides.
+        lock: held by whoever decides, so by a closing for as long as it takes.
+        taking: held by whoever takes an upload or stops the taking of more, for moments.
     """
 
     uploads: RoundUploads
@@ -80,6 +81,7 @@ class RoundState:
     pruned: bool = False
     refused: dict[PartyId, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    taking: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
     def roster(self) -> frozenset[PartyId]:
@@ -228,6 +230,26 @@ class Rounds:
         else:
             self._gone.add(label)
 
+    def hold_to(self, party: Party) -> None:
+        """Take other limits, from now on; rounds that are open stay so."""
+        with self._charging:
+            self._totals = DeviceTotals.recalled(party.limits.max_rho_total, self._journal)
+            self.party = party
+        self.supervisor.hold_to(party)
+
+    def counts(self) -> dict[str, int]:
+        """How many rounds are held, by how far they are; and how many ``uploads`` of those not released."""
+        found = dict.fromkeys(("open", "closing", "released", "failed", "uploads"), 0)
+        for state in list(self._rounds.values()):
+            found["uploads"] += 0 if state.finished else len(state.uploads.held)
+            going = "open" if state.closed is None else "closing"
+            found["released" if state.posted else "failed" if state.failure is not None else going] += 1
+        return found
+
+    def terms(self, label: int) -> RoundTerms:
+        """Those of an open round. Raises `RefusalError` where it is not open here."""
+        return self._opened(label).uploads.terms
+
     def _record(self, label: int, event: str, **facts: Any) -> None:
         with self._journalling:
             self._journal.append({"event": event, "round": f"{label:016x}"} | facts)
@@ -326,16 +348,30 @@ class Rounds:
 
     # ---- uploads ------------------------------------------------------------------------------------
 
-    def upload(self, label: int, envelope: bytes) -> PartyId:
-        """Take one device's upload, durably; the device. The same bytes again change nothing.
+    def upload_many(self, uploads: Iterable[tuple[int, bytes]]) -> list[ChannelError | None]:
+        """Take uploads, each to the round of its label, durably and with one sync a round.
 
-        Raises:
-            RefusalError: it is not accepted; the reason is kept for the journal.
+        The same bytes again change nothing.
+
+        Returns:
+            Of each upload why it is not accepted, or none. The reason of a refusal is kept for the journal.
         """
-        state = self._opened(label)
-        device = self._take(state, envelope)
-        state.uploads.sync()
-        return device
+        outcomes: list[ChannelError | None] = []
+        taken: dict[int, list[int]] = {}
+        for number, (label, envelope) in enumerate(uploads):
+            try:
+                self._take(self._opened(label), envelope)
+            except ChannelError as error:
+                outcomes.append(error)
+            else:
+                outcomes.append(None)
+                taken.setdefault(label, []).append(number)
+        for label, numbers in taken.items():
+            try:
+                self._rounds[label].uploads.sync()
+            except ChannelError as error:
+                outcomes = [error if i in numbers else outcome for i, outcome in enumerate(outcomes)]
+        return outcomes
 
     def upload_all(self, label: int, envelopes: Iterable[bytes]) -> list[str]:
         """Take many uploads, durably and with one sync; why each that is not accepted is not."""
@@ -372,7 +408,7 @@ class Rounds:
                 unseal(envelope, self._sealing_key)[1].check(terms.entries)
             except ChannelError as error:
                 raise RefusalError(400, str(error)) from error
-        with state.lock:
+        with state.taking:
             if not state.uploads.holds(header.device):
                 if state.closed is not None or state.failure is not None:
                     raise RefusalError(409, f"{header.device}: round {terms.folder} is closed")
@@ -433,13 +469,14 @@ class Rounds:
     def _freeze(self, state: RoundState) -> None:
         """From here on the round takes no more uploads, even after a restart."""
         terms = state.uploads.terms
-        held = set_digest(terms, [header.identifier for header in state.uploads.held.values()]).hex()
-        if state.closed is None:
-            if terms.expires <= time.time():
-                self._fail(state, f"round {terms.folder} expired before it was closed")
-            self._record(terms.label, "closed", held=held)
-            state.closed = held
-        elif state.closed != held:
+        with state.taking:
+            held = set_digest(terms, [header.identifier for header in state.uploads.held.values()]).hex()
+            if state.closed is None:
+                if terms.expires <= time.time():
+                    self._fail(state, f"round {terms.folder} expired before it was closed")
+                self._record(terms.label, "closed", held=held)
+                state.closed = held
+        if state.closed != held:
             raise RefusalError(409, f"round {terms.folder}: the spool has changed since the round was closed")
 
     def _agree(self, state: RoundState, session: str) -> None:

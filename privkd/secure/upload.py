@@ -25,7 +25,7 @@ from privkd.privacy.events import PartyId
 from privkd.privacy.noise import KEY_BYTES, NoiseRoot, discrete_gaussian
 from privkd.secure.fixedpoint import FixedPoint, content_digest, finite_or_zero
 from privkd.secure.shares import RING_BITS, Form, Share, split
-from privkd.secure.terms import RoundTerms
+from privkd.secure.terms import MAX_DEVICE_NAME, RoundTerms
 
 UPLOAD_ID_BYTES = 16
 _MAGIC = b"PKDU"
@@ -33,6 +33,7 @@ _VERSION = 1
 _FIXED = struct.Struct("<4sBBBBBIQ16sH")
 _PUBLIC_KEY_BYTES = 32
 _NONCE = bytes(12)
+_TAG_BYTES = 16
 _LENGTH = struct.Struct("<I")
 
 
@@ -203,6 +204,12 @@ def unseal(envelope: bytes, private_key: X25519PrivateKey) -> tuple[Header, Shar
     except (InvalidTag, ValueError) as error:
         raise ChannelError(f"{header.device}: upload altered on its way, or sealed to another key") from error
     return header, Share(header.form, data)
+
+
+def largest_envelope(entries: int) -> int:
+    """Bytes that an envelope of a share ``[entry]`` has at most."""
+    beside = _FIXED.size + MAX_DEVICE_NAME + _PUBLIC_KEY_BYTES + _TAG_BYTES
+    return beside + max(4 * entries, KEY_BYTES)
 
 
 def header_of(envelope: bytes) -> Header:

@@ -259,6 +259,15 @@ class WorkerSupervisor:
         self._port = 0
         self.worker: Worker | None = None
 
+    @property
+    def sessions(self) -> int:
+        """How many workers were started, over restarts too."""
+        return len(self._used)
+
+    def hold_to(self, party: Party) -> None:
+        """Take other limits, from the next step or worker on."""
+        self._party = party
+
     def join(self, session: str, port: int | None) -> int:
         """Start a worker that joins the parties' ``session``; the port of its rendezvous.
 

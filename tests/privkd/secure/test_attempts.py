@@ -43,7 +43,7 @@ def rig(parties: LocalParties) -> Iterator[Rig]:
 
 def abandon(rig: Rig, label: int, *ranks: int) -> None:
     for rank in ranks:
-        rig.service(rank).request("POST", f"/v1/rounds/{label:016x}/abandon", b"{}", deadline=soon())
+        rig.service(rank).abandon(label, soon())
 
 
 def events(rig: Rig, rank: int, terms: RoundTerms) -> list[str]:
@@ -147,7 +147,7 @@ def test_abandonment_outlives_the_party(parties: LocalParties, rig: Rig) -> None
     for dead in (terms, unknown):
         with pytest.raises(ChannelError, match="was abandoned"):
             revived.rounds.open(dead)
-    revived.server_close()
+    revived.stop()
 
 
 def _party(parties: LocalParties, rank: int) -> PartyConfig:

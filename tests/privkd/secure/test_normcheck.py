@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from privkd.errors import RefusalError
-from privkd.secure.client import service_links
+from privkd.secure.client import send, service_links
 from privkd.secure.fixedpoint import FixedPoint
 from privkd.secure.group import PartyGroup
 from privkd.secure.local import LocalParties
@@ -198,8 +198,7 @@ def test_cheating_devices_are_named_and_the_round_goes_on(group: PartyGroup) -> 
     for device, block in blocks.items():
         # A cheat skips the clipping; an honest device cannot.
         upload = prepare(block, terms, device) if device in honest else seal_integers(block, terms, device)
-        for endpoint, envelope in zip(group.aggregators, upload.envelopes, strict=True):
-            endpoint.request("POST", f"/v1/rounds/{terms.folder}/uploads", envelope, deadline=deadline)
+        send(upload, group.aggregators, deadline=deadline)
     total = group.close(terms, deadline)
     assert total.devices == tuple(sorted(honest))
     np.testing.assert_array_equal(total.integers, np.sum(list(honest.values()), axis=0))

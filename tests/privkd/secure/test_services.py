@@ -4,18 +4,21 @@ In each: the released sum is exact over the agreed set, or nothing is released a
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from rig import (
@@ -33,13 +36,16 @@ from rig import (
 
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import local as local_module
-from privkd.secure.client import ClientTls, Endpoint, persistently, send, service_links
+from privkd.secure.aggregator_pb2 import Head, JoinRequest, Piece, ShareRequest, StatusRequest
+from privkd.secure.authority import Authority
+from privkd.secure.client import ClientTls, ServiceLink, persistently, send, service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, UnreachableError, relay
 from privkd.secure.local import LocalParties
+from privkd.secure.rpc import PIECE_BYTES, stream
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms
-from privkd.secure.upload import Upload, packed, prepare, seal_integers
+from privkd.secure.upload import Upload, prepare, seal_integers
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +156,9 @@ def test_a_relay_carries_many_uploads_and_says_which_are_refused(rig: Rig) -> No
     assert total.devices == terms.roster[:5]
     exact = sum_over(terms, total.devices) + rig.noise(terms, uploads[:5])
     np.testing.assert_array_equal(total.integers, exact)
-    path = f"/v1/rounds/{terms.folder}/relay"
     for body in (b"\x05\0\0", b"\x05\0\0\0abc"):
         with pytest.raises(RefusalError, match="cut off"):
-            rig.service(0).request("POST", path, body, deadline=soon())
+            rig.service(0).call("Relay", stream(terms.label, body), soon())
     late = relay([prepare(block(5), terms, "device-5")], rig.group.aggregators, deadline=soon())
     assert all("is closed" in reason for reason in late)
 
@@ -256,13 +261,10 @@ def test_a_session_s_name_is_never_used_twice_not_even_after_a_restart() -> None
     """At the third party too, whose triples would repeat under it."""
 
     def join(rank: int, name: str, port: int | None = None) -> int:
-        body = json.dumps({"session": name, "port": port}).encode()
-        endpoint = endpoints[rank]
-        answer = persistently(lambda: endpoint.request("POST", "/v1/session", body, deadline=soon()), soon())
-        return int(json.loads(answer)["port"])
+        return persistently(lambda: links[rank].join(name, port, soon()), soon())
 
     with LocalParties(2, limits=LIMITS, third_party=True) as parties:
-        endpoints = [Endpoint(url, parties.client_tls) for url in parties.urls]
+        links = service_links(parties.urls, parties.client_tls)
         port = join(0, "first")
         assert join(0, "first") == port, "while its worker lives it is the same session"
         for rank in (1, 2):
@@ -278,8 +280,8 @@ def test_a_session_s_name_is_never_used_twice_not_even_after_a_restart() -> None
             with pytest.raises(RefusalError, match="the name of this session was used before"):
                 join(rank, name, port)
         assert join(2, "third", port) == port
-        for endpoint in endpoints:
-            endpoint.close()
+        for link in links:
+            link.close()
 
 
 def test_a_session_s_name_is_used_up_by_a_worker_that_died(inside: list[Service]) -> None:
@@ -301,75 +303,197 @@ def local(rig: Rig) -> LocalParties:
     return found
 
 
-@pytest.mark.slow
-def test_a_client_that_dribbles_is_cut_off_and_delays_nobody(rig: Rig) -> None:
-    host, port = rig.group.aggregators[0].url.removeprefix("https://").split(":")
-    silent = [socket.create_connection((host, int(port))) for _ in range(5)]
-    assert local(rig).client_tls is not None
-    context = local(rig).client_tls.context()  # type: ignore[union-attr]
-    slow = context.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host)
-    slow.sendall(b"POST /v1/rounds/0000000000000001/uploads HTTP/1.1\r\nContent-Length: 100\r\n\r\n")
-    start = time.monotonic()
-    rig.open()
-    assert time.monotonic() - start < 4, "others wait"
-    slow.settimeout(30)
-    with contextlib.suppress(OSError):
-        while time.monotonic() - start < 8:
-            slow.sendall(b"x")
-            time.sleep(0.2)
-        assert slow.recv(1) == b"", "it is still listened to"
-    for connection in silent:
-        connection.settimeout(30)
-        assert connection.recv(1) == b""
-        connection.close()
+def address(rig: Rig, rank: int = 0) -> tuple[str, int]:
+    host, port = rig.service(rank).url.partition("://")[2].split(":")
+    return host, int(port)
 
 
-def test_oversize_and_malformed_requests_are_refused(rig: Rig) -> None:
-    endpoint = rig.group.aggregators[0]
-    for method, path, body, words in [
-        ("GET", "/nowhere", b"", "no such address"),
-        ("GET", "/v1/rounds/00000000000000zz", b"", "no such address"),
-        ("POST", "/v1/session", b"[]", "JSON object"),
-        ("POST", "/v1/session", b'{"session": "s", "port": 99999}', "port"),
-        ("PUT", "/v1/rounds/0000000000ffffff", b"{}", "terms of a round"),
-        ("PUT", "/v1/rounds/0000000000ffffff", b"\xff", "terms of a round"),
-        ("POST", "/v1/rounds/00000000ffffffff/uploads", b"x", "is not open here"),
-        ("POST", "/v1/rounds/00000000ffffffff/share", b"{}", "is not open here"),
-        ("PUT", "/v1/party", b"", "no such address"),
-        ("POST", "/v1/rounds/0000000000000001", b"", "not offered"),
-    ]:
-        with pytest.raises(RefusalError, match=words):
-            endpoint.request(method, path, body, deadline=soon())
-    with pytest.raises((RefusalError, UnreachableError)):
-        endpoint.request("POST", "/v1/session", bytes((1 << 26) + 5000), deadline=soon())
-    rig.open()  # and they serve on
-
-
-def test_certificates_say_who_may_do_what(rig: Rig, tmp_path: Path) -> None:
-    folder = local(rig).folder
+@pytest.fixture
+def device(rig: Rig, tmp_path: Path) -> Iterator[ServiceLink]:
+    """The first aggregator as device-0 reaches it, under a certificate of its own."""
     authority = local(rig).authority
     assert authority is not None
     authority.issue(tmp_path, "device-0", name="device-0")
+    own = ClientTls(local(rig).folder / "ca.pem", tmp_path / "device-0.pem", tmp_path / "device-0.key")
+    link = ServiceLink(rig.service(0).url, own)
+    yield link
+    link.close()
+
+
+@pytest.mark.slow
+def test_a_client_that_dribbles_is_cut_off_and_delays_nobody(rig: Rig, device: ServiceLink) -> None:
     terms = rig.open()
-    uploads = uploads_of(terms)
-    url = rig.group.aggregators[0].url
-    own = ClientTls(folder / "ca.pem", tmp_path / "device-0.pem", tmp_path / "device-0.key")
-    device = Endpoint(url, own)
-    path = f"/v1/rounds/{terms.folder}"
-    device.request("POST", f"{path}/uploads", uploads["device-0"].envelopes[0], deadline=soon())
-    for action, body, words in [
-        ("/uploads", uploads["device-1"].envelopes[0], "'device-0' may not upload for device-1"),
-        ("/share", b"{}", "may not open, close or relay"),
-        ("/relay", packed([uploads["device-0"].envelopes[0]]), "may not open, close or relay"),
-        ("/abandon", b"{}", "may not open, close or relay"),
+
+    def slowly() -> Iterator[Piece]:
+        yield Piece(head=Head(round=terms.label, size=100, device="device-0"))
+        while True:
+            time.sleep(0.2)
+            yield Piece(data=b"x")
+
+    with ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        dribbling = pool.submit(device.call, "Upload", slowly(), soon())
+        rig.open()
+        assert time.monotonic() - start < 4, "others wait"
+        with pytest.raises(UnreachableError, match="did not come in time"):
+            dribbling.result(30)
+    assert 4 < time.monotonic() - start < 9, "request_seconds is 5"
+
+
+def test_silent_connections_shut_nobody_out(rig: Rig) -> None:
+    """They take no certificate, so anybody can open them; each is let go when no handshake comes of it."""
+    silent = [socket.create_connection(address(rig)) for _ in range(200)]
+    for _ in range(3):
+        link = ServiceLink(rig.service(0).url, local(rig).client_tls)
+        start = time.monotonic()
+        link.about(soon())
+        assert time.monotonic() - start < 3
+        link.close()
+    for connection in silent:
+        connection.settimeout(30)
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1) == b""
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "words"),
+    [
+        ("Join", JoinRequest(session="s", port=99999), "port=99999"),
+        ("Open", stream(0xFFFFFF, b"{}"), "terms of a round"),
+        ("Open", stream(0xFFFFFF, b"\xff"), "terms of a round"),
+        ("Open", iter([Piece(head=Head(size=1 << 25))]), "more than the limit"),
+        ("Upload", stream(0xFFFFFFFF, b"x"), "is not open here"),
+        ("Share", ShareRequest(round=0xFFFFFFFF), "is not open here"),
+        ("Status", StatusRequest(round=0xFFFFFFFF), "is not open here"),
+        ("Relay", iter([Piece(data=b"x")]), "first piece has a head"),
+        ("Relay", iter([]), "first piece has a head"),
+        ("Relay", iter([Piece(head=Head(round=1, size=9)), Piece(data=b"12345")]), "cut off: 4 of 9"),
+        ("Relay", iter([Piece(head=Head(round=1, size=2)), Piece(data=b"12345")]), "more than the 2 bytes"),
+        ("Relay", iter([Piece(head=Head(round=1, size=2)), Piece(head=Head())]), "more than the 2 bytes"),
+        ("Relay", iter([Piece(head=Head(round=1, size=1 << 40))]), "more than the limit"),
+    ],
+)  # fmt: skip
+def test_oversize_and_malformed_calls_are_refused(rig: Rig, name: str, request_: object, words: str) -> None:
+    with pytest.raises(RefusalError, match=words):
+        rig.service(0).call(name, request_, soon(), list if name == "Share" else None)
+
+
+def test_what_is_no_call_is_refused_and_they_serve_on(rig: Rig) -> None:
+    assert local(rig).client_tls is not None
+    credentials = local(rig).client_tls.credentials()  # type: ignore[union-attr]
+    with grpc.secure_channel("{}:{}".format(*address(rig)), credentials) as channel:
+        for path, body, code in [
+            ("/privkd.v1.Aggregator/Nothing", b"", grpc.StatusCode.UNIMPLEMENTED),
+            ("/nowhere", b"", grpc.StatusCode.UNIMPLEMENTED),
+            ("/privkd.v1.Aggregator/Status", b"\xff\xff\xff", grpc.StatusCode.UNKNOWN),
+            ("/privkd.v1.Aggregator/Join", bytes((1 << 20) + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ]:
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(path)(body, timeout=20)
+            assert caught.value.code() is code
+    context = local(rig).client_tls.context()  # type: ignore[union-attr]
+    for garbage in (b"POST /v1/party HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(1000)):
+        raw = context.wrap_socket(socket.create_connection(address(rig)), server_hostname="127.0.0.1")
+        with raw, contextlib.suppress(OSError):
+            raw.sendall(garbage)
+            raw.settimeout(20)
+            while raw.recv(1 << 16):
+                pass
+    rig.open()
+
+
+def resident(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+
+def test_nothing_large_is_held_of_what_will_be_refused(rig: Rig, device: ServiceLink) -> None:
+    """Sixteen streams of 64 MiB each, to calls and rounds that are not for who sends them."""
+    before = resident(local(rig).pids[0])
+    sent: list[int] = []
+
+    def flood(round: int, size: int) -> Iterator[Piece]:
+        yield Piece(head=Head(round=round, size=size, device="device-0"))
+        for _ in range(256):
+            sent.append(PIECE_BYTES)
+            yield Piece(data=bytes(PIECE_BYTES))
+
+    def flooded(name: str) -> None:
+        with pytest.raises(RefusalError, match=r"may not|is not open here"):
+            device.call(name, flood(0xFFFFFF, 1 << 26), soon())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(flooded, ["Upload", "Relay", "Open", "Upload"] * 4))
+    assert resident(local(rig).pids[0]) - before < 32 << 20
+    assert sum(sent) < 64 << 20, "the caller was told at once"
+
+
+def test_certificates_say_who_may_do_what(rig: Rig, device: ServiceLink) -> None:
+    terms = rig.open()
+    first, second = (uploads_of(terms)[name].envelopes[0] for name in ("device-0", "device-1"))
+    device.upload(terms.label, "device-0", first, soon())
+    for name in ("device-1", "device-0"):
+        with pytest.raises(RefusalError, match="'device-0' may not upload for device-1"):
+            device.upload(terms.label, name, second, soon())
+    only_cloud: list[Callable[[], object]] = [
+        lambda: device.share(terms.label, "s", agree=True, kept=False, deadline=soon()),
+        lambda: device.relay(terms.label, [first], soon()),
+        lambda: device.abandon(terms.label, soon()),
+        lambda: device.open(terms, soon()),
+        lambda: device.join("s", None, soon()),
+        lambda: device.status(terms.label, soon()),
+    ]
+    for call in only_cloud:
+        with pytest.raises(RefusalError, match="may not open, close or relay"):
+            call()
+    assert device.about(soon())["rank"] == 0
+
+
+def test_certificates_that_do_not_serve_are_told_at_once_and_in_words(rig: Rig, tmp_path: Path) -> None:
+    """Not tried again until the deadline: nothing would change."""
+    folder, url, authority = local(rig).folder, rig.service(0).url, local(rig).authority
+    assert authority is not None
+
+    def own(stem: str, ca: Path = folder / "ca.pem") -> ClientTls:
+        return ClientTls(ca, tmp_path / f"{stem}.pem", tmp_path / f"{stem}.key")
+
+    Authority.create(tmp_path).issue(tmp_path, "foreign", name="device-0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authority, "_until", lambda _: datetime.now(UTC) + timedelta(seconds=2))
+        authority.issue(tmp_path, "old", name="device-0")
+    old = ServiceLink(url, own("old"))
+    time.sleep(2.1)
+    with pytest.raises(ConfigError, match=r"old\.pem: the certificate of device-0 expired on .* keys renew"):
+        ServiceLink(url, own("old"))
+
+    elsewhere = url.replace("127.0.0.1", "localhost")
+    for link, words in [
+        (old, r"old\.pem: the certificate of device-0 expired on .*: run `privkd keys renew"),
+        (ServiceLink(url, own("foreign")), r"does not accept this client's certificate .*foreign\.pem"),
+        (ServiceLink(url, ClientTls(folder / "ca.pem")), "does not accept a client without a certificate"),
+        (ServiceLink(url, own("foreign", tmp_path / "ca.pem")), "its certificate is not trusted"),
+        (ServiceLink(url), "its certificate is not trusted"),
+        (ServiceLink(elsewhere, local(rig).client_tls), "is for another host than 'localhost'"),
     ]:
-        with pytest.raises(RefusalError, match=words):
-            device.request("POST", path + action, body, deadline=soon())
-    device.close()
-    with pytest.raises(ChannelError):
-        Endpoint(url, ClientTls(folder / "ca.pem")).request("GET", "/v1/party", deadline=soon())
-    with pytest.raises(ChannelError, match="not trusted"):
-        Endpoint(url).request("GET", "/v1/party", deadline=soon())
+        start = time.monotonic()
+        with pytest.raises(ChannelError, match=words) as caught:
+            send(Upload(1, "device-0", bytes(16), (b"x",)), [link], deadline=soon())
+        assert not isinstance(caught.value, UnreachableError)
+        assert time.monotonic() - start < 5
+        link.close()
+
+
+def test_no_older_tls_is_spoken(rig: Rig) -> None:
+    assert local(rig).client_tls is not None
+    context = local(rig).client_tls.context()  # type: ignore[union-attr]
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with socket.create_connection(address(rig)) as raw, pytest.raises(OSError, match=r"EOF|reset"):
+        context.wrap_socket(raw, server_hostname="127.0.0.1")
+    context = local(rig).client_tls.context()  # type: ignore[union-attr]
+    raw = socket.create_connection(address(rig))
+    with context.wrap_socket(raw, server_hostname="127.0.0.1") as connection:
+        assert connection.version() == "TLSv1.3"
 
 
 def test_a_stopped_service_keeps_nobody_waiting(rig: Rig) -> None:
@@ -379,7 +503,7 @@ def test_a_stopped_service_keeps_nobody_waiting(rig: Rig) -> None:
         time.sleep(0.5)  # a signal takes a moment to be delivered
         start = time.monotonic()
         with pytest.raises(UnreachableError, match="did not answer in time"):
-            rig.group.aggregators[1].request("GET", "/v1/party", deadline=soon(1.0))
+            rig.service(1).about(soon(1.0))
         assert time.monotonic() - start < 30
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -398,9 +522,14 @@ def test_the_group_must_be_whole_and_as_pinned(rig: Rig) -> None:
     assert PartyGroup(service_links(urls[::-1], tls), pins=keys).keys(soon()) == keys
     with pytest.raises(ConfigError, match="named twice"):
         service_links([urls[0], urls[0]])
-    for url in ("nonsense", "http://10.0.0.1:80", "https://host", "ftp://127.0.0.1:1"):
+    for url in ("nonsense", "http://10.0.0.1:80", "grpc://10.0.0.1:80", "https://host", "ftp://127.0.0.1:1",
+                "grpcs://host:0", "grpcs://host:99999", "grpcs://:80"):  # fmt: skip
         with pytest.raises(ConfigError, match="aggregator"):
-            Endpoint(url)
+            ServiceLink(url)
+    for spelling in ("https", "grpcs"):
+        link = ServiceLink(f"{spelling}://{urls[0].partition('://')[2]}", tls)
+        assert link.about(soon())["key"] == keys[0]
+        link.close()
 
 
 # ---- a randomised test against numpy ----------------------------------------------------------------
@@ -592,12 +721,12 @@ def test_a_changed_spool_after_a_release_is_refused(inside: list[Service]) -> No
     for service in revived:
         with pytest.raises(ChannelError, match="the spool has changed since the round was closed"):
             service.rounds.close(terms.round, "any")
-        service.server_close()
+        service.stop()
     shutil.rmtree(inside[0].party.directory / "rounds" / terms.folder)
     emptied = Service(inside[0].party)
     with pytest.raises(ChannelError, match="its spool was removed"):
         emptied.rounds.open(terms)
-    emptied.server_close()
+    emptied.stop()
     group.disconnect()
 
 

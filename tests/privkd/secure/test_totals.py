@@ -191,7 +191,7 @@ def test_one_aggregator_with_a_limit_is_enough_and_an_abandoned_set_costs_nothin
                 rig.close(terms)
         assert rig.journal(1, "agreed", terms)
         for endpoint in group.aggregators:
-            endpoint.request("POST", f"/v1/rounds/{terms.folder}/abandon", b"{}", deadline=soon())
+            endpoint.abandon(terms.label, soon())
         for number in range(3):
             assert "victim" in rig.close(asked(rig, "victim", f"company-{number}")).devices
         last = rig.open(roster=("victim", "other", "third"), sigma2=SIGMA2, bound=BOUND)
@@ -225,7 +225,7 @@ def test_without_a_limit_a_cloud_can_ask_for_ever(tmp_path: Path) -> None:
                 revived.rounds.close(agreed.label, "any", agree=False)
             with pytest.raises(RefusalError, match=BEYOND.replace("victim", "(victim|made-up)")):
                 revived.rounds.close(agreed.label, "any", agree=False)
-            revived.server_close()
+            revived.stop()
 
 
 def _no_share(*_: object) -> bytes:
