@@ -150,12 +150,12 @@ class Prepared:
             )
 
 
-def prepare(config: Config, elsewhere: Elsewhere | None = None) -> Prepared:
+def prepare(config: Config, *, public: bool = False) -> Prepared:
     """The run that ``config`` describes, checked, with nothing trained, released or written.
 
     Args:
         config: the settings.
-        elsewhere: where the devices are, with their records: only public data are read then.
+        public: the devices are elsewhere with their records, so that only public data are read.
 
     Raises:
         InputError: bad settings, plug-ins, data or models.
@@ -166,16 +166,16 @@ def prepare(config: Config, elsewhere: Elsewhere | None = None) -> Prepared:
     config.check_channel()
     deployment = config.privacy.noise == "system"
     scenario = (
-        build_scenario(config.data, config.seed, deployment=deployment)
-        if elsewhere is None
-        else public_scenario(config.data, config.seed)
+        public_scenario(config.data, config.seed)
+        if public
+        else build_scenario(config.data, config.seed, deployment=deployment)
     ).to(torch_device(config.device))
     plan = make_plan(config, replace(facts_of(scenario), devices=config.data.devices))
     data = PublicData(scenario.public, scenario.validation, scenario.proxy)
     probe = Probe.of(scenario.proxy, scenario.classes)
     cloud = Cloud(config, plan, data, probe, scenario.classes)
     cloud.check_models()
-    return Prepared(config, scenario, plan, cloud, NoiseRoot.from_seed(config.seed), elsewhere)
+    return Prepared(config, scenario, plan, cloud, NoiseRoot.from_seed(config.seed))
 
 
 def reopen(folder: RunFolder) -> Prepared:
@@ -186,7 +186,8 @@ def reopen(folder: RunFolder) -> Prepared:
         InputError: otherwise as `prepare`.
     """
     check_files(folder)
-    prepared = prepare(folder.config, elsewhere_of(folder.journal, folder.journal.path))
+    elsewhere = elsewhere_of(folder.journal, folder.journal.path)
+    prepared = replace(prepare(folder.config, public=elsewhere is not None), elsewhere=elsewhere)
     check_bound(folder, prepared.scenario)
     return prepared
 

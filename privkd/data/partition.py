@@ -202,8 +202,8 @@ def public_indices(
     nominal = config.records_per_device
     if nominal is None and config.source not in PUBLIC_SOURCES:
         raise ConfigError(
-            "data.records_per_device is not set: say about how many records a device holds, a public constant "
-            "that the devices' owners agree to; the noise of their training is measured by it"
+            "data.records_per_device is not set: say about how many records a device holds, a public "
+            "constant that the devices' owners agree to; the noise of their training is measured by it"
         )
     gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
     sets = draw_of_all(labels, config, sizes, gap, classes=classes, seed=seed)

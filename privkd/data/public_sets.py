@@ -150,7 +150,7 @@ def draw_of_all(
     classes: int,
     seed: int,
 ) -> PublicSets:
-    """The public sets of a source that is public as a whole. Arguments and errors as of `draw_public_sets`."""
+    """The sets of a source that is public as a whole. Arguments and errors as of `draw_public_sets`."""
     order = Stream.PUBLIC.generator(seed).permutation(len(labels))
     _check_classes(order, labels, classes, config)
     return _drawn(order, labels, config, sizes, gap, classes)

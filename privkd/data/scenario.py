@@ -146,8 +146,8 @@ def public_scenario(config: DataConfig, seed: int) -> Scenario:
     """What a cloud holds whose devices are elsewhere: the public roles alone, and no device.
 
     Of a data set that all the world has these are those of `build_scenario`. Any other source is the cloud's
-    own public data, so that every record of it may play one. Nothing is said of what devices hold but the nominal
-    size of a shard, which is set, or known of a data set of the world's.
+    own public data, so that every record of it may play one. Nothing is said of what devices hold but the
+    nominal size of a shard, which is set, or known of a data set of the world's.
 
     Raises:
         ConfigError: settings that do not go together, or ``data.records_per_device`` is not set.
