@@ -139,21 +139,25 @@ def run(
     with _interruptible(path), _run_folder(settings, plan) as (folder, prepared, resumed):
         if announce is not None:
             announce(folder.path, prepared)
-        stop = folder.path / _STOP
-        stop.unlink(missing_ok=True)
-        first = _rounds_in(folder)
-
-        def enough(state: State) -> bool:
-            return stop.exists() or (rounds is not None and state.round - first >= rounds)
-
         with closing(carry(settings, roster)) as carrier:
             muster = _muster(settings, carrier)
+            enough = _until(folder, rounds)
             state = advance(prepared, folder, progress, muster, resumed=resumed, enough=enough)
-        stop.unlink(missing_ok=True)
         if state.round < prepared.plan.rounds:
             return None
         result = train_in(folder.config, folder, progress, resumed=True, prepared=prepared)
         return Run(folder.path, folder.config, result)
+
+
+def _until(folder: RunFolder, rounds: int | None) -> Callable[[State], bool]:
+    """Whether it is enough: ``rounds`` more were played, or somebody asked to stop since now."""
+    asked, first = folder.path / _STOP, _rounds_in(folder)
+    asked.unlink(missing_ok=True)
+
+    def enough(state: State) -> bool:
+        return asked.exists() or (rounds is not None and state.round - first >= rounds)
+
+    return enough
 
 
 def stop(path: Path) -> str:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from privkd.channels.registry import WITHOUT_PARTIES, known
 from privkd.config import ChannelConfig, Config, config_tree, parse_config
@@ -26,7 +26,7 @@ roster = "roster.json"            # written by `privkd cloud enrol`
 published = "published"           # what devices are given: plan.json and proxy.safetensors
 runs = "runs"                     # a folder for each run, by the name of its plan
 patience_seconds = 3600           # how long a round waits for its devices
-again_seconds = 60                # whom it has not heard for so long is asked again
+again_seconds = 300               # whom it has not heard for so long is asked again: longer than they train
 answer_seconds = 10               # devices answer at whole multiples of it after a question arrived
 
 # The parties of the secure channel, as `privkd keys` names them; the third party's url is last.
@@ -112,7 +112,7 @@ class CloudSettings(Settings):
     published: Path = Path("published")
     runs: Path = Path("runs")
     patience_seconds: PositiveFloat = 3600.0
-    again_seconds: PositiveFloat = 60.0
+    again_seconds: PositiveFloat = 300.0
     answer_seconds: PositiveFloat = 10.0
     aggregators: Aggregators = Aggregators()
     run: Config = Config()
@@ -123,6 +123,16 @@ class CloudSettings(Settings):
         if "{device}" not in value:
             raise ValueError("expected a path with {device} in it, so that each device has its own")
         return value
+
+    @model_validator(mode="after")
+    def _time_to_answer(self) -> Self:
+        for name in ("again_seconds", "patience_seconds"):
+            if getattr(self, name) <= self.answer_seconds:
+                raise ValueError(
+                    f"{name}={getattr(self, name):g}: no device answers before answer_seconds="
+                    f"{self.answer_seconds:g} are over; wait for longer"
+                )
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -152,11 +162,13 @@ class CloudSettings(Settings):
         parties = self.aggregators.model_copy(update=below(self.aggregators, "ca", "certificate", "key"))
         nvflare = self.nvflare.model_copy(update=below(self.nvflare, "socket", "operator"))
         data = self.run.data.model_copy(update={"data_dir": folder / (self.run.data.data_dir or "")})
+        plugins = tuple(str(folder / name) if name.endswith(".py") else name for name in self.run.plugins)
+        run = self.run.model_copy(update={"data": data, "plugins": plugins})
         own = below(self, "roster", "published", "runs")
         return self.model_copy(
             update=own
             | {"aggregators": parties, "nvflare": nvflare, "sockets": str(folder / self.sockets)}
-            | {"run": self.run.model_copy(update={"data": data})}
+            | {"run": run}
         )
 
     def config(self, roster: "Roster") -> Config:

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from running import StopAt, charges, weights
 from sites import CHANNELS, NAMES, Picky, Site, impatient, same_releases, site
 
 from audits import report
-from privkd import device
+from privkd.channels.channel import contributions
+from privkd.data.scenario import Device
 from privkd.deployment import cloud
 from privkd.deployment.carriers import InProcessCarrier, SocketCarrier
 from privkd.deployment.cloud_settings import CloudSettings
 from privkd.deployment.cloud_status import status
 from privkd.deployment.sockets import Door
 from privkd.deployment.wire import Reason, unpack_question
+from privkd.engines.simulation import Draws, Simulation
 from privkd.errors import ChannelError, ConfigError, InputError, InterruptError, RunError
 from privkd.prepared import reopen
 from privkd.privacy.events import Unit
@@ -31,22 +35,24 @@ from privkd.runs.folder import RunFolder
 class TestOnePath:
     @pytest.mark.parametrize("channel", CHANNELS)
     def test_it_releases_what_a_simulation_of_the_same_roots_does(self, tmp_path: Path, channel: str) -> None:
-        """By hand: the task of each round, each device alone, and its block through its own channel."""
+        """By hand: the task of each round, the simulated devices, and each one's own half of the channel."""
         found = site(tmp_path, channel)
         done = found.run()
         plan = found.plan
         with RunFolder.resume(found.folder) as folder:
             prepared = reopen(folder)
-        teacher, students = prepared.cloud.trained_teacher(), {}
+        owners = [Device(name, double.records, double.records) for name, double in found.doubles.items()]
+        simulation = Simulation(tuple(owners), prepared.config.student)
+        teacher, students = prepared.cloud.trained_teacher(), list[torch.nn.Module]()
         for round, release in enumerate(found.releases()):
             task = prepared.cloud.publish(teacher, round)
-            uploads = []
-            for number, (name, double) in enumerate(found.doubles.items()):
-                draws = draws_of(name, plan.digest, round)
-                answer = device.answer(task, number, double.records, draws, students.get(name))
-                students[name] = answer.student
-                block = answer.block.double().flatten().numpy()
-                uploads.append(channel_of(plan, name).encode(task.question, block, name))
+            drawn = Draws(lambda name, round=round: draws_of(name, plan.digest, round).private, 0)
+            students = simulation.train(task, task.dealt(range(3), students), drawn, lambda done: None)
+            blocks = contributions(simulation.respond(students, task.question), NAMES, round)
+            uploads = [
+                channel_of(plan, name).encode(task.question, block, name)
+                for name, block in zip(NAMES, blocks, strict=True)
+            ]
             expected = channel_of(plan, "cloud").collect(task.question, uploads)
             assert torch.equal(release.answers, expected.answers)
             assert (release.devices, release.noise_std) == (expected.devices, expected.noise_std)
@@ -136,7 +142,7 @@ class TestQuestions:
         for double in found.doubles.values():
             _, tensors, _ = unpack_question(double.heard[0])
             starts = [tensor for name, tensor in tensors.items() if name.startswith("start.")]
-            widths.append(starts[0].shape[0])
+            widths += [len(tensor) for tensor in starts if tensor.shape[1:] == (64,)]
         assert widths == [8, 6, 8]
 
     @pytest.mark.parametrize(("alpha", "rounds"), [(0.1, "teacher"), (0.0, "own")])
@@ -223,6 +229,31 @@ class TestWhoAnswers:
         honest: dict[str, Any] = dict(found.doubles)
         found.run(InProcessCarrier(honest | {"cy": lambda q: found.doubles["cy"](q)[:-4]}), rounds=1)
         assert found.releases()[0].devices == ("ada", "bob")
+
+    def test_in_whatever_order_they_come_the_release_has_the_rosters(self, tmp_path: Path) -> None:
+        class Late(InProcessCarrier):
+            def ask(self, questions: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
+                return dict(reversed(super().ask(questions, seconds).items()))
+
+        one, other = site(tmp_path / "one", "noised"), site(tmp_path / "two", "noised")
+        one.run(Late(one.doubles))
+        other.run()
+        assert same_releases(one, other)
+
+    def test_a_socket_that_never_answers_costs_time_and_nobody_elses_answer(self, tmp_path: Path) -> None:
+        silence = threading.Event()
+        doors = [
+            Door(tmp_path / "deaf", lambda message: bytes(silence.wait(60))),
+            Door(tmp_path / "ada", lambda message: message + b"!"),
+        ]
+        carrier = SocketCarrier({name: tmp_path / name for name in ("deaf", "ada", "gone")})
+        before = time.monotonic()
+        answers = carrier.ask({name: name.encode() for name in ("deaf", "ada", "gone", "unknown")}, 1.0)
+        assert answers == {"ada": b"ada!"}
+        assert 0.9 < time.monotonic() - before < 10
+        silence.set()
+        for door in doors:
+            door.close()
 
     def test_nobody_answers_for_another(self, tmp_path: Path) -> None:
         found = site(tmp_path, change=impatient)
@@ -323,6 +354,7 @@ class TestPublishing:
             (('engine = "socket"', 'engine = "pigeon"'), "engine='pigeon'"),
             (("{device}.sock", "all.sock"), "each device has its own"),
             (("[run.data]", '[run.data]\nsource = "nowhere.npz"'), "nowhere.npz"),
+            (("answer_seconds = 0.05", "answer_seconds = 30"), "again_seconds=20: no device answers before"),
         ],
     )
     def test_settings_that_are_no_clouds_are_said(
@@ -344,7 +376,7 @@ def test_the_report_draws_who_really_ran_where(tmp_path: Path) -> None:
     done = found.run()
     assert done.result.ran.engine == "socket"
     written = report(found.folder)
-    assert written.trust.parties[0].name == "3 devices, elsewhere"
+    assert written.trust.parties[0].party == "3 devices, elsewhere"
     page = (found.folder / "report.md").read_text()
     assert "3 devices elsewhere, over socket" in page
     assert "not audited here" in page

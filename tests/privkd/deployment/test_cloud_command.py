@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from cryptography import x509
 from sites import NAMES, Site, site
 
 from cli import app
@@ -78,7 +77,6 @@ def test_mistakes_are_one_line(
 def test_status_says_which_certificates_end_soon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stem, days in (("soon", 10), ("late", 300)):
         TestAuthority(days=days).issue(tmp_path, stem, name=stem)
-        x509.load_pem_x509_certificate((tmp_path / f"{stem}.pem").read_bytes())
     found = site(tmp_path)
     for name, stem in (("ada", "soon"), ("bob", "late"), ("cy", "nowhere")):
         typed(capsys, "enrol", name, "--certificate", f"{tmp_path / stem}.pem", "--config", f"{found.config}")
@@ -105,8 +103,10 @@ def test_a_process_that_is_ended_while_it_waits_goes_on_later(deserted: Site, bl
     process.send_signal(blow)
     said = process.stderr.read()
     assert process.wait(60) == (-9 if blow is signal.SIGKILL else 130)
+    lines = [line for line in said.splitlines() if line.startswith("privkd: ")]
     assert "Traceback" not in said
-    assert ("privkd cloud run --config" in said) == (blow is not signal.SIGKILL)
+    assert len(lines) == (blow is not signal.SIGKILL)
+    assert all("privkd cloud run --config" in line for line in lines)
     assert not is_running(deserted.folder)
     done = deserted.run()
     assert [release.devices for release in deserted.releases()] == [NAMES, NAMES]

@@ -66,6 +66,11 @@ def test_the_release_is_the_sum_of_what_devices_sent_and_the_cloud_is_sent_nothi
     expected = summed.carry(task.question, torch.stack(blocks), NAMES)
     assert torch.equal(found.releases()[0].answers, expected.answers)
     assert found.releases()[0].devices == NAMES
+    kept = b"".join(file.read_bytes() for file in found.folder.rglob("*") if file.is_file())
+    assert expected.answers.numpy().tobytes() in kept, "the twin: what was released is found"
+    for double, block in zip(found.doubles.values(), blocks, strict=True):
+        assert block.numpy().tobytes() not in kept
+        assert not any(record.numpy().tobytes() in kept for record in double.records.inputs)
 
 
 def test_interrupted_after_the_parties_released_it_gets_the_same_again(
