@@ -525,6 +525,82 @@ def export(
     show(write(Path(run), format_, device_index, _path(out)), as_json=json_)
 
 
+cloud = typer.Typer(
+    callback=help_alone,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Run the cloud of devices that are elsewhere.",
+)
+app.add_typer(cloud, name="cloud")
+
+CloudConfig = Annotated[str, typer.Option("--config", help="The cloud's settings, as TOML.")]
+
+
+@cloud.command("init")
+def cloud_init(config: CloudConfig = "cloud.toml") -> None:
+    """Write a commented cloud.toml."""
+    from privkd.deployment.cloud import init
+
+    typer.echo(init(Path(config)))
+
+
+@cloud.command("enrol")
+def cloud_enrol(
+    name: Annotated[str, typer.Argument(help="The device's: the common name of its certificate.")],
+    certificate: Annotated[
+        Text, typer.Option(help="A copy of that certificate, so that status says when it ends.")
+    ] = None,
+    config: CloudConfig = "cloud.toml",
+) -> None:
+    """Put a device on the roster, before the plan is published."""
+    from privkd.deployment.cloud import enrol
+
+    typer.echo(enrol(Path(config), name, _path(certificate)))
+
+
+@cloud.command("publish")
+def cloud_publish(config: CloudConfig = "cloud.toml") -> None:
+    """Write the plan that devices' owners agree to, and print the run's name."""
+    from privkd.deployment.cloud import publish
+
+    typer.echo(publish(Path(config)))
+
+
+@cloud.command("run")
+def cloud_run(
+    config: CloudConfig = "cloud.toml",
+    rounds: Annotated[
+        int | None, typer.Option(help="At most so many, then stop. [all that are left]")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Play the published run, or go on with it."""
+    from privkd.deployment.cloud import run
+    from privkd.deployment.cloud_status import status
+    from privkd.terminal import announce, progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = run(Path(config), progress, rounds=rounds, announce=announce)
+    show(found or status(Path(config)), as_json=json_)
+
+
+@cloud.command("status")
+def cloud_status(config: CloudConfig = "cloud.toml", json_: Json = False) -> None:
+    """Say who is enrolled, who answered last, who refused and why, and which certificates end soon."""
+    from privkd.deployment.cloud_status import status
+    from privkd.terminal import show
+
+    show(status(Path(config)), as_json=json_)
+
+
+@cloud.command("stop")
+def cloud_stop(config: CloudConfig = "cloud.toml") -> None:
+    """Have a running cloud end after the round at hand."""
+    from privkd.deployment.cloud import stop
+
+    typer.echo(stop(Path(config)))
+
+
 audit = typer.Typer(
     callback=help_alone,
     invoke_without_command=True,

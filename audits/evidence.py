@@ -27,6 +27,7 @@ from privkd.privacy.events import Batch, TaggedEvent, Unit
 from privkd.privacy.ledger import Ledger, Statement
 from privkd.records import Count, Record, read_json, record_of
 from privkd.runs.binding import Binding, binding_of
+from privkd.runs.elsewhere import Elsewhere, elsewhere_of
 from privkd.runs.result import Result, RoundRecord
 
 MEMBERSHIP = "audit/membership.json"
@@ -139,6 +140,7 @@ class RunRecord:
         binding: the data and code that it was started with; ``None`` where it noted none.
         files: what the record rests on.
         started: when the run was started, as the file system says, ``YYYY-MM-DD``.
+        elsewhere: where its devices were; ``None`` where its own process played them.
     """
 
     path: Path
@@ -156,11 +158,12 @@ class RunRecord:
     binding: Binding | None
     files: tuple[FileDigest, ...]
     started: str
+    elsewhere: Elsewhere | None = None
 
     @property
     def command(self) -> str:
         """The command that starts an equal run."""
-        return command_of(self.config)
+        return command_of(self.config) if self.elsewhere is None else "privkd cloud run"
 
     @property
     def played(self) -> int:
@@ -275,6 +278,7 @@ def read_run(path: Path) -> RunRecord:
         binding=binding_of(journal, path / "journal.jsonl"),
         files=tuple(_file(path, name) for name in _evidence(path, exports)),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
+        elsewhere=elsewhere_of(journal, path / "journal.jsonl"),
     )
 
 

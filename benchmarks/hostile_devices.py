@@ -21,6 +21,7 @@ from privkd.channels.channel import PlainChannel  # noqa: E402
 from privkd.cloud import RULES  # noqa: E402
 from privkd.config import load_config  # noqa: E402
 from privkd.federation import Federation  # noqa: E402
+from privkd.fleet import SimulatedFleet  # noqa: E402
 from privkd.messages import Question, Release, Task, Upload  # noqa: E402
 from privkd.plan import budgets  # noqa: E402
 from privkd.prepared import prepare  # noqa: E402
@@ -80,8 +81,8 @@ class HostileChannel(PlainChannel):
 
 
 @dataclass(frozen=True)
-class Remembering(Federation):
-    """The same rounds; students of a task that was published before are not trained again."""
+class Remembering(SimulatedFleet):
+    """The same devices; students of a task that was published before are not trained again."""
 
     known: dict[str, list[nn.Module]] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class Remembering(Federation):
 class Seed:
     """One seed's run, and its state before the first round."""
 
-    run: Remembering
+    run: Federation
     begun: State
 
     @classmethod
@@ -107,7 +108,7 @@ class Seed:
         config = load_config(None, settings, sizes)
         prepared = prepare(config)
         channel, ledger = PlainChannel(prepared.plan.clip_norm), Ledger(None, budgets(config))
-        run = Remembering(prepared, ledger, channel, Silent(), UNKEPT)
+        run = Federation(prepared, ledger, channel, Silent(), Remembering(prepared, Silent(), UNKEPT))
         return cls(run, run.begin())
 
     def accuracies(self, rule: str, attack: Attack, share: float) -> tuple[float, float]:

@@ -30,8 +30,9 @@ class OneLineErrors(TyperGroup):
             if message is None:
                 raise
             _say(message)
-        if code == _INTERRUPTED:
-            _say("stopped; nothing more was spent, and --resume goes on with the run")
+        else:
+            if code == _INTERRUPTED:
+                _say("stopped; nothing more was spent, and --resume goes on with the run")
         sys.exit(code if isinstance(code, int) else 0)
 
 

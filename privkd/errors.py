@@ -12,6 +12,7 @@ The tree::
     ├── ChannelError            exit code 1: a release failed; nothing left the channel
     │   └── RefusalError        a party of the secure channel refuses, for good
     ├── TrainingError           exit code 1: training diverged; its model was discarded
+    ├── InterruptError          exit code 130: told to stop; what was committed stands
     └── AuditAlarm              exit code 3: a lower bound lies above its upper bound
 
 The command line prints the message alone, in one line, and exits with ``exit_code``.
@@ -68,6 +69,12 @@ class RefusalError(ChannelError):
 
 class TrainingError(PrivkdError):
     """Training diverged: the weights are not finite. The model was discarded."""
+
+
+class InterruptError(PrivkdError):
+    """A run was told to stop, and can be gone on with."""
+
+    exit_code = 130
 
 
 class AuditAlarm(PrivkdError):  # noqa: N818  an alarm, not a failure

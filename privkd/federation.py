@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from privkd.channels.channel import Channel
@@ -22,15 +21,15 @@ from privkd.channels.secure import SecureOptions
 from privkd.cloud import Cloud
 from privkd.controls import Controls, NoDeviceTeachers, mean_accuracy, measure_controls, personal_accuracy
 from privkd.data.scenario import LabelledSet
-from privkd.engines.simulation import Simulation
-from privkd.messages import Question, Release, Task, dealt
+from privkd.errors import RunError
+from privkd.fleet import Fleet, SimulatedFleet
+from privkd.messages import Release, Task, dealt
 from privkd.plan import Plan, budgets
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Audited, note_audit, noted_audit
-from privkd.privacy.events import PartyId, PrivacyEvent, Unit
+from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Charge, Ledger
-from privkd.privacy.randomness import seeded_generator, seeded_layers
-from privkd.privacy.votes import VoteRule, data_dependent_rdp, rdp_epsilon
+from privkd.privacy.randomness import seeded_layers
 from privkd.progress import Progress
 from privkd.runs.checkpoint import (
     State,
@@ -40,12 +39,10 @@ from privkd.runs.checkpoint import (
     saved,
 )
 from privkd.runs.credentials import noise_root, run_name
-from privkd.runs.fingerprints import Notes, bind, check_repeats
+from privkd.runs.fingerprints import bind
 from privkd.runs.folder import RunFolder
 from privkd.runs.result import RoundFigures
 from privkd.training.fit import accuracy
-
-_SLOWLY = ", one record at a time: no faster computation gives this student's own gradients"
 
 
 @dataclass(frozen=True)
@@ -92,18 +89,11 @@ def run(
         ChannelError: a release failed; resume the run to try the round again.
     """
     seed, rounds = prepared.config.seed, prepared.plan.rounds
-    record = saved(folder)
-    ledger = Ledger.open(
-        folder.ledger_path,
-        budgets(prepared.config),
-        must_exist=resumed and bool(record.rounds),
-        at_least=record.ledger,
-    )
-    state = load_state(folder, record, prepared.cloud.untrained_teacher()) if record.rounds else None
+    ledger, state = _begun(prepared, folder, resumed=resumed)
     students: tuple[nn.Module, ...] = ()
     audited = noted_audit(folder.journal)
     if state is None or state.round < rounds or (audit is not None and audited is None):
-        with _opened(prepared, folder, ledger, progress) as federation:
+        with _opened(prepared, folder, ledger, progress, _simulated) as federation:
             if state is None or state.round < rounds:
                 state, students = _play_on(federation, folder, state)
             if audit is not None:
@@ -116,18 +106,65 @@ def run(
     return done
 
 
+def advance(
+    prepared: Prepared,
+    folder: RunFolder,
+    progress: Progress,
+    muster: "Muster",
+    *,
+    resumed: bool,
+    enough: Callable[[State], bool],
+) -> State:
+    """Play rounds of ``prepared`` in ``folder`` with the devices of ``muster``, until it is ``enough``.
+
+    It is asked after each round. Once all are played, `run` has nothing left to do but to measure. Raises as
+    `run` does.
+    """
+    ledger, state = _begun(prepared, folder, resumed=resumed)
+    if state is None or state.round < prepared.plan.rounds:
+        with _opened(prepared, folder, ledger, progress, muster) as federation:
+            state, _ = _play_on(federation, folder, state, enough)
+    return state
+
+
+def _begun(prepared: Prepared, folder: RunFolder, *, resumed: bool) -> tuple[Ledger, State | None]:
+    """The run's ledger, and its last committed state, if there is one."""
+    record = saved(folder)
+    ledger = Ledger.open(
+        folder.ledger_path,
+        budgets(prepared.config),
+        must_exist=resumed and bool(record.rounds),
+        at_least=record.ledger,
+    )
+    if not record.rounds:
+        return ledger, None
+    return ledger, load_state(folder, record, prepared.cloud.untrained_teacher())
+
+
+Muster: TypeAlias = Callable[[Prepared, RunFolder, Progress], Fleet]
+"""Gives a run's devices, once it is known that it goes on with its own data."""
+
+
+def _simulated(prepared: Prepared, folder: RunFolder, progress: Progress) -> Fleet:
+    if prepared.elsewhere is not None:
+        raise RunError(f"{folder.path}: its devices are elsewhere; go on with it by `privkd cloud run`")
+    return SimulatedFleet(prepared, progress, folder)
+
+
 @contextmanager
 def _opened(
-    prepared: Prepared, folder: RunFolder, ledger: Ledger, progress: Progress
+    prepared: Prepared, folder: RunFolder, ledger: Ledger, progress: Progress, muster: Muster
 ) -> Iterator["Federation"]:
-    """The run in ``folder`` with its channel and its noise."""
+    """The run in ``folder`` with its channel, its noise and its devices."""
     config, plan = prepared.config, prepared.plan
     root = noise_root(config, folder)
     bind(folder, prepared.scenario, root)
+    prepared = replace(prepared, root=root)
+    fleet, elsewhere = muster(prepared, folder, progress), prepared.elsewhere
     options = SecureOptions.of(
         config.channel,
-        run=run_name(config, folder),
-        roster=prepared.simulation.names,
+        run=run_name(config, folder) if elsewhere is None else bytes.fromhex(elsewhere.run),
+        roster=prepared.names,
         votes=plan.votes,
     )
     with open_channel(
@@ -139,13 +176,20 @@ def _opened(
         deadline=config.channel.deadline,
         options=options,
     ) as channel:
-        yield Federation(replace(prepared, root=root), ledger, channel, progress, folder)
+        yield Federation(prepared, ledger, channel, progress, fleet)
+
+
+def _never(state: State) -> bool:
+    return False
 
 
 def _play_on(
-    federation: "Federation", folder: RunFolder, state: State | None
+    federation: "Federation",
+    folder: RunFolder,
+    state: State | None,
+    enough: Callable[[State], bool] = _never,
 ) -> tuple[State, tuple[nn.Module, ...]]:
-    """The rounds that are left, each committed before the next."""
+    """The rounds that are left, each committed before the next, until it is ``enough``."""
     prepared, ledger = federation.prepared, federation.ledger
     seed, students = prepared.config.seed, tuple[nn.Module, ...]()
     federation.channel.start()
@@ -155,12 +199,14 @@ def _play_on(
         commit(folder, state, ledger.head)
     elif prepared.config.student.start == "own":
         blank = prepared.cloud.untrained_teacher()
-        students = prepared.students_after(load_teachers(folder, saved(folder), blank)[: state.round])
-        federation.check_repeated(state, students)
+        teachers = load_teachers(folder, saved(folder), blank)[: state.round]
+        students = federation.fleet.again(state, teachers)
     for round in range(state.round, prepared.plan.rounds):
         with seeded_layers(seed, "round", round):
             state, students = federation.play(state, students)
         commit(folder, state, ledger.head)
+        if enough(state):
+            break
     return state, students
 
 
@@ -173,14 +219,14 @@ class Federation:
         ledger: where charges are booked before a release.
         channel: over which devices answer.
         progress: told of each step.
-        notes: of the run's folder, by which a repeated round is known again.
+        fleet: the devices.
     """
 
     prepared: Prepared
     ledger: Ledger
     channel: Channel
     progress: Progress
-    notes: Notes
+    fleet: Fleet
 
     def begin(self) -> State:
         """Train the teacher on public data, and look at the first students that are distilled from it."""
@@ -194,77 +240,20 @@ class Federation:
         """One round, in which devices go on from their ``students`` where they do not begin anew."""
         self._stage(state.round, "distilling students on public data")
         task = self.cloud.publish(state.teacher, state.round)
-        students = self._train(task, students)
-        self._stage(state.round, f"{self.prepared.config.channel.kind} channel")
-        release = self._release(task.question, students)
-        self._stage(state.round, "teacher: learning from the release")
-        return self._learn(state, release, students), tuple(students)
-
-    def _train(self, task: Task, before: Sequence[nn.Module]) -> list[nn.Module]:
-        """Train the devices' students, charged before."""
-        devices, round = self.devices, task.question.round
         if task.mechanism is not None:
             self.cloud.check_records_apart(task)
-        starts = task.dealt(range(len(devices.devices)), before)
-        slow = task.mechanism is not None and devices.goes_one_by_one(starts, task.mechanism)
-        self._stage(round, f"training students on their devices{_SLOWLY if slow else ''}")
-        self._debit(Unit.RECORD, self.prepared.plan.record_event, round)
-        total = len(devices.devices)
-        return devices.train(
-            task, starts, self.prepared.draws(round), lambda done: self.progress.advance(done, total)
-        )
+        release, trained = self._release(task, students)
+        self._stage(state.round, "teacher: learning from the release")
+        return self._learn(state, release, trained), trained
 
-    def _release(self, question: Question, students: Sequence[nn.Module]) -> Release:
-        """Have the devices answer over the channel, charged before."""
-        round = question.round
-        names, blocks = self._answers(question, students)
+    def _release(self, task: Task, students: Sequence[nn.Module]) -> tuple[Release, tuple[nn.Module, ...]]:
+        """Have the devices answer over the channel; what it costs is booked before any of them is asked."""
+        round = task.question.round
         # Who falls silent is not known beforehand, so all are charged.
+        self._debit(Unit.RECORD, self.prepared.plan.record_event, round)
         self._debit(Unit.DEVICE, self.channel.event, round)
-        self.ledger.post_process(
-            Unit.RECORD, *self.devices.names, round=round, of="a DP-SGD student's answers"
-        )
-        check_repeats(self.notes, self.prepared.root, round, names, blocks)
-        release = self.channel.carry(question, blocks, names)
-        if self.prepared.plan.votes is not None:
-            voted = torch.tensor([name in release.devices for name in names])
-            self._report_votes(blocks[voted.to(blocks.device)], release, self.prepared.plan.votes)
-        return release
-
-    def _answers(
-        self, question: Question, students: Sequence[nn.Module]
-    ) -> tuple[tuple[PartyId, ...], Tensor]:
-        """Who answers, and what: bounded, ``[device, query, class]``, before the channel."""
-        config, devices = self.prepared.config, self.devices
-        silence = seeded_generator(config.seed, "silence", question.round)
-        present = devices.present(config.silent_devices, silence)
-        blocks = devices.respond([students[number] for number in present], question)
-        return tuple(devices.names[number] for number in present), blocks
-
-    def check_repeated(self, state: State, students: Sequence[nn.Module]) -> None:
-        """Refuse students that were trained again and answer otherwise than in their last round.
-
-        They repeat that round's noise, so other ones would show what the noise had hidden.
-
-        Raises:
-            RunError: they do; nothing was released.
-        """
-        if state.releases:
-            release, last = state.releases[-1], state.round - 1
-            proxy = self.cloud.data.proxy
-            queries = release.queries.to(proxy.device)
-            prior, kind = release.baseline.to(proxy.device), self.prepared.config.channel.sends
-            question = Question(last, queries, proxy[queries], prior, kind)
-            check_repeats(self.notes, self.prepared.root, last, *self._answers(question, students))
-
-    def _report_votes(self, votes: Tensor, release: Release, rule: VoteRule) -> None:
-        """Say how many queries were answered, and in a simulation what that cost given the votes: private."""
-        answered = {"answered": float(release.answers.any(-1).sum())}
-        if self.prepared.simulated:
-            counts = votes.cpu().sum(0).to(torch.int64).numpy()
-            rdp = data_dependent_rdp(counts, rule, self.prepared.config.channel.aggregators)
-            if rdp is not None:
-                answered["epsilon_votes"] = rdp_epsilon(rdp, self.prepared.plan.delta)
-        self.progress.figures(**answered)
+        self.ledger.post_process(Unit.RECORD, *self.fleet.names, round=round, of="a DP-SGD student's answers")
+        return self.fleet.release(task, students, self.channel)
 
     def _learn(self, state: State, release: Release, students: Sequence[nn.Module]) -> State:
         """The cloud after the round."""
@@ -280,13 +269,8 @@ class Federation:
         """The cloud's side."""
         return self.prepared.cloud
 
-    @property
-    def devices(self) -> Simulation:
-        """The devices' side."""
-        return self.prepared.simulation
-
     def _debit(self, unit: Unit, event: PrivacyEvent, round: int) -> None:
-        self.ledger.debit_all([Charge(unit, name, event, round) for name in self.devices.names])
+        self.ledger.debit_all([Charge(unit, name, event, round) for name in self.fleet.names])
 
     def _figures(
         self,
@@ -296,7 +280,8 @@ class Federation:
         accepted: float,
         devices: int,
     ) -> RoundFigures:
-        simulated, test = self.prepared.simulated, self.prepared.scenario.test
+        simulated, scenario = self.prepared.simulated, self.prepared.scenario
+        test = scenario.test
         # Nobody sees a private student in a deployment; before the first charge they are public.
         shown = simulated or not self.ledger.parties(Unit.RECORD)
         on_test = cache(lambda model: accuracy(model, test.inputs, test.labels))
@@ -308,7 +293,7 @@ class Federation:
             accepted=accepted,
             epsilon_record=self.ledger.spent(Unit.RECORD).high,
             epsilon_device=self.ledger.spent(Unit.DEVICE).high,
-            personal=personal_accuracy(students, self.devices.devices) if simulated else math.nan,
+            personal=personal_accuracy(students, scenario.devices) if simulated else math.nan,
             devices=devices,
         )
         self.progress.figures(**asdict(figures))

@@ -6,7 +6,7 @@ simulation draws the same randomness again, so nothing new is shown and nothing 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from torch import nn
 from privkd.cloud import RULES, Cloud, PublicData
 from privkd.config import Config
 from privkd.data import build_scenario
-from privkd.data.scenario import Scenario
+from privkd.data.scenario import Scenario, public_scenario
 from privkd.engines.simulation import Draws, RandomnessOf, Simulation
 from privkd.errors import RunError
 from privkd.messages import dealt
@@ -36,6 +36,7 @@ from privkd.privacy.randomness import (
 from privkd.progress import Progress
 from privkd.records import Value, plain
 from privkd.runs.checkpoint import State, load_state, load_teachers, saved
+from privkd.runs.elsewhere import Elsewhere, elsewhere_of
 from privkd.runs.fingerprints import check_bound, check_files
 from privkd.runs.folder import RunFolder
 from privkd.runs.result import NO_RECORD_DP, epsilon_text, taken_lines, warned
@@ -58,6 +59,7 @@ class Prepared:
         plan: what the run does and costs.
         cloud: the cloud's side.
         root: where protective noise comes from in a deployment.
+        elsewhere: where the devices are; ``None`` where this process plays them.
     """
 
     config: Config
@@ -65,6 +67,12 @@ class Prepared:
     plan: Plan
     cloud: Cloud
     root: NoiseRoot
+    elsewhere: Elsewhere | None = None
+
+    @property
+    def names(self) -> tuple[PartyId, ...]:
+        """Who may take part, in order."""
+        return self.simulation.names if self.elsewhere is None else self.elsewhere.roster
 
     @property
     def simulation(self) -> Simulation:
@@ -74,7 +82,7 @@ class Prepared:
     @property
     def simulated(self) -> bool:
         """Whether private students may be looked at, by whoever plays all devices."""
-        return self.config.privacy.noise == "seeded"
+        return self.config.privacy.noise == "seeded" and self.elsewhere is None
 
     @property
     def mechanism(self) -> Mechanism | None:
@@ -142,8 +150,12 @@ class Prepared:
             )
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, *, public: bool = False) -> Prepared:
     """The run that ``config`` describes, checked, with nothing trained, released or written.
+
+    Args:
+        config: the settings.
+        public: the devices are elsewhere with their records, so that only public data are read.
 
     Raises:
         InputError: bad settings, plug-ins, data or models.
@@ -153,9 +165,12 @@ def prepare(config: Config) -> Prepared:
     RULES.check(config.reverse.aggregation)
     config.check_channel()
     deployment = config.privacy.noise == "system"
-    scenario = build_scenario(config.data, config.seed, deployment=deployment)
-    scenario = scenario.to(torch_device(config.device))
-    plan = make_plan(config, facts_of(scenario))
+    scenario = (
+        public_scenario(config.data, config.seed)
+        if public
+        else build_scenario(config.data, config.seed, deployment=deployment)
+    ).to(torch_device(config.device))
+    plan = make_plan(config, replace(facts_of(scenario), devices=config.data.devices))
     data = PublicData(scenario.public, scenario.validation, scenario.proxy)
     probe = Probe.of(scenario.proxy, scenario.classes)
     cloud = Cloud(config, plan, data, probe, scenario.classes)
@@ -171,7 +186,8 @@ def reopen(folder: RunFolder) -> Prepared:
         InputError: otherwise as `prepare`.
     """
     check_files(folder)
-    prepared = prepare(folder.config)
+    elsewhere = elsewhere_of(folder.journal, folder.journal.path)
+    prepared = replace(prepare(folder.config, public=elsewhere is not None), elsewhere=elsewhere)
     check_bound(folder, prepared.scenario)
     return prepared
 

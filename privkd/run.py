@@ -264,6 +264,7 @@ def train_in(
     done = play_rounds(prepared, folder, progress, resumed=resumed, audit=audit)
     left_with = _left_with(prepared, folder, done, progress)
     result = _result(done, left_with, config, folder.path, start)
+    result = result.model_copy(update={"ran": prepared.elsewhere})
     folder.write_json("result.json", result.tree())
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
     return result

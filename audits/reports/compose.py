@@ -188,7 +188,7 @@ def report_on_run(facts: RunRecord) -> RunReport:
         verdict=verdict_on_run(facts),
         standing=facts.standing,
         warnings=facts.warnings,
-        trust=_trust(trust_of(facts.config)),
+        trust=_trust(trust_of(facts.config, facts.elsewhere)),
         ledger=LedgerRecord(units=facts.statements, rounds=facts.charges),
         membership=found
         and MembershipRecord(target=found.target, findings=found.findings, label_distributions=found.labels),

@@ -112,7 +112,7 @@ def _audit_words(facts: RunRecord) -> str:
 
 
 def _model(facts: RunRecord, row: Statement) -> dict[str, Any]:
-    trust = trust_of(facts.config)
+    trust = trust_of(facts.config, facts.elsewhere)
     on_device = row.unit is Unit.RECORD
     return {
         "model_name": "Local" if on_device else known(facts.config.channel.kind).model,

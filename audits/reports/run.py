@@ -20,7 +20,7 @@ _UNAUDITED = "Not audited: no attack was made on what the run shows of a device.
 
 def trust(facts: RunRecord) -> Section:
     """Who trusts whom."""
-    drawn = trust_of(facts.config)
+    drawn = trust_of(facts.config, facts.elsewhere)
     return Section("trust", "Who trusts whom", drawn.words, (drawn,))
 
 
@@ -84,7 +84,9 @@ def _closing(facts: RunRecord) -> tuple[str, ...]:
 
 
 def _unaudited(facts: RunRecord) -> tuple[str, ...]:
-    """Why there is no lower bound for a device, where the channel says it."""
+    """Why there is no lower bound, where devices or the channel say it."""
+    if facts.elsewhere is not None:
+        return ("There are no lower bounds: not audited here, as the devices' records are elsewhere.",)
     why = known(facts.config.channel.kind).unaudited
     if not why or math.isinf(facts.spent(Unit.DEVICE)):
         return ()
@@ -386,7 +388,7 @@ def unprotected(facts: RunRecord) -> Section:
             f"{', '.join(inferred)} (test records only where the file brought no test split); a deployment "
             "is given them as settings"
         )
-    found += trust_of(facts.config).unprotected
+    found += trust_of(facts.config, facts.elsewhere).unprotected
     if facts.config.privacy.noise == "seeded":
         found.append("anything, from whoever knows the seed: this run's noise can be computed from it")
     return Section("unprotected", "What is not protected", points=tuple(found))

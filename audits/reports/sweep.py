@@ -39,7 +39,7 @@ def curve_sections(curve: Sweep) -> tuple[Section, ...]:
 def _trust(curve: Sweep, done: list[RunRecord]) -> Section:
     """One drawing a channel."""
     firsts = [next((f for f in done if f.config.channel.kind == c), None) for c in curve.grid.channels]
-    drawings = tuple(trust_of(facts.config) for facts in firsts if facts)
+    drawings = tuple(trust_of(facts.config, facts.elsewhere) for facts in firsts if facts)
     words = tuple(f"{drawn.channel}: {' '.join(drawn.words)}" for drawn in drawings)
     return Section("trust", "Who trusts whom", words, drawings)
 

@@ -4,13 +4,14 @@ What is the channel's own part of it stands in `privkd.channels.registry`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from audits.wording import epsilon_text
 from privkd.channels.registry import known
 from privkd.channels.trust import MOST_DRAWN, Box
 from privkd.channels.trust import Trust as ChannelTrust
 from privkd.config import Config
+from privkd.runs.elsewhere import Elsewhere
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,21 @@ class Trust:
     unprotected: tuple[str, ...]
 
 
-def trust_of(config: Config) -> Trust:
-    """The trust model of a run."""
+def trust_of(config: Config, elsewhere: Elsewhere | None = None) -> Trust:
+    """The trust model of a run, whose devices may be ``elsewhere``."""
     budget, kind = config.privacy.device_epsilon, config.channel.kind
     noisy = budget is not None and math.isfinite(budget)
     noise = f"device-level ε ≤ {epsilon_text(budget)}" if noisy and budget is not None else ""
     said: ChannelTrust = known(kind).trust(config.channel, noise)
-    boxes = (_devices(config, *said.device), *said.parties)
-    return Trust(kind, boxes, said.arrows, said.words, said.unprotected)
+    devices = _devices(config, *said.device)
+    if elsewhere is None:
+        return Trust(kind, (devices, *said.parties), said.arrows, said.words, said.unprotected)
+    ran = (
+        f"Who ran where: {elsewhere.words}. What carries questions is trusted with delivery alone.",
+        "What each device did is known to it alone: the charges here are what the plan prices.",
+    )
+    apart = replace(devices, title=f"{devices.title}, elsewhere")
+    return Trust(kind, (apart, *said.parties), said.arrows, (*ran, *said.words), said.unprotected)
 
 
 def _devices(config: Config, *extra: str) -> Box:

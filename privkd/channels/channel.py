@@ -144,7 +144,17 @@ class Channel(ABC):
         with KINDS.guarded(self.kind):
             self.open(question, devices)
             encoded = [self.encode(question, *each) for each in zip(blocks, devices, strict=True)]
-            return self._checked(self.collect(question, encoded), question)
+            return self.collected(question, encoded)
+
+    def collected(self, question: Question, uploads: Sequence[Upload]) -> Release:
+        """`collect`, and a look at what a plug-in's channel made of the uploads.
+
+        Raises:
+            ChannelError: a party failed; nothing was released.
+            InputError: a plug-in's channel fails, or releases something else.
+        """
+        with KINDS.guarded(self.kind):
+            return self._checked(self.collect(question, uploads), question)
 
     def _checked(self, release: Release, question: Question) -> Release:
         block, found = tuple(question.prior.shape), tuple(release.answers.shape)

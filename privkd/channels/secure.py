@@ -150,11 +150,10 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A round that the parties have open, and until when it is to be done, on ``time.monotonic``."""
+    """A round that the parties have open."""
 
     request: _Request
     terms: RoundTerms
-    deadline: float
 
 
 class _Parties:
@@ -283,8 +282,8 @@ class SecureChannel(Channel):
             root: where the devices' randomness comes from, and that of parties that are started here.
             options: see there.
             aggregators: how many there are, from 2 to 16.
-            deadline: seconds that a step of parties of this process may take; with services a whole release,
-                restarts of workers included.
+            deadline: seconds that a step of parties of this process may take; with services the whole
+                collecting of a release, restarts of workers included.
             start_deadline: seconds that the workers of parties of this process may take to come up.
 
         Raises:
@@ -365,7 +364,7 @@ class SecureChannel(Channel):
         first = self._terms(group.keys(time.monotonic() + self._deadline), roster, question.round, request)
         terms = group.standing(first, deadline)
         group.open(terms, deadline)
-        self._opened = _Opened(request, terms, deadline)
+        self._opened = _Opened(request, terms)
 
     def invitation(self) -> bytes:
         """See `Channel.invitation`: the round's terms."""
@@ -390,7 +389,7 @@ class SecureChannel(Channel):
             raise RefusalError(409, "the round's terms are not those that the plan gives")
         if not time.time() < terms.expires <= own.expires + _CLOCKS_APART:
             raise RefusalError(409, f"the round expires at {terms.expires}, which is over or too far ahead")
-        self._opened = _Opened(request, terms, time.monotonic() + self._deadline)
+        self._opened = _Opened(request, terms)
 
     def deliver(self, upload: Upload, deadline: float) -> bytes:
         """See `Channel.deliver`: each aggregator is sent its envelope, and the cloud nothing."""
@@ -412,7 +411,7 @@ class SecureChannel(Channel):
         The answers of a vote are one-hot rows without noise; a row of zeros is a query without consensus.
         """
         opened, group = self._round(), self._parties.started()
-        request, deadline = opened.request, opened.deadline
+        request, deadline = opened.request, time.monotonic() + self._deadline
         sealed = [SealedUpload.unpack(upload.payload) for upload in uploads]
         # What a party refused is left to all of them to count.
         refused = relay(sealed, group.aggregators, deadline=deadline)

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privkd.config import DataConfig
+from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Indices
 from privkd.data.public_sets import (
     PublicSets,
     PublicSizes,
     Stream,
     choose_gap_classes,
+    draw_of_all,
     draw_public_sets,
     public_sizes,
     without,
@@ -204,6 +206,42 @@ def split_indices(
         device_test=tests,
         reserve=without(everybody, np.concatenate([sets.shown, *trains, *tests])),
         records_per_device=nominal,
+        gap_classes=gap,
+    )
+
+
+def public_indices(
+    labels: Indices, config: DataConfig, seed: int, *, classes: int, given_test: bool = False
+) -> Split:
+    """The public roles of `split_indices` alone, where no record of the source is a device's.
+
+    Of a data set that all the world has they are the same records. Arguments are as of `split_indices`.
+
+    Raises:
+        ConfigError: likewise, or nothing says what devices hold about.
+        DataError: the source has too few records for the request, or a label is no class.
+    """
+    sizes = public_sizes(config, len(labels), given_test=given_test)
+    if sizes.total > len(labels):
+        raise DataError(
+            f"source {config.source!r} has {len(labels)} records, fewer than test_records={sizes.test}, "
+            f"public_records={sizes.public}, validation_records={sizes.validation} and "
+            f"proxy_records={sizes.proxy} together: lower one of these"
+        )
+    nominal = config.records_per_device
+    if nominal is None and config.source not in PUBLIC_SOURCES:
+        raise ConfigError(
+            "data.records_per_device is not set: say about how many records a device holds, a public "
+            "constant that the devices' owners agree to; the noise of their training is measured by it"
+        )
+    gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
+    sets = draw_of_all(labels, config, sizes, gap, classes=classes, seed=seed)
+    return Split(
+        **vars(sets),
+        device_train=(),
+        device_test=(),
+        reserve=without(np.arange(len(labels)), sets.shown),
+        records_per_device=sizes.records_per_device if nominal is None else nominal,
         gap_classes=gap,
     )
 

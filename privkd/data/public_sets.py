@@ -126,9 +126,7 @@ def draw_public_sets(
         DataError: too few records outside the gap, or the label of a public record is no class.
     """
     if config.source in PUBLIC_SOURCES:
-        order = Stream.PUBLIC.generator(seed).permutation(len(labels))
-        _check_classes(order, labels, classes, config)
-        found = _drawn(order, labels, config, sizes, gap, classes)
+        found = draw_of_all(labels, config, sizes, gap, classes=classes, seed=seed)
         return found, found.shown
     keys = _keys(len(labels), seed, names)
     order = np.argsort(keys, kind="stable")
@@ -141,6 +139,21 @@ def draw_public_sets(
             if size == len(order):
                 raise
     raise AssertionError("the last pool holds all records")
+
+
+def draw_of_all(
+    labels: Indices,
+    config: DataConfig,
+    sizes: PublicSizes,
+    gap: tuple[int, ...],
+    *,
+    classes: int,
+    seed: int,
+) -> PublicSets:
+    """The sets of a source that is public as a whole. Arguments and errors as of `draw_public_sets`."""
+    order = Stream.PUBLIC.generator(seed).permutation(len(labels))
+    _check_classes(order, labels, classes, config)
+    return _drawn(order, labels, config, sizes, gap, classes)
 
 
 def _keys(records: int, seed: int, names: tuple[str, ...] | None) -> NDArray[np.float64]:

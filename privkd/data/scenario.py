@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -21,7 +22,7 @@ from privkd.data.constants import (
     unset,
 )
 from privkd.data.dataset import Indices, RawSet, Source
-from privkd.data.partition import split_indices
+from privkd.data.partition import public_indices, split_indices
 from privkd.data.sources import load
 from privkd.errors import ConfigError, DataError
 from privkd.privacy.events import PartyId
@@ -141,8 +142,26 @@ def build_scenario(config: DataConfig, seed: int, *, deployment: bool = False) -
     return scenario_from(load(config), config, seed, deployment=deployment)
 
 
-def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: bool = False) -> Scenario:
+def public_scenario(config: DataConfig, seed: int) -> Scenario:
+    """What a cloud holds whose devices are elsewhere: the public roles alone, and no device.
+
+    Of a data set that all the world has these are those of `build_scenario`. Any other source is the cloud's
+    own public data, so that every record of it may play one. Nothing is said of what devices hold but the
+    nominal size of a shard, which is set, or known of a data set of the world's.
+
+    Raises:
+        ConfigError: settings that do not go together, or ``data.records_per_device`` is not set.
+        DataError: the source is missing, malformed, or too small for the request.
+    """
+    return scenario_from(load(config), config, seed, shards=False)
+
+
+def scenario_from(
+    source: Source, config: DataConfig, seed: int, *, deployment: bool = False, shards: bool = True
+) -> Scenario:
     """Split a source that is already loaded; ``config.source`` still says whether it is a public data set.
+
+    Without ``shards`` all of it is public: see `public_scenario`.
 
     Raises:
         ConfigError: settings that do not go together, or that a deployment must be given.
@@ -153,15 +172,9 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
         check_set(config, given_test=given_test)
     classes = label_space(source, config)
     labels = numbered(source.records.labels, classes)
-    split = split_indices(
-        labels,
-        config,
-        seed,
-        classes=len(classes),
-        given_test=given_test,
-        names=source.names,
-        groups=source.records.groups,
-    )
+    own = partial(split_indices, names=source.names, groups=source.records.groups)
+    divide = own if shards else public_indices
+    split = divide(labels, config, seed, classes=len(classes), given_test=given_test)
     constants = find_constants(source, split.shown, config)
     style = config.gap == "style"
 
@@ -194,7 +207,7 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
         gap_classes=split.gap_classes,
         constants=constants,
         labels=classes,
-        inferred=in_words(unset(config, given_test=given_test)),
+        inferred=in_words(unset(config, given_test=given_test)) if shards else (),
         taken={**source.taken, "scale": constants.said},
     )
 

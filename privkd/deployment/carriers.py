@@ -6,13 +6,17 @@ message costs time, and never privacy: devices answer a repeat with the same byt
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Protocol
 
 from privkd.deployment.sockets import call
 from privkd.privacy.events import PartyId
+
+_LEAST = 1e-3
+"""Seconds: a socket that may wait for none at all does not wait for its link either."""
 
 
 class Carrier(Protocol):
@@ -39,7 +43,7 @@ class InProcessCarrier:
 
     def ask(self, questions: Mapping[PartyId, bytes], seconds: float) -> Mapping[PartyId, bytes]:
         """See `Carrier.ask`."""
-        return {name: self._devices[name](question) for name, question in questions.items()}
+        return {name: self._devices[name](questions[name]) for name in questions if name in self._devices}
 
     def close(self) -> None:
         """See `Carrier.close`."""
@@ -55,15 +59,24 @@ class SocketCarrier:
     def ask(self, questions: Mapping[PartyId, bytes], seconds: float) -> Mapping[PartyId, bytes]:
         """See `Carrier.ask`."""
         until = time.monotonic() + seconds
-        answers: dict[PartyId, bytes] = {}
+        known = [name for name in questions if name in self._sockets]
+        came: SimpleQueue[tuple[PartyId, bytes | None]] = SimpleQueue()
 
         def put(name: PartyId) -> None:
+            answer = None
             with suppress(OSError):
-                answers[name] = call(self._sockets[name], questions[name], max(0.0, until - time.monotonic()))
+                answer = call(self._sockets[name], questions[name], max(_LEAST, until - time.monotonic()))
+            came.put((name, answer))
 
-        known = [name for name in questions if name in self._sockets]
-        with ThreadPoolExecutor(max(1, len(known)), thread_name_prefix="carrier") as pool:
-            list(pool.map(put, known))
+        # Daemons: a cloud that is told to stop does not wait for a device that trains.
+        for name in known:
+            Thread(target=put, args=(name,), daemon=True, name=f"carrier {name}").start()
+        answers: dict[PartyId, bytes] = {}
+        with suppress(Empty):
+            for _ in known:
+                name, answer = came.get(timeout=max(_LEAST, until - time.monotonic()))
+                if answer is not None:
+                    answers[name] = answer
         return answers
 
     def close(self) -> None:

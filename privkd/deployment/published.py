@@ -129,12 +129,12 @@ class PublishedPlan(FileRecord):
 
     @cached_property
     def config(self) -> Config:
-        """The settings that concern a device; the others are at their defaults.
+        """The settings that concern a device, for the roster; the others are at their defaults.
 
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
-        return parse_config(dict(self.settings))
+        return parse_config({**self.settings, "data": {"devices": len(self.roster)}})
 
     def checked(self, proxy: int) -> Plan:
         """The plan of the settings, for a proxy set of ``proxy`` records, with the published figures.

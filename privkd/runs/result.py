@@ -15,6 +15,7 @@ from privkd.privacy.bounds import Audited, Check, LowerBound, failure
 from privkd.privacy.events import PartyId, Unit
 from privkd.privacy.ledger import Statement, Statements
 from privkd.records import Count, FileRecord, Measured, Record, Value
+from privkd.runs.elsewhere import Elsewhere
 
 NO_RECORD_DP = Text("No differential privacy: epsilon is inf, records are not protected.", style="bold red")
 
@@ -134,7 +135,8 @@ class Result(FileRecord, Value):
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
     The ledger's epsilons are upper bounds, each beside its lower bound where the unit was audited; ``checks``
-    were asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's.
+    were asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's. ``ran`` is where the
+    devices were; ``None`` where the run's own process played them.
     """
 
     run: str
@@ -150,6 +152,7 @@ class Result(FileRecord, Value):
     warnings: tuple[str, ...]
     taken: dict[str, str]
     seconds: float
+    ran: Elsewhere | None = None
 
     @property
     def lower_bounds(self) -> tuple[LowerBound, ...]:
@@ -252,6 +255,9 @@ def _remarks(result: Result) -> list[Text]:
         remarks.append(
             Text("Simulation: noise is drawn from the seed; --set privacy.noise=system deploys.", style="dim")
         )
+    if result.ran is not None:
+        words = f"Who ran where: {result.ran.words}. Not audited here: the devices' records are elsewhere."
+        remarks.append(Text(words, style="dim"))
     if result.student.direct is not None:
         remarks.append(Text("Controls trained on device records are not covered by the ledger.", style="dim"))
     return remarks

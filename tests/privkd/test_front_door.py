@@ -26,7 +26,6 @@ from privkd.config import load_config
 from privkd.errors import InputError, RunError
 from privkd.federation import Federation
 from privkd.prepared import Prepared, prepare
-from privkd.runs.fingerprints import UNKEPT
 
 FRONTS = (privkd, audits, attacks)
 NUMERIC = {"torch", "numpy", "scipy", "pandas", "matplotlib", "opacus", "dp_accounting"}
@@ -243,10 +242,15 @@ def classes_of_the_library() -> Iterator[type]:
 
 
 def releases(kind: type) -> list[str]:
-    """Its methods that give a `Release`."""
+    """Its methods that give a `Release` to who has no channel."""
     methods = inspect.getmembers(kind, inspect.isfunction)
-    found = [(name, inspect.signature(method).return_annotation) for name, method in methods]
-    return [name for name, gives in found if getattr(gives, "__name__", gives) == "Release"]
+    found = [(name, inspect.signature(method)) for name, method in methods]
+    return [
+        name
+        for name, signature in found
+        if re.search(r"\bRelease\b", inspect.formatannotation(signature.return_annotation))
+        and "channel" not in signature.parameters
+    ]
 
 
 class TestNoWayAround:
@@ -261,5 +265,5 @@ class TestNoWayAround:
         assert {"prepared", "ledger", "channel"} <= needed
         prepared = prepare(CONFIG)
         with pytest.raises(TypeError, match="'ledger' and 'channel'"):
-            Federation(prepared, progress=None, notes=UNKEPT)  # type: ignore[call-arg, arg-type]
+            Federation(prepared, progress=None, fleet=None)  # type: ignore[call-arg, arg-type]
         assert not {"ledger", "channel"} & set(dir(prepared))

@@ -14,6 +14,7 @@ from privkd.channels.channel import Channel, PlainChannel
 from privkd.config import Config, load_config
 from privkd.engines.simulation import Simulation
 from privkd.federation import Federation
+from privkd.fleet import SimulatedFleet
 from privkd.messages import Question, Release
 from privkd.plan import budgets
 from privkd.prepared import Prepared
@@ -95,7 +96,13 @@ def outcome(path: Path) -> dict[str, Any]:
 
 def federation_of(prepared: Prepared, channel: Channel) -> Federation:
     """A run with a ledger that is on no disk."""
-    return Federation(prepared, Ledger(None, budgets(prepared.config)), channel, Silent(), UNKEPT)
+    ledger = Ledger(None, budgets(prepared.config))
+    return Federation(prepared, ledger, channel, Silent(), fleet_of(prepared))
+
+
+def fleet_of(prepared: Prepared) -> SimulatedFleet:
+    """Its devices, of this process."""
+    return SimulatedFleet(prepared, Silent(), UNKEPT)
 
 
 class Watching:

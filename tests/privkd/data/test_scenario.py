@@ -16,7 +16,7 @@ from privkd.data import Scenario, Split, build_scenario, load, partition, scenar
 from privkd.data.dataset import RawSet, make_source
 from privkd.data.partition import Indices
 from privkd.data.public_sets import proportional
-from privkd.data.scenario import restyle
+from privkd.data.scenario import public_scenario, restyle
 from privkd.errors import ConfigError, DataError, InputError
 
 BALANCED = np.tile(np.arange(10), 100)
@@ -374,6 +374,52 @@ class TestScenario:
         assert len(scenario.test) == 10_000
         held = torch.bincount(scenario.public.labels, minlength=10)
         assert held[list(scenario.gap_classes)].tolist() == [20] * 5
+
+
+class TestWithoutDevices:
+    """What a cloud holds whose devices are elsewhere."""
+
+    @pytest.mark.parametrize("gap", ["rare", "withheld", "style", "none"])
+    def test_of_a_public_data_set_it_is_the_public_part_of_a_simulation(self, gap: str) -> None:
+        config = DataConfig(gap=gap)
+        whole, public = build_scenario(config, 3), public_scenario(config, 3)
+        assert public.devices == ()
+        for name in ("public", "validation", "test"):
+            one, other = getattr(whole, name), getattr(public, name)
+            assert torch.equal(one.inputs, other.inputs)
+            assert torch.equal(one.labels, other.labels)
+        assert torch.equal(whole.proxy, public.proxy)
+        assert (public.gap_classes, public.constants) == (whole.gap_classes, whole.constants)
+        assert public.records_per_device == whole.records_per_device == 140
+
+    def test_of_ones_own_file_every_record_may_be_public(self, tmp_path: Path) -> None:
+        """Sizes that leave a simulation no record for a device take them all here, each once."""
+        inputs, labels = np.arange(200, dtype=np.float32)[:, None], np.tile(np.arange(4), 50)
+        np.savez(tmp_path / "own.npz", inputs=inputs, labels=labels)
+        config = DataConfig(
+            source=str(tmp_path / "own.npz"), gap="none", records_per_device=500,
+            test_records=60, public_records=80, validation_records=20, proxy_records=40,
+        )  # fmt: skip
+        with pytest.raises(DataError):
+            build_scenario(config, 0)
+        found = public_scenario(config, 0)
+        sets = [found.test.inputs, found.public.inputs, found.validation.inputs, found.proxy]
+        assert sorted(torch.cat(sets).flatten().tolist()) == list(range(200))
+        assert [len(each) for each in sets] == [60, 80, 20, 40]
+        assert (found.devices, found.records_per_device, found.inferred) == ((), 500, ())
+
+    def test_what_devices_hold_is_never_guessed_from_it(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "own.npz", inputs=np.zeros((200, 1)), labels=np.tile(np.arange(4), 50))
+        with pytest.raises(ConfigError, match="records_per_device"):
+            public_scenario(DataConfig(source=str(tmp_path / "own.npz")), 0)
+
+    def test_too_few_records_are_said_with_the_sizes(self) -> None:
+        with pytest.raises(DataError, match="1797 records, fewer than test_records=360, public_records=1500"):
+            public_scenario(DataConfig(public_records=1500), 0)
+
+    def test_no_number_of_devices_is_too_many(self) -> None:
+        few, many = (public_scenario(DataConfig(devices=devices), 0) for devices in (5, 5000))
+        assert same(few, many)
 
 
 class TestStyle:

@@ -81,6 +81,17 @@ def test_an_altered_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / PROXY_FILE).unlink()
 
 
+def test_as_many_may_be_asked_for_as_there_are() -> None:
+    """The number of devices is the roster's, and no default."""
+    channel = {"kind": "secure", "minimum_devices": 7}
+    config = Config(channel=channel, data={"devices": 8, "records_per_device": 20})
+    scenario = build_scenario(config.data, config.seed)
+    names = tuple(f"device-{number}" for number in range(8))
+    plan = PublishedPlan.of(config, scenario, make_plan(config, facts_of(scenario)), names, 1.0)
+    assert plan.config.channel.minimum_devices == 7
+    assert plan.checked(len(scenario.proxy)).devices == 8
+
+
 def test_a_stranger_has_no_number() -> None:
     plan, _ = published()
     assert plan.number("device-0003") == 3

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import small
+from running import fleet_of, small
 from torch import nn
 
 from privkd import device
@@ -24,7 +24,6 @@ from privkd.plan import budgets
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.ledger import Ledger
 from privkd.progress import Silent
-from privkd.runs.fingerprints import UNKEPT
 
 ROUNDING = 1e-5
 NOISED = ("privacy.device_epsilon=8",)
@@ -77,7 +76,7 @@ def played(run: Prepared, folder: Path) -> tuple[list[Release], Sequence[nn.Modu
     """All rounds at once: the releases, the last students, and what the ledger books."""
     ledger = Ledger.open(folder / "ledger.jsonl", budgets(run.config), must_exist=False, at_least=None)
     with opened(run) as channel:
-        federation = Federation(run, ledger, channel, Silent(), UNKEPT)
+        federation = Federation(run, ledger, channel, Silent(), fleet_of(run))
         state, students = federation.begin(), tuple[nn.Module, ...]()
         for _ in range(run.plan.rounds):
             state, students = federation.play(state, students)

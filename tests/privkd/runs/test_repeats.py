@@ -19,6 +19,7 @@ from torch import Tensor
 
 import privkd.engines.simulation
 import privkd.federation
+import privkd.fleet
 from privkd.channels.channel import Channel
 from privkd.device import responses
 from privkd.errors import RunError
@@ -136,7 +137,7 @@ class TestARepeat:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: what is refused above is then seen twice, and charged for once."""
-        monkeypatch.setattr(privkd.federation, "check_repeats", lambda *_: None)
+        monkeypatch.setattr(privkd.fleet, "check_repeats", lambda *_: None)
         watching = Watching(tmp_path / "run", monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             play(tmp_path / "run", progress=StopAt(AFTER_THE_RELEASE))
