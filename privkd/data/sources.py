@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from privkd.config import Config, DataConfig
@@ -237,6 +236,9 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 def _digits() -> Source:
+    # scikit-learn is large, and nobody else needs it to read records.
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     records = RawSet(bunch.images.astype(np.uint8), bunch.target)
     return _public(make_source("digits", records, taken={"label": "as published"}), _DIGITS_MAX)
