@@ -709,6 +709,115 @@ def mechanism(
     show(found, as_json=json_)
 
 
+device = typer.Typer(
+    callback=help_alone,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="One real device: what its owner decides, and the process that answers.",
+)
+app.add_typer(device, name="device")
+
+OwnersFile = Annotated[str, typer.Option("--config", help="The owner's settings.")]
+PlanFolder = Annotated[str, typer.Argument(help="Folder with plan.json and proxy.safetensors of a cloud.")]
+
+
+@device.command("init")
+def device_init(
+    name: Annotated[str, typer.Option(help="The device's name, as on a plan's roster; for good.")],
+    source: Annotated[str, typer.Option(help="Its private records: a file, a folder, or module:function.")],
+    out: Annotated[str, typer.Option(help="Folder for device.toml.")] = ".",
+) -> None:
+    """Write a commented device.toml for the owner to go through."""
+    from privkd.deployment.owner import write_owner
+
+    typer.echo(f"written: {write_owner(Path(out), name, source)}; go through it, then `privkd device show`")
+
+
+@device.command("show")
+def device_show(plan: PlanFolder, config: OwnersFile = "device.toml", json_: Json = False) -> None:
+    """Say in words what a cloud's plan asks of this device and what it costs; nothing is agreed."""
+    from privkd.deployment.agreement import show as proposal
+    from privkd.deployment.owner import load_owner
+    from privkd.terminal import show
+
+    show(proposal(load_owner(Path(config)), Path(plan)), as_json=json_)
+
+
+@device.command("agree")
+def device_agree(
+    plan: PlanFolder,
+    digest: Annotated[str, typer.Option(help="The run's name, as `privkd device show` prints it.")],
+    config: OwnersFile = "device.toml",
+    json_: Json = False,
+) -> None:
+    """Agree to a plan: recompute it, prove its models, keep a copy. A running device takes it up at once."""
+    from privkd.deployment.agreement import agree
+    from privkd.deployment.owner import load_owner
+    from privkd.terminal import show
+
+    show(agree(load_owner(Path(config)), Path(plan), digest), as_json=json_)
+
+
+@device.command("run")
+def device_run(config: OwnersFile = "device.toml") -> None:
+    """Answer questions that a courier brings to the socket, until told to end. The log is on stderr."""
+    from privkd.deployment.device_service import run as serve
+
+    serve(Path(config))
+
+
+@device.command("status")
+def device_status(config: OwnersFile = "device.toml", json_: Json = False) -> None:
+    """Say how the device fares. Exit code 3: a cloud knows of charges that the ledger lacks."""
+    from privkd.deployment.device_views import status
+    from privkd.deployment.owner import load_owner
+    from privkd.terminal import show
+
+    show(status(load_owner(Path(config))), as_json=json_)
+
+
+@device.command("ledger")
+def device_ledger(config: OwnersFile = "device.toml", json_: Json = False) -> None:
+    """Print what was spent over all runs and clouds, charge by charge."""
+    from privkd.deployment.device_views import ledger
+    from privkd.deployment.owner import load_owner
+    from privkd.terminal import show
+
+    show(ledger(load_owner(Path(config))), as_json=json_)
+
+
+@device.command("budget")
+def device_budget(
+    reason: Annotated[str, typer.Option(help="Why, for the ledger's journal.")],
+    config: OwnersFile = "device.toml",
+    json_: Json = False,
+) -> None:
+    """Make [budget] of device.toml the one for good; what was spent stays spent. The device must not run."""
+    from privkd.deployment.device_views import change_budget
+    from privkd.deployment.owner import load_owner
+    from privkd.terminal import show
+
+    show(change_budget(load_owner(Path(config)), reason), as_json=json_)
+
+
+@device.command("export")
+def device_export(
+    run: Annotated[Text, typer.Option(help="The run's name, or how it begins. [the last]")] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="torch (.pt2), onnx, executorch (.pte), or a plug-in's.")
+    ] = "torch",
+    out: Annotated[Text, typer.Option(help="The file. [the device's name]")] = None,
+    config: OwnersFile = "device.toml",
+    json_: Json = False,
+) -> None:
+    """Write the student of the device's last round as one file that answers as it does."""
+    from privkd.deployment.device_views import export as write
+    from privkd.deployment.owner import load_owner
+    from privkd.terminal import show
+
+    show(write(load_owner(Path(config)), run, format_, _path(out)), as_json=json_)
+
+
 papers = typer.Typer(
     callback=help_alone,
     invoke_without_command=True,

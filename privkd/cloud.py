@@ -31,7 +31,7 @@ from privkd.models.zoo import build
 from privkd.plan import Plan
 from privkd.plugins import Registry
 from privkd.privacy.randomness import derive_seed, seeded_generator, seeded_layers
-from privkd.training.dpsgd import Mechanism, check_records_apart, check_trainable, with_capped_learning_rate
+from privkd.training.dpsgd import Mechanism, check_records_apart, check_trainable
 from privkd.training.fit import accuracy, fit, logits_of
 from privkd.training.losses import ReverseWeights, divergence, reverse_loss, soft_targets
 from privkd.training.proof import Probe, check_apart
@@ -452,17 +452,8 @@ class Cloud:
     @cached_property
     def mechanism(self) -> Mechanism | None:
         """DP-SGD of one round, or ``None`` where the run asks for no DP."""
-        plan, student = self.plan, self.config.student
-        if plan.noise_multiplier == 0:
-            return None
-        return Mechanism(
-            with_capped_learning_rate(student.dp, plan.noise_multiplier, plan.expected_batch_size),
-            plan.noise_multiplier,
-            plan.expected_batch_size,
-            student.alpha,
-            student.temperature,
-            self.probe,
-        )
+        plan = self.plan
+        return Mechanism.of(self.config.student, plan.noise_multiplier, plan.expected_batch_size, self.probe)
 
     def trained_teacher(self) -> nn.Module:
         """The first teacher, trained on public labelled data."""

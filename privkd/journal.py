@@ -76,6 +76,11 @@ class Journal:
             return head.digest == _GENESIS
         return 0 < head.lines <= len(self._digests) and self._digests[head.lines - 1] == head.digest
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digest of each head that this journal ever had, the empty one's first."""
+        return (_GENESIS, *self._digests)
+
     def append(self, record: Record) -> None:
         """Add one record; it is on the disk when this returns.
 

@@ -10,14 +10,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from privkd.config import StudentConfig
 from privkd.privacy.events import PartyId
-from privkd.training.dpsgd import Mechanism
+
+# A message is read long before anybody trains.
+if TYPE_CHECKING:
+    from privkd.training.dpsgd import Mechanism
 
 AnswerKind: TypeAlias = Literal["probabilities", "votes", "residuals"]
 """What a device sends for a query: probabilities, a one-hot first choice, or probabilities less the prior."""
@@ -69,7 +72,7 @@ class Task:
     teacher: nn.Module
     starts: tuple[nn.Module, ...]
     training: StudentConfig
-    mechanism: Mechanism | None
+    mechanism: "Mechanism | None"
     question: Question
 
     def start(self, number: int, before: nn.Module | None = None) -> nn.Module:

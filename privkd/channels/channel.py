@@ -99,14 +99,18 @@ class Channel(ABC):
         """
         return b""
 
-    def accept(self, question: Question, invitation: bytes) -> None:
+    def accept(self, question: Question, invitation: bytes) -> int:
         """The device's half: take part in a round that a cloud elsewhere has opened.
+
+        Returns:
+            Which attempt at the round it is, from 0: each is a release of its own.
 
         Raises:
             RefusalError: it is not the round that this channel's settings give.
         """
         if invitation:
             raise RefusalError(409, f"the {self.kind} channel needs no terms, but the cloud sent some")
+        return 0
 
     def deliver(self, upload: Upload, deadline: float) -> bytes:
         """The device's half: bring ``upload`` to whatever stands behind the channel; may be repeated.

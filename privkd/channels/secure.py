@@ -370,7 +370,7 @@ class SecureChannel(Channel):
         """See `Channel.invitation`: the round's terms."""
         return self._round().terms.pack()
 
-    def accept(self, question: Question, invitation: bytes) -> None:
+    def accept(self, question: Question, invitation: bytes) -> int:
         """See `Channel.accept`: the terms are computed again, for the pinned keys and the roster.
 
         A cloud decides when a round expires and which attempt at it this is, and nothing else.
@@ -390,6 +390,7 @@ class SecureChannel(Channel):
         if not time.time() < terms.expires <= own.expires + _CLOCKS_APART:
             raise RefusalError(409, f"the round expires at {terms.expires}, which is over or too far ahead")
         self._opened = _Opened(request, terms)
+        return terms.attempt
 
     def deliver(self, upload: Upload, deadline: float) -> bytes:
         """See `Channel.deliver`: each aggregator is sent its envelope, and the cloud nothing."""

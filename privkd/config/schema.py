@@ -67,7 +67,7 @@ class Settings(BaseModel):
         tree = self.tree_of(given)
         if not isinstance(tree, Mapping):
             return tree
-        own = dict(self)
+        own = dict(iter(self))  # a field may be called `keys`, which would make a mapping of it
         return {name: own[name] for name in self.model_fields_set} | {
             name: own[name]._under(value) if isinstance(own.get(name), Settings) else value
             for name, value in tree.items()

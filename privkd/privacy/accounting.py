@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from privkd.errors import BudgetError, InputError
 from privkd.privacy.events import DpSgd, NoPrivacy, PostProcessing, PrivacyEvent, ZCdp
 
-# The accounting library is loaded when a price is asked for: whoever reads a statement needs none.
+# Large libraries are loaded when a price is asked for: whoever reads a statement needs none.
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
@@ -370,6 +369,8 @@ def _zcdp_epsilon(rho: float, delta: float) -> float:
     """
     if math.isinf(rho):
         return math.inf
+    from scipy.optimize import minimize_scalar
+
     rho = max(rho, _MIN_RHO)
 
     def bound(log_excess: float) -> float:

@@ -136,6 +136,13 @@ class LedgerHeader(Record):
 
 
 class Batch(Record):
-    """Any other line of it: charges that were booked together."""
+    """A later line of it: charges that were booked together."""
 
     charges: tuple[Charge, ...]
+
+
+class BudgetChange(Record):
+    """Likewise: other budgets from here on, by somebody's deliberate act. What was charged stays charged."""
+
+    budgets: tuple[Budget, ...]
+    reason: Annotated[str, Field(min_length=1)]

@@ -21,6 +21,7 @@ from privkd.privacy.bounds import LowerBound
 from privkd.privacy.events import (
     Batch,
     Budget,
+    BudgetChange,
     Charge,
     DpSgd,
     Key,
@@ -113,9 +114,7 @@ class Ledger:
             RunError: ``path`` is damaged, cannot be read or written, or holds other budgets.
         """
         given = tuple(budgets)
-        self._budgets = {budget.unit: budget for budget in given}
-        if not given or len(self._budgets) != len(given):
-            raise InputError(f"{len(given)} budgets given: expected exactly one for each unit in use")
+        self._budgets = _by_unit(given)
         self._booked: dict[Key, PrivacyEvent] = {}
         self._charges: defaultdict[tuple[Unit, PartyId], list[Charge]] = defaultdict(list)
         self._journal = None if path is None else Journal(path)
@@ -153,7 +152,7 @@ class Ledger:
         journal = Journal(path)
         if not len(journal):
             raise RunError(f"{path} is missing: expected the ledger of a run")
-        return cls.open(path, _header(journal), must_exist=True, at_least=at_least)
+        return cls.open(path, _lines(journal)[0], must_exist=True, at_least=at_least)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -164,6 +163,29 @@ class Ledger:
     def head(self) -> Head | None:
         """How far the journal has come, to be kept outside of it; ``None`` in memory."""
         return self._journal.head if self._journal else None
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """See `Journal.digests`; none in memory."""
+        return self._journal.digests if self._journal else ()
+
+    def change(self, budgets: Iterable[Budget], reason: str) -> None:
+        """Go on under other ``budgets``, by somebody's deliberate act; it is durable when this returns.
+
+        All charges stay booked. Who spent more already can be charged no more.
+
+        Raises:
+            InputError: not one budget for each unit of before, or no reason.
+            RunError: the disk failed.
+        """
+        given = _by_unit(tuple(budgets))
+        if given.keys() != self._budgets.keys():
+            raise InputError(f"budgets for {_in_words(given)}: expected the units {', '.join(self._budgets)}")
+        if not reason.strip():
+            raise InputError("a budget is changed for a reason: say which")
+        if self._journal:
+            self._journal.append(BudgetChange(budgets=tuple(given.values()), reason=reason).tree())
+        self._budgets = given
 
     def debit(self, unit: Unit, party: PartyId, event: PrivacyEvent, *, round: int, label: str = "") -> None:
         """Book one event; it is durable when this returns. Raises as ``debit_all`` does."""
@@ -216,7 +238,11 @@ class Ledger:
 
     def events(self, unit: Unit, party: PartyId) -> tuple[PrivacyEvent, ...]:
         """The events of ``party`` on ``unit``, in the order of their booking."""
-        return tuple(charge.event for charge in self._charges.get((unit, party), ()))
+        return tuple(charge.event for charge in self.charges(unit, party))
+
+    def charges(self, unit: Unit, party: PartyId) -> tuple[Charge, ...]:
+        """The charges of ``party`` on ``unit``, in the order of their booking."""
+        return tuple(self._charges.get((unit, party), ()))
 
     def parties(self, unit: Unit) -> tuple[PartyId, ...]:
         """Who has a charge on ``unit``, in alphabetical order."""
@@ -311,22 +337,38 @@ class Ledger:
         self._charges[charge.unit, charge.party].append(charge)
 
     def _replay(self, journal: Journal) -> None:
-        before = {budget.unit: budget for budget in _header(journal)}
+        budgets, charges = _lines(journal)
+        before = {budget.unit: budget for budget in budgets}
         if before != self._budgets:
             raise RunError(
                 f"{journal.path} was started with {_in_words(before)}, not {_in_words(self._budgets)}: "
                 "resume with the budgets the run was started with"
             )
-        _, *batches = journal
-        for number, batch in enumerate(batches, start=2):
-            try:
-                charges = Batch.model_validate(batch).charges
-            except ValidationError as error:
-                raise RunError(
-                    f"{journal.path}, line {number}: not a batch of charges ({faults(error)})"
-                ) from None
-            for charge in charges:
-                self._book(charge)
+        for charge in charges:
+            self._book(charge)
+
+
+def _by_unit(budgets: Sequence[Budget]) -> dict[Unit, Budget]:
+    found = {budget.unit: budget for budget in budgets}
+    if not budgets or len(found) != len(budgets):
+        raise InputError(f"{len(budgets)} budgets given: expected exactly one for each unit in use")
+    return found
+
+
+def _lines(journal: Journal) -> tuple[tuple[Budget, ...], list[Charge]]:
+    """The budgets that hold at the end of a ledger's journal, and all charges."""
+    budgets, charges = _header(journal), list[Charge]()
+    for number, line in enumerate(tuple(journal)[1:], start=2):
+        try:
+            if "budgets" in line:
+                budgets = BudgetChange.model_validate(line).budgets
+            else:
+                charges += Batch.model_validate(line).charges
+        except (ValidationError, InputError) as error:
+            raise RunError(
+                f"{journal.path}, line {number}: not a batch of charges ({faults(error)})"
+            ) from None
+    return budgets, charges
 
 
 def _header(journal: Journal) -> tuple[Budget, ...]:

@@ -18,7 +18,7 @@ from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from privkd.config import DpSgdConfig, FitConfig
+from privkd.config import DpSgdConfig, FitConfig, StudentConfig
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ModelError
 from privkd.models.architecture import Example
@@ -76,6 +76,16 @@ class Mechanism:
     alpha: float
     temperature: float
     probe: Probe | None = None
+
+    @classmethod
+    def of(
+        cls, student: StudentConfig, noise_multiplier: float, expected_batch_size: float, probe: Probe
+    ) -> Self | None:
+        """That of a run with these settings and its calibrated noise; ``None`` where it asks for no DP."""
+        if noise_multiplier == 0:
+            return None
+        recipe = with_capped_learning_rate(student.dp, noise_multiplier, expected_batch_size)
+        return cls(recipe, noise_multiplier, expected_batch_size, student.alpha, student.temperature, probe)
 
 
 def with_capped_learning_rate(

@@ -1,0 +1,297 @@
+"""What an owner looks at: the status of the device, its ledger, and its student as a file.
+
+All of it reads the state beside a running device, and changes nothing; but for the budget, which changes for
+a reason while the device stands still.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from privkd.deployment.device_state import (
+    LEDGER_FILE,
+    STATUS_FILE,
+    DeviceState,
+    Seen,
+    Trained,
+    agreed_runs,
+    private_folder,
+    read_ledger,
+    round_file,
+    run_folder,
+)
+from privkd.deployment.owner import Owner
+from privkd.deployment.wire import Reason
+from privkd.errors import RunError
+from privkd.folder import HeldFolder, read_tensors
+from privkd.journal import Head, Journal
+from privkd.privacy.events import Charge, PartyId, Unit
+from privkd.privacy.ledger import Ledger, Statement
+from privkd.records import Count, Real, Record, Value
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from torch import Tensor
+
+    from privkd.export.record import Exported
+
+_SOON = 30.0
+"""Days before its end at which a certificate is called out."""
+_DAY = 86_400.0
+
+
+class Spent(Record):
+    """What was spent for good on ``unit`` (a Statement's epsilon), of what, and what is left."""
+
+    unit: Unit
+    epsilon: Real
+    budget: Real
+    left: Real
+
+
+class Status(Record, Value):
+    """A device as its owner sees it.
+
+    Attributes:
+        device: its name.
+        runs: those to which the owner agreed.
+        last_question: Unix time; ``None`` before the first.
+        run: of that question.
+        round: likewise.
+        refusals: how many there were for each reason.
+        spent: for each unit, over all runs; none before the first start.
+        clock: Unix time of this machine.
+        free_bytes: on the disk of the state.
+        certificate_days: until the device's certificate ends; ``None`` where it has none.
+        warnings: what the owner should look after.
+    """
+
+    device: PartyId
+    runs: tuple[str, ...]
+    last_question: Real | None
+    run: str | None
+    round: Count | None
+    refusals: Mapping[Reason, Count]
+    spent: tuple[Spent, ...]
+    clock: Real
+    free_bytes: Count
+    certificate_days: Real | None
+    warnings: tuple[str, ...]
+
+    @property
+    def alarm(self) -> str | None:
+        """See `Value.alarm`: a cloud saw more charges than the ledger holds."""
+        if not self.refusals.get(Reason.WITNESS):
+            return None
+        return (
+            "a cloud was told of charges that this device's ledger lacks: the state was restored from an old "
+            "copy, or the cloud is wrong. Restore the newest state; if there is none, retire this device"
+        )
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One for each unit."""
+        return [{"device": self.device, **each.model_dump()} for each in self.spent]
+
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.text import Text
+
+        table = _table(f"Device {self.device}", "what", "value")
+        for each in self.spent:
+            left = f"{each.epsilon:.4g} of {each.budget:g}, {each.left:.4g} left"
+            table.add_row(f"epsilon per {each.unit}", left)
+        refused = ", ".join(f"{count} {reason}" for reason, count in self.refusals.items() if count)
+        days = self.certificate_days
+        rows = {
+            "runs agreed to": str(len(self.runs)),
+            "last question": "none" if self.last_question is None else _moment(self.last_question),
+            "of run and round": "-" if self.run is None else f"{self.run[:12]}, {self.round}",
+            "refusals": refused or "none",
+            "clock": _moment(self.clock),
+            "free on the disk": f"{self.free_bytes / 1e9:.1f} GB",
+            "certificate": "none" if days is None else f"{days:.0f} days left",
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return Group(table, *(Text(warning, style="yellow") for warning in self.warnings))
+
+
+def status(owner: Owner) -> Status:
+    """How the device fares. Raises `RunError` where its state is damaged."""
+    private_folder(owner.state)
+    kept = owner.state / STATUS_FILE
+    seen = Seen.read(kept) if kept.exists() else Seen()
+    ledger, now = read_ledger(owner), time.time()
+    days = _days_left(owner.aggregators.certificate, now)
+    return Status(
+        device=owner.name,
+        runs=agreed_runs(owner),
+        last_question=seen.last_question,
+        run=seen.run,
+        round=seen.round,
+        refusals=seen.refusals,
+        spent=() if ledger is None else tuple(_spent(owner, ledger, unit) for unit in Unit),
+        clock=now,
+        free_bytes=shutil.disk_usage(owner.state).free,
+        certificate_days=days,
+        warnings=tuple(_warnings(seen, now, days)),
+    )
+
+
+def _spent(owner: Owner, ledger: Ledger, unit: Unit) -> Spent:
+    epsilon = ledger.epsilon(unit, owner.name).high
+    budget = next(budget.epsilon for budget in ledger.budgets if budget.unit is unit)
+    left = 0.0 if math.isinf(epsilon) else max(0.0, budget - epsilon)
+    return Spent(unit=unit, epsilon=epsilon, budget=budget, left=left)
+
+
+def _warnings(seen: Seen, now: float, days: float | None) -> list[str]:
+    found = []
+    if seen.last_question is not None and seen.last_question > now:
+        found.append("The clock lies before the last question: set it, or rounds seem to expire.")
+    if days is not None and days < _SOON:
+        found.append(f"The device's certificate ends in {days:.0f} days: have it renewed.")
+    return found
+
+
+def _days_left(certificate: Path | None, now: float) -> float | None:
+    if certificate is None:
+        return None
+    from cryptography.x509 import load_pem_x509_certificate
+
+    try:
+        ends = load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError) as error:
+        raise RunError(f"{certificate}: {error}") from None
+    return (ends.timestamp() - now) / _DAY
+
+
+class BookedCharge(Record):
+    """One charge: its ``unit``, ``run``, ``round``, and ``event`` in words."""
+
+    unit: Unit
+    run: str
+    round: Count
+    event: str
+
+    @classmethod
+    def of(cls, charge: Charge) -> "BookedCharge":
+        """That of a ledger's charge, whose label begins with its run."""
+        run = charge.label.partition(":")[0]
+        return cls(unit=charge.unit, run=run, round=charge.round, event=str(charge.event))
+
+
+class DeviceLedger(Record, Value):
+    """All that was ever spent: the ``statements`` of each unit, and every charge."""
+
+    device: PartyId
+    statements: tuple[Statement, ...]
+    charges: tuple[BookedCharge, ...]
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One for each charge."""
+        return [charge.model_dump() for charge in self.charges]
+
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+
+        title = f"Ledger of {self.device}, over all runs"
+        totals = _table(title, "unit", "epsilon", "budget", "delta", "charges")
+        for row in self.statements:
+            figures = (f"{row.high:.4g}", f"{row.budget:g}", f"{row.delta:g}", str(row.charges))
+            totals.add_row(row.unit, *figures)
+        each = _table("Charges", "unit", "run", "round", "event")
+        for charge in self.charges:
+            each.add_row(charge.unit, charge.run[:12], str(charge.round), charge.event)
+        return Group(totals, each)
+
+
+def ledger(owner: Owner) -> DeviceLedger:
+    """What was spent over all runs. Raises `RunError` where the ledger is missing or damaged."""
+    found = _ledger(owner)
+    charges = [BookedCharge.of(each) for unit in Unit for each in found.charges(unit, owner.name)]
+    return DeviceLedger(device=owner.name, statements=found.statement(), charges=tuple(charges))
+
+
+def change_budget(owner: Owner, reason: str) -> DeviceLedger:
+    """Make the ``[budget]`` of ``device.toml`` the one for good; all charges stay booked.
+
+    Raises:
+        RunError: the device runs, or its ledger is missing or damaged.
+        InputError: there is no reason.
+    """
+    _ledger(owner)
+    with _Standing(owner.state) as held:
+        heads = [record["ledger"] for record in held.journal if "ledger" in record]
+        at_least = Head(**heads[-1]) if heads else None
+        Ledger.load(owner.state / LEDGER_FILE, at_least=at_least).change(owner.budget.budgets, reason)
+    return ledger(owner)
+
+
+class _Standing(HeldFolder):
+    """The state of a device that does not run."""
+
+    subject = DeviceState.subject
+    when_kept = DeviceState.when_kept
+
+
+def export(owner: Owner, run: str | None, form: str, out: Path | None) -> "Exported":
+    """Write the device's student of its last round in ``run``, or in the last run that trained, as a file.
+
+    Raises:
+        RunError: there is none, it was changed, or ``out`` cannot be written.
+        ConfigError: an unknown format, or one whose packages are missing.
+        ModelError: the student cannot be exported.
+    """
+    from privkd.deployment.agreement import Agreement
+    from privkd.deployment.device import kept_student
+    from privkd.export.export import export_model
+    from privkd.export.formats import suffix_of
+    from privkd.export.record import Exported
+
+    trained = _last_trained(owner, run)
+    agreement = Agreement.read(run_folder(owner.state, trained.run), owner.name)
+    kept = _read(owner.state / round_file(trained.run, trained.round), trained.file)
+    path = out or Path(f"{owner.name}{suffix_of(form)}")
+    divisor = agreement.published.scale.constants.divisor
+    artefact = export_model(kept_student(kept, agreement), agreement.proxy, divisor, form, path)
+    return Exported(run=trained.run, device=owner.name, round=trained.round + 1, **dict(artefact))
+
+
+def _read(path: Path, digest: str) -> dict[str, "Tensor"]:
+    try:
+        return read_tensors(path, digest)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from None
+
+
+def _last_trained(owner: Owner, run: str | None) -> Trained:
+    for record in reversed(tuple(Journal(owner.state / "journal.jsonl"))):
+        if record.get("step") == "trained" and (run is None or record["run"].startswith(run)):
+            return Trained.model_validate(record)
+    raise RunError(f"{owner.name} has trained no student{f' in run {run}' if run else ''} yet")
+
+
+def _ledger(owner: Owner) -> Ledger:
+    found = read_ledger(owner)
+    if found is None:
+        raise RunError(f"{owner.state} has no ledger yet: `privkd device run` begins it")
+    return found
+
+
+def _moment(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def _table(title: str, *columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    return table

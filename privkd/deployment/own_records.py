@@ -1,0 +1,49 @@
+"""The owner's records as inputs of a published plan: numbered and scaled by its constants alone."""
+
+import torch
+
+from privkd.config import DataConfig
+from privkd.data.constants import PUBLIC_SOURCES, numbered
+from privkd.data.scenario import LabelledSet, build_scenario
+from privkd.data.sources import load
+from privkd.deployment.owner import RecordsConfig
+from privkd.deployment.published import PublishedPlan, Scale
+from privkd.errors import DataError
+
+
+def own_records(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
+    """The records at ``config``, as students of ``plan`` learn from them; those of no class are left out.
+
+    Raises:
+        DataError: they cannot be read, or are not of the plan's shape.
+        ConfigError: ``config`` names columns that its source has not.
+    """
+    found = _part_of(config, plan) if config.part is not None else _all_of(config, plan)
+    if len(found) and tuple(found.inputs.shape[1:]) != plan.input_shape:
+        raise DataError(
+            f"{config.source}: records of shape {list(found.inputs.shape[1:])}, but the plan's inputs are "
+            f"{list(plan.input_shape)}"
+        )
+    return found
+
+
+def _all_of(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
+    given = {name: getattr(config, name) for name in ("source", "data_dir", "label", "drop", "header")}
+    records = load(DataConfig(**given, classes=plan.classes)).records
+    labels = numbered(records.labels, plan.classes)
+    known = labels < len(plan.classes)
+    inputs = plan.scale.constants.features(records.inputs[known])
+    return LabelledSet(inputs, torch.from_numpy(labels[known]))
+
+
+def _part_of(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
+    """A simulated device's shard of a public data set."""
+    if config.source not in PUBLIC_SOURCES or config.part is None:
+        raise DataError(f"records.part is for trials with {', '.join(PUBLIC_SOURCES)}, not {config.source!r}")
+    number, devices = config.part
+    scenario = build_scenario(
+        DataConfig(source=config.source, data_dir=config.data_dir, devices=devices), seed=0
+    )
+    if scenario.labels != plan.classes or Scale.of(scenario.constants) != plan.scale:
+        raise DataError(f"{config.source}: its classes or their scale are not the plan's")
+    return scenario.devices[number].train

@@ -1,0 +1,244 @@
+"""A hostile cloud, and crashes at every durable step: one charge, one content, one noise for each of them."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attempted import ENCODED, KIND, attempted_channel, terms
+from fuzzing import EXAMPLES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from on_device import NAME, Box, Clouds, box, clouds
+
+from privkd.deployment.agreement import agree
+from privkd.deployment.device import DeviceProgram
+from privkd.deployment.device_state import read_ledger
+from privkd.deployment.wire import ANSWER_BYTES, Reason, unpack_answer
+from privkd.folder import HeldFolder
+from privkd.journal import Journal
+from privkd.privacy.events import Unit
+
+BUDGET = {"epsilon": 4.0, "device_epsilon": 13.0}
+"""Enough for one run and a part of another, and for one attempt more than the rounds of both."""
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[tuple[Clouds, Clouds]]:
+    """Two runs over a channel with attempts."""
+    kind = f"channel.kind={KIND}"
+    with attempted_channel():
+        yield clouds(kind), clouds(kind, "reverse.trust=1.9")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, two: tuple[Clouds, Clouds]) -> Box:
+    """A device that agreed to both, and began its state."""
+    folder = tmp_path_factory.mktemp("template")
+    made = box(folder, two[0], budget=BUDGET)
+    agree(made.owner, two[1].write(folder / "other"), two[1].published.digest)
+    made.start()
+    made.stop()
+    return made
+
+
+def copied(template: Box, folder: Path) -> Box:
+    """The same device in another folder, under the same root key."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template.owner.state, folder)
+    return Box(folder, template.owner.model_copy(update={"state": folder}))
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[str, int], set[str]]]:
+    """The tasks that were trained, by run and round: one stream of randomness each."""
+    found: dict[tuple[str, int], set[str]] = {}
+    train = DeviceProgram._train
+
+    def noted(self: DeviceProgram, agreement: Any, task: Any) -> Any:
+        found.setdefault((agreement.run, task.question.round), set()).add(task.digest)
+        return train(self, agreement, task)
+
+    monkeypatch.setattr(DeviceProgram, "_train", noted)
+    ENCODED.clear()
+    return found
+
+
+ASKS = st.fixed_dictionaries(
+    {
+        "cloud": st.integers(0, 1),
+        "round": st.integers(0, 2),
+        "moved": st.sampled_from(["", "", "", "start.head.bias", "prior", "queries", "teacher.head.bias"]),
+        "terms": st.one_of(
+            st.just(terms(0)),
+            st.just(terms(0)),
+            st.builds(terms, st.integers(0, 9), st.integers(-1, 1)),
+            st.binary(max_size=4),
+        ),
+        "witness": st.sampled_from([None, "last", "ab" * 32]),
+        "head": st.sampled_from([{}, {}, {}, {"protocol": 3}, {"device": "x"}, {"run": "cd" * 32}]),
+    }
+)
+STEPS = st.lists(st.one_of(ASKS, ASKS, ASKS, st.just("restart")), min_size=4, max_size=12)
+
+
+def _moved(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Other content that the plan allows just as well."""
+    if name == "queries":
+        return tensors | {"queries": tensors["queries"] + (1 if int(tensors["queries"][-1]) < 39 else -1)}
+    if name == "prior":
+        return tensors | {"prior": tensors["prior"].flip(1)}
+    return tensors | ({name: tensors[name] + 0.01} if name else {})
+
+
+@settings(
+    max_examples=max(12, EXAMPLES // 4),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(steps=STEPS)
+def test_no_order_of_questions_buys_a_second_noise_or_a_second_charge(
+    tmp_path: Path, template: Box, two: tuple[Clouds, Clouds], trained: Any, steps: list[Any]
+) -> None:
+    """Whatever is asked, in whatever order and over restarts."""
+    device = copied(template, tmp_path / "state")
+    ENCODED.clear()
+    trained.clear()
+    answers: dict[tuple[str, int, bytes], set[bytes]] = {}
+    last: str | None = None
+    for step in steps:
+        if step == "restart":
+            device.start()
+            continue
+        cloud = two[step["cloud"]]
+        tensors = _moved(cloud.tensors(min(step["round"], 1)), step["moved"])
+        witness = last if step["witness"] == "last" else step["witness"]
+        head = {"witness": witness} | step["head"]
+        asked = cloud.ask(step["round"], tensors=tensors, invitation=step["terms"], **head)
+        answer = device.raw(asked)
+        said, given = unpack_answer(answer)
+        if said.refused is None:
+            assert device.raw(asked) == answer
+            last = said.ledger if step["cloud"] == 0 else last
+            answers.setdefault((cloud.published.digest, said.round or 0, step["terms"]), set()).add(answer)
+        else:
+            assert (given, said.ledger) == (b"", None)
+            assert len(answer) == ANSWER_BYTES
+    _check(device, two, trained, answers)
+    device.stop()
+
+
+def _check(device: Box, two: tuple[Clouds, Clouds], trained: Any, answers: dict[Any, set[bytes]]) -> None:
+    assert all(len(tasks) == 1 for tasks in trained.values()), "one content under each stream of training"
+    blocks: dict[tuple[bytes, int], set[bytes]] = {}
+    for root, round, _, block in ENCODED:
+        blocks.setdefault((root, round), set()).add(block)
+    assert all(len(contents) == 1 for contents in blocks.values()), "one content under each stream of noise"
+    assert all(len(given) == 1 for given in answers.values()), "a repeat has the same bytes"
+    ledger = read_ledger(device.owner)
+    if ledger is None:
+        return
+    spent = {unit: ledger.epsilon(unit, NAME).high for unit in Unit}
+    assert spent[Unit.RECORD] <= BUDGET["epsilon"]
+    assert spent[Unit.DEVICE] <= BUDGET["device_epsilon"]
+    encoded = {(root, round, attempt) for root, round, attempt, _ in ENCODED}
+    assert len(ledger.charges(Unit.DEVICE, NAME)) == len(encoded)
+    assert sum(charge.event.kind == "dp_sgd" for charge in ledger.charges(Unit.RECORD, NAME)) == len(trained)
+
+
+@settings(max_examples=max(40, EXAMPLES), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_bytes_charge_nothing(
+    tmp_path: Path, template: Box, two: tuple[Clouds, Clouds], data: st.DataObject
+) -> None:
+    """A byte of a question's head changed, or the question cut: a refusal, or the same question."""
+    device = copied(template, tmp_path / "state")
+    message = bytearray(two[0].ask(invitation=terms(0)))
+    at = data.draw(st.integers(0, 400))
+    if data.draw(st.booleans()):
+        message = message[:at]
+    else:
+        message[at] ^= data.draw(st.integers(1, 255))
+    head, _ = device(bytes(message))
+    ledger = read_ledger(device.owner)
+    assert head.refused in Reason or head.run == two[0].published.digest
+    assert ledger is not None
+    assert len(ledger.charges(Unit.DEVICE, NAME)) == (0 if head.refused else 1)
+    device.stop()
+
+
+class _KilledError(BaseException):
+    """Nobody catches it: the process ends here."""
+
+
+class Strike:
+    """Kills at the ``at``-th durable step, before it or after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> None:
+        self.seen, self.at, self.after = 0, at, after
+        for kind, name in ((Journal, "append"), (HeldFolder, "_write")):
+            monkeypatch.setattr(kind, name, self._struck(getattr(kind, name)))
+
+    def _struck(self, durable: Any) -> Any:
+        def struck(*given: Any, **named: Any) -> Any:
+            number, self.seen = self.seen, self.seen + 1
+            if number == self.at and not self.after:
+                raise _KilledError
+            done = durable(*given, **named)
+            if number == self.at:
+                raise _KilledError
+            return done
+
+        return struck
+
+
+DURABLE = 7
+"""Asked, charged, round kept, trained, upload kept, answered, status."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", range(DURABLE + 1))
+def test_a_crash_at_a_durable_step_changes_nothing(
+    tmp_path: Path, template: Box, two: tuple[Clouds, Clouds], trained: Any, at: int, after: bool
+) -> None:
+    asked = two[0].ask(invitation=terms(0))
+    unharmed = copied(template, tmp_path / "unharmed")
+    expected = unharmed.raw(asked)
+    unharmed.stop()
+    device = copied(template, tmp_path / "struck")
+    device.start()
+    with pytest.MonkeyPatch.context() as patch:
+        strike = Strike(patch, at, after=after)
+        if at < DURABLE:
+            with pytest.raises(_KilledError):
+                device.raw(asked)
+        else:
+            device.raw(asked)
+            assert strike.seen == DURABLE, "the list of durable steps is whole"
+    device.start()
+    # The witness names the ledger, whose lines are the same.
+    assert device.raw(asked) == expected
+    kept = read_ledger(device.owner)
+    assert kept is not None
+    assert len(kept.charges(Unit.RECORD, NAME)) == 2
+    assert len(kept.charges(Unit.DEVICE, NAME)) == 1
+    assert len({block for *_, block in ENCODED}) == 1
+    device.stop()
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_in_the_first_start_is_gone_on_with(
+    tmp_path: Path, two: tuple[Clouds, Clouds], at: int, after: bool
+) -> None:
+    device = box(tmp_path / "box", two[0], agreed=False)
+    with pytest.MonkeyPatch.context() as patch:
+        Strike(patch, at, after=after)
+        with pytest.raises(_KilledError):
+            device.start()
+    device.start()
+    root = device.state.root
+    device.start()
+    assert device.state.root == root
+    device.stop()
