@@ -873,5 +873,75 @@ def papers_run(
     show(found, as_json=json_)
 
 
+courier = typer.Typer(
+    callback=help_alone,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Carry messages between the cloud and devices elsewhere, by NVFlare.",
+)
+app.add_typer(courier, name="courier")
+
+
+@courier.command("init")
+def courier_init(
+    out: Annotated[str, typer.Option(help="Folder for the authority, the server's kit and the operator's.")],
+    host: Annotated[str, typer.Option(help="The server's name, by which devices reach this machine.")],
+    port: Annotated[int, typer.Option(help="Where the server listens.")] = 8443,
+) -> None:
+    """At the cloud: make the authority, and the kits of the server and of whoever submits."""
+    from privkd.deployment.kits import make_authority
+
+    made = make_authority(Path(out), host, port)
+    typer.echo(f"{made.folder}: authority, server, operator")
+    typer.echo(f"tell the devices' owners, on another way than by file: {made.fingerprint}")
+
+
+@courier.command("request")
+def courier_request(
+    name: Annotated[str, typer.Argument(help="The device's name, as it will be on the roster.")],
+    out: Annotated[str, typer.Option(help="Folder for its key, which stays there.")],
+) -> None:
+    """At a device: make its key, and the request that goes to the cloud."""
+    from privkd.deployment.kits import request
+
+    typer.echo(f"send {request(name, Path(out))} to the cloud; the key stays in {out}")
+
+
+@courier.command("approve")
+def courier_approve(
+    request: Annotated[str, typer.Argument(help="A device's request.")],
+    authority: Annotated[str, typer.Option(help="The folder of `privkd courier init`.")],
+    out: Annotated[Text, typer.Option(help="The file that goes back. [beside the request]")] = None,
+) -> None:
+    """At the cloud: sign a device's request."""
+    from privkd.deployment.kits import approve
+
+    typer.echo(f"send {approve(Path(request), Path(authority), _path(out))} back to the device")
+
+
+@courier.command("package")
+def courier_package(
+    signed: Annotated[str, typer.Argument(help="What came back from the cloud.")],
+    request: Annotated[str, typer.Option(help="The folder of `privkd courier request`.")],
+    fingerprint: Annotated[str, typer.Option(help="The authority's, as the cloud's operator said it.")],
+    out: Annotated[str, typer.Option(help="The kit's folder, which does not exist yet.")],
+) -> None:
+    """At a device: make its courier's kit, with the policy that forbids the cloud all but messages."""
+    from privkd.deployment.kits import package
+
+    typer.echo(f"run it: privkd courier run {package(Path(signed), Path(request), fingerprint, Path(out))}")
+
+
+@courier.command("run")
+def courier_run(
+    kit: Annotated[str, typer.Argument(help="A device's kit, or the server's.")],
+    socket: Annotated[str, typer.Option(help="Where `privkd device run` or `privkd cloud run` listens.")],
+) -> None:
+    """Carry messages for a device, or for the cloud, in the foreground, as another user than it."""
+    from privkd.deployment.flare import run_courier
+
+    run_courier(Path(kit), Path(socket))
+
+
 if __name__ == "__main__":
     app()
