@@ -58,10 +58,14 @@ async def uploaded(url: str, tls: grpc.ChannelCredentials, upload: Upload, rank:
                 found.seconds.append(time.monotonic() - begun)
                 return
             except grpc.aio.AioRpcError as error:
-                found.failures[error.code().name] += 1
-                if error.code() in FINAL or time.monotonic() - begun > SECONDS:
-                    found.refused += 1
-                    return
+                code = error.code()
+            except asyncio.CancelledError:
+                # What gRPC raises where the deadline comes while a piece is being sent.
+                code = grpc.StatusCode.CANCELLED
+            found.failures[code.name] += 1
+            if code in FINAL or time.monotonic() - begun > SECONDS:
+                found.refused += 1
+                return
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, 2.0)
 

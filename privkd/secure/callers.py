@@ -13,7 +13,7 @@ from privkd.secure.party import LimitsConfig
 _BURST_SECONDS = 10.0
 
 
-class BusyError(ChannelError):
+class TooManyCallsError(ChannelError):
     """A caller takes more than its part; it may try again later."""
 
 
@@ -35,13 +35,13 @@ class Callers:
         """Count a call of this caller for as long as it is on.
 
         Raises:
-            BusyError: it has too many on, or calls too often.
+            TooManyCallsError: it has too many on, or calls too often.
         """
         if caller is None:
             yield
             return
         if self._calls[caller] >= self.limits.calls_per_caller:
-            raise BusyError(
+            raise TooManyCallsError(
                 f"{caller!r} has {self.limits.calls_per_caller} calls on already; try again later"
             )
         if caller != CLOUD:
@@ -60,7 +60,7 @@ class Callers:
         left, then = self._allowance.get(caller, (rate * _BURST_SECONDS, now))
         left = min(rate * _BURST_SECONDS, left + (now - then) * rate)
         if left < 1.0:
-            raise BusyError(f"{caller!r} calls more than {rate:g} times a second; try again later")
+            raise TooManyCallsError(f"{caller!r} calls more than {rate:g} times a second; try again later")
         self._allowance[caller] = left - 1.0, now
 
 

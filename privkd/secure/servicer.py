@@ -25,7 +25,7 @@ from privkd.errors import ChannelError, PrivkdError, RefusalError
 from privkd.secure import aggregator_pb2 as pb
 from privkd.secure.aggregator_pb2_grpc import AggregatorServicer
 from privkd.secure.batches import Batches
-from privkd.secure.callers import BusyError, ByteBudget, Callers
+from privkd.secure.callers import ByteBudget, Callers, TooManyCallsError
 from privkd.secure.certificates import CLOUD
 from privkd.secure.credentials import ServerCertificates
 from privkd.secure.observed import Call, Observed
@@ -163,7 +163,7 @@ class PartyServicer(AggregatorServicer):
                 yield call
         except RefusalError as refusal:
             status, failure = refusal.status, (code_of(refusal.status), self._told(refusal))
-        except BusyError as error:
+        except TooManyCallsError as error:
             failure = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
         except PrivkdError as error:
             failure = grpc.StatusCode.UNAVAILABLE, self._told(error)

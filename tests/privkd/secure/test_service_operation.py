@@ -31,7 +31,7 @@ from rig import LIMITS, Rig, block, services_inside, soon, sum_over, uploads_of
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import aggregator_pb2
 from privkd.secure.authority import Authority
-from privkd.secure.callers import BusyError, ByteBudget, Callers
+from privkd.secure.callers import ByteBudget, Callers, TooManyCallsError
 from privkd.secure.client import ClientTls, ServiceLink, send, service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, UnreachableError
@@ -350,14 +350,14 @@ def test_the_listener_for_operators_is_for_this_machine_alone(tmp_path: Path) ->
 def test_a_caller_is_held_to_its_part_and_others_are_not() -> None:
     callers = Callers(LimitsConfig(calls_per_caller=2, calls_per_second=0.5))
     with callers.admitted("a"), callers.admitted("a"):
-        with pytest.raises(BusyError, match="'a' has 2 calls on"), callers.admitted("a"):
+        with pytest.raises(TooManyCallsError, match="'a' has 2 calls on"), callers.admitted("a"):
             pass
         with callers.admitted("b"), callers.admitted(None), callers.admitted("cloud"):
             pass
     for _ in range(3):
         with callers.admitted("a"):
             pass
-    with pytest.raises(BusyError, match=r"more than 0\.5 times a second"), callers.admitted("a"):
+    with pytest.raises(TooManyCallsError, match=r"more than 0\.5 times a second"), callers.admitted("a"):
         pass
     for _ in range(100):
         with callers.admitted("cloud"), callers.admitted(None):
