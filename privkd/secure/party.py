@@ -10,10 +10,9 @@
     noise_key = "party-0.noise"       # 32 bytes, secret: whoever has it can take this party's noise off
     members = ["9f..", "07.."]        # the parties' public keys by rank, the third party's last
 
-    [peers]                           # CrypTen's own link: not encrypted, so loopback or a private network
-    host = "127.0.0.1"                # rank 0's address there
-    port = 0                          # of rank 0's rendezvous; 0 takes any
-    interface = "lo"                  # by which this party reaches it; "" takes the loopback interface
+    [peers]                           # the parties' own links, encrypted under their keys
+    host = "127.0.0.1"                # rank 0's address, as the others reach it
+    port = 0                          # where rank 0 waits for the others; 0 takes any
 
     [tls]
     certificate = "party-0.pem"
@@ -54,11 +53,10 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class PeersConfig(Settings):
-    """CrypTen's link among the parties; see the module."""
+    """The links among the parties; see the module."""
 
     host: str = "127.0.0.1"
     port: Port = 0
-    interface: str = ""
 
 
 class TlsConfig(Settings):

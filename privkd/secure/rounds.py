@@ -169,10 +169,10 @@ def admit_header(party: Party, roster: Container[PartyId], terms: RoundTerms, he
     Raises:
         RefusalError: it is for another round or party, or of a stranger.
     """
-    found = (header.round, header.party, header.parties, header.entries)
-    expected = (terms.label, party.rank, party.parties, terms.entries)
+    found = (header.round, header.expires, header.party, header.parties, header.entries)
+    expected = (terms.label, terms.expires, party.rank, party.parties, terms.entries)
     if found != expected:
-        names = ("round", "aggregator", "number of aggregators", "number of entries")
+        names = ("round", "expiry", "aggregator", "number of aggregators", "number of entries")
         wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
         raise RefusalError(400, f"{header.device}: upload for another {wrong[0]}")
     if header.device not in roster:

@@ -102,6 +102,8 @@ class RoundTerms(_Terms):
 
     Attributes:
         round: names the round; never used for two.
+        run: 64 hexadecimal digits that name the run, under which devices derive their sealing keys; empty
+            in a simulation, whose devices' secrets are of one run anyway.
         attempt: 0, and one more each time that a round comes to nothing and is abandoned by all aggregators.
         keys: the aggregators' X25519 public keys in hexadecimal, by rank.
         entries: length of each device's block.
@@ -119,6 +121,7 @@ class RoundTerms(_Terms):
     """
 
     round: Annotated[Whole, Field(ge=0, le=MAX_ROUND)]
+    run: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     attempt: Annotated[Whole, Field(ge=0, lt=MAX_ATTEMPTS)] = 0
     keys: Annotated[tuple[str, ...], Field(min_length=2)]
     entries: Annotated[Whole, Field(ge=1, le=_MAX_ENTRIES)]
@@ -128,7 +131,7 @@ class RoundTerms(_Terms):
     sigma2: str | None
     noise: Literal["aggregators", "devices"] = "aggregators"
     roster: Annotated[tuple[PartyId, ...], Field(min_length=1)]
-    expires: Whole
+    expires: Annotated[Whole, Field(ge=0, lt=2**63)]
     projections: Annotated[Whole, Field(ge=0, le=MAX_PROJECTIONS)] = 0
     votes: VoteTerms | None = None
     ring_bits: Literal[32] = 32

@@ -310,7 +310,6 @@ class WorkerSupervisor:
             parties=party.parties,
             host=party.peers.host,
             port=self._port,
-            interface=party.peers.interface,
             sealing_key=self._sealing_key.private_bytes_raw().hex(),
             noise_key=self._noise_key.hex(),
             members=party.members,

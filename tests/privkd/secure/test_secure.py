@@ -142,7 +142,7 @@ def test_what_one_aggregator_receives_is_uniform_noise(parties: int) -> None:
     received: list[list[NDArray[np.uint32]]] = [[] for _ in range(parties)]
     for device in device_names(20):
         for party, (share, key) in enumerate(zip(split(integers, parties), keys, strict=True)):
-            header = Header(0, device, bytes(16), party, parties, 1000, share.form)
+            header = Header(0, 1, device, bytes(16), party, parties, 1000, share.form)
             _, opened = unseal(seal(header, share, key.public_key().public_bytes_raw()), key)
             received[party].append(opened.expand(1000))
     for elements in received:
@@ -164,7 +164,7 @@ def test_shares_of_the_same_answers_never_repeat() -> None:
 
 def envelope(key: X25519PrivateKey, **changes: object) -> bytes:
     fields: dict[str, object] = {
-        "round": 3, "device": "device-0001", "upload_id": bytes(16), "party": 0, "parties": 2,
+        "round": 3, "expires": 1, "device": "device-0001", "upload_id": bytes(16), "party": 0, "parties": 2,
         "entries": 4, "form": Form.VECTOR,
     }  # fmt: skip
     header = Header(**(fields | changes))  # type: ignore[arg-type]
