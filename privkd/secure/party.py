@@ -29,7 +29,10 @@
     hang_seconds = 20.0               # without a sign of life from the worker before it is ended
     max_connections = 64
     max_upload_bytes = 67108864
+    max_round_days = 30.0             # how far ahead a round may expire
+    lease_seconds = 30.0              # that one run keeps the workers to itself while others wait
     keep_rounds = 8                   # finished rounds whose sealed uploads are kept
+    keep_results = 1000               # finished rounds that can be repeated; older ones go once they expired
 
 Without ``[tls]`` it listens on the loopback interface only, and elsewhere only with ``client_ca``, as
 anybody could open and close rounds otherwise. ``max_rho`` and ``max_rho_total`` are unlimited unless given;
@@ -79,7 +82,10 @@ class LimitsConfig(Settings):
     hang_seconds: PositiveFloat = 20.0
     max_connections: Positive = 64
     max_upload_bytes: Positive = 1 << 26
+    max_round_days: PositiveFloat = 30.0
+    lease_seconds: PositiveFloat = 30.0
     keep_rounds: Positive = 8
+    keep_results: Positive = 1000
 
 
 class Party(Settings):

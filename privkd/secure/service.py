@@ -29,14 +29,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from privkd.errors import ChannelError, ConfigError, PrivkdError, RefusalError
-from privkd.journal import Journal
 from privkd.secure.keys import CLOUD, load_noise_key, load_sealing_key, public_hex
 from privkd.secure.party import PartyConfig, load_party
 from privkd.secure.rounds import Rounds
+from privkd.secure.state import held, open_rounds
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import header_of, unpacked
-from privkd.secure.uploads import UploadsOnDisk, stored_rounds
-from privkd.secure.worker import WorkerSupervisor
 
 _ROUND = re.compile(r"/v1/rounds/([0-9a-f]{16})(/uploads|/relay|/share|/abandon)?")
 _MAX_JSON = 1 << 24
@@ -281,23 +279,7 @@ def _rounds(party: PartyConfig) -> Rounds:
             f"{party.sealing_key}: its public key is {public_hex(sealing_key)}, "
             f"but members[{party.rank}] says {party.members[party.rank]}"
         )
-    supervisor = WorkerSupervisor(
-        party,
-        sealing_key,
-        load_noise_key(party.noise_key),
-        Journal(party.directory / "sessions.jsonl"),
-        name=f"{party.name}'s worker",
-    )
-    folder = party.directory / "rounds"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Rounds(
-        party,
-        supervisor,
-        journal=Journal(party.directory / "journal.jsonl"),
-        create=lambda terms: UploadsOnDisk.create(folder / terms.folder, terms),
-        stored=stored_rounds(folder),
-        sealing_key=sealing_key,
-    )
+    return open_rounds(party, sealing_key, load_noise_key(party.noise_key))
 
 
 def _server_context(party: PartyConfig) -> ssl.SSLContext | None:
@@ -372,9 +354,14 @@ def serve(config: Path, *, while_input: bool = False) -> None:
 
     Raises:
         ConfigError: the configuration, a key or a certificate is wrong.
-        RunError: the journal is damaged.
+        RunError: the journal is damaged, or another process has the directory.
     """
-    service = Service(load_party(config))
+    party = load_party(config)
+    with held(party.directory):
+        _serve(Service(party), while_input=while_input)
+
+
+def _serve(service: Service, *, while_input: bool) -> None:
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
