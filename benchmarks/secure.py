@@ -133,7 +133,7 @@ def floor_cost() -> None:
     """What no upload can do without at each aggregator: one key agreement and one decryption."""
     key = X25519PrivateKey.generate()
     share = Share(Form.VECTOR, bytes(4 * ENTRIES))
-    header = Header(1, "device", bytes(16), 0, 2, ENTRIES, share.form)
+    header = Header(1, 1, "device", bytes(16), 0, 2, ENTRIES, share.form)
     envelope = seal(header, share, key.public_key().public_bytes_raw())
     row(
         "opening one envelope (X25519, HKDF, AES-GCM)",

@@ -48,7 +48,10 @@ class PartyLink(Protocol):
         ...
 
     def join(self, session: str, port: int | None, deadline: float) -> int:
-        """Have it start a worker for a common ``session``; the port of rank 0's rendezvous."""
+        """Have it start a worker for a common ``session``; the port of rank 0's rendezvous.
+
+        Raises `UnreachableError` while the workers are another run's; see ``privkd.secure.worker``.
+        """
         ...
 
     def open(self, terms: RoundTerms, deadline: float) -> None:
@@ -101,7 +104,9 @@ class PartyGroup:
         self._links = list(links)
         self._pins = tuple(pins)
         self._pool = ThreadPoolExecutor(max_workers=2 * len(links) or 1, thread_name_prefix="party")
+        self._lease = secrets.token_hex(8)
         self._session: str | None = None
+        self._begun: str | None = None
         self._keys: tuple[str, ...] = ()
 
     @property
@@ -137,15 +142,36 @@ class PartyGroup:
         return self._keys
 
     def gather(self, deadline: float) -> str:
-        """Have every party start a worker for a common session, unless one is on; the session."""
+        """Have every party start a worker for a common session, unless one is on; the session.
+
+        Raises:
+            ChannelError: a party refused or cannot be reached.
+            UnreachableError: a party's workers are another run's for now; asking again keeps the place in the
+                queue.
+        """
         if self._session is None:
-            session = secrets.token_hex(16)
             self.keys(deadline)
-            first, *others = self._links
-            port = first.join(session, None, deadline)
-            self._each(others, lambda link: link.join(session, port, deadline))
-            self._session = session
+            again = self._begun is not None
+            session, port = self._begin(deadline)
+            self._begun = session
+            try:
+                self._each(self._links[1:], lambda link: link.join(session, port, deadline))
+            except RefusalError as error:
+                self._begun = None
+                if again:  # a party that had joined has lost its worker since
+                    raise UnreachableError(str(error)) from error
+                raise
+            self._begun, self._session = None, session
         return self._session
+
+    def _begin(self, deadline: float) -> tuple[str, int]:
+        """A session that rank 0 joined, and the port: one that others were too busy for, or a new one."""
+        first = self._links[0]
+        if self._begun is not None:
+            with contextlib.suppress(RefusalError):
+                return self._begun, first.join(self._begun, None, deadline)
+        session = f"{self._lease}-{secrets.token_hex(16)}"
+        return session, first.join(session, None, deadline)
 
     def open(self, terms: RoundTerms, deadline: float) -> None:
         """Publish a round.
@@ -191,7 +217,7 @@ class PartyGroup:
 
     def _renew(self, deadline: float) -> None:
         """Begin a new session: the workers of the old one may wait for the one that failed."""
-        self._session = None
+        self._session = self._begun = None
         with contextlib.suppress(UnreachableError):
             self.gather(deadline)
 

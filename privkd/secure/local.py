@@ -33,7 +33,7 @@ from privkd.secure.party import LimitsConfig, Party
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 from privkd.secure.uploads import UploadsInMemory
-from privkd.secure.worker import Worker, WorkerSupervisor, first_death
+from privkd.secure.worker import RecordsInMemory, Worker, WorkerSupervisor, first_death
 
 _WATCH_SECONDS = 0.1
 _END_SECONDS = 5.0
@@ -109,12 +109,12 @@ class LocalLink:
     def __init__(self, party: Party, sealing_key: X25519PrivateKey, noise_key: bytes, group: _Group) -> None:
         self._party = party
         self._group = group
-        self.supervisor = WorkerSupervisor(party, sealing_key, noise_key, [], name=party.name)
+        self.supervisor = WorkerSupervisor(party, sealing_key, noise_key, RecordsInMemory(), name=party.name)
         group.supervisors.append(self.supervisor)
         self._rounds = self._no_rounds()
 
     def _no_rounds(self) -> Rounds:
-        return Rounds(self._party, self.supervisor, journal=[], create=UploadsInMemory)
+        return Rounds(self._party, self.supervisor, journal=RecordsInMemory(), create=UploadsInMemory)
 
     @property
     def name(self) -> str:

@@ -10,10 +10,9 @@
     noise_key = "party-0.noise"       # 32 bytes, secret: whoever has it can take this party's noise off
     members = ["9f..", "07.."]        # the parties' public keys by rank, the third party's last
 
-    [peers]                           # CrypTen's own link: not encrypted, so loopback or a private network
-    host = "127.0.0.1"                # rank 0's address there
-    port = 0                          # of rank 0's rendezvous; 0 takes any
-    interface = "lo"                  # by which this party reaches it; "" takes the loopback interface
+    [peers]                           # the parties' own links, encrypted under their keys
+    host = "127.0.0.1"                # rank 0's address, as the others reach it
+    port = 0                          # where rank 0 waits for the others; 0 takes any
 
     [tls]
     certificate = "party-0.pem"
@@ -33,7 +32,10 @@
     calls_per_second = 20.0           # by that name, ten seconds' worth at once; the cloud's are not counted
     max_upload_bytes = 67108864
     max_bytes_at_once = 16777216      # of bodies in memory; the others wait unread
+    max_round_days = 30.0             # how far ahead a round may expire
+    lease_seconds = 30.0              # that one run keeps the workers to itself while others wait
     keep_rounds = 8                   # finished rounds whose sealed uploads are kept
+    keep_results = 1000               # finished rounds that can be repeated; older ones go once they expired
 
     [status]
     listen = "127.0.0.1:9440"         # /healthz, /readyz, /status, /metrics over HTTP; loopback only
@@ -63,11 +65,10 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class PeersConfig(Settings):
-    """CrypTen's link among the parties; see the module."""
+    """The links among the parties; see the module."""
 
     host: str = "127.0.0.1"
     port: Port = 0
-    interface: str = ""
 
 
 class TlsConfig(Settings):
@@ -93,7 +94,10 @@ class LimitsConfig(Settings):
     calls_per_second: PositiveFloat = 20.0
     max_upload_bytes: Positive = 1 << 26
     max_bytes_at_once: Positive = 1 << 24
+    max_round_days: PositiveFloat = 30.0
+    lease_seconds: PositiveFloat = 30.0
     keep_rounds: Positive = 8
+    keep_results: Positive = 1000
 
 
 class StatusConfig(Settings):

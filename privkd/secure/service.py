@@ -21,7 +21,6 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from privkd.errors import ConfigError, PrivkdError
-from privkd.journal import Journal
 from privkd.secure.addresses import joined
 from privkd.secure.aggregator_pb2_grpc import add_AggregatorServicer_to_server
 from privkd.secure.credentials import ServerCertificates
@@ -31,8 +30,7 @@ from privkd.secure.party import PartyConfig, load_party
 from privkd.secure.rounds import Rounds
 from privkd.secure.rpc import MAX_MESSAGE_BYTES, OPTIONS
 from privkd.secure.servicer import PartyServicer
-from privkd.secure.uploads import UploadsOnDisk, stored_rounds
-from privkd.secure.worker import WorkerSupervisor
+from privkd.secure.state import held, open_rounds
 
 _GRACE_SECONDS = 2.0
 _SOON_SECONDS = 30 * 86_400
@@ -190,23 +188,7 @@ def _rounds(party: PartyConfig) -> Rounds:
             f"{party.sealing_key}: its public key is {public_hex(sealing_key)}, "
             f"but members[{party.rank}] says {party.members[party.rank]}"
         )
-    supervisor = WorkerSupervisor(
-        party,
-        sealing_key,
-        load_noise_key(party.noise_key),
-        Journal(party.directory / "sessions.jsonl"),
-        name=f"{party.name}'s worker",
-    )
-    folder = party.directory / "rounds"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Rounds(
-        party,
-        supervisor,
-        journal=Journal(party.directory / "journal.jsonl"),
-        create=lambda terms: UploadsOnDisk.create(folder / terms.folder, terms),
-        stored=stored_rounds(folder),
-        sealing_key=sealing_key,
-    )
+    return open_rounds(party, sealing_key, load_noise_key(party.noise_key))
 
 
 @cache
@@ -231,9 +213,14 @@ def serve(config: Path, *, while_input: bool = False) -> None:
 
     Raises:
         ConfigError: the configuration, a key or a certificate is wrong.
-        RunError: the journal is damaged.
+        RunError: the journal is damaged, or another process has the directory.
     """
     party = load_party(config)
+    with held(party.directory):
+        _serve(party, config, while_input=while_input)
+
+
+def _serve(party: PartyConfig, config: Path, *, while_input: bool) -> None:
     # Each device has a connection of its own.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -88,14 +88,15 @@ def test_the_protocol_says_how_long_an_envelope_is_and_what_lies_where(tmp_path:
     upload = seal_integers(np.zeros(7, np.int64), terms, "dévice")
     forms = set()
     for rank, envelope in enumerate(upload.envelopes):
-        assert envelope[:8] == b"PKDU" + bytes([1, rank, 2, 32])
+        assert envelope[:8] == b"PKDU" + bytes([2, rank, 2, 32])
         forms.add(envelope[8])
         assert int.from_bytes(envelope[9:13], "little") == 7
         assert int.from_bytes(envelope[13:21], "little") == terms.label
-        assert envelope[21:37] == upload.upload_id
-        size = int.from_bytes(envelope[37:39], "little")
-        assert envelope[39 : 39 + size].decode() == "dévice"
-        assert len(envelope) == 39 + size + 32 + {0: 4 * 7, 1: 32}[envelope[8]] + 16
+        assert int.from_bytes(envelope[21:29], "little") == terms.expires
+        assert envelope[29:45] == upload.upload_id
+        size = int.from_bytes(envelope[45:47], "little")
+        assert envelope[47 : 47 + size].decode() == "dévice"
+        assert len(envelope) == 47 + size + 32 + 32 + {0: 4 * 7, 1: 32}[envelope[8]] + 16
     assert forms == {0, 1}
 
 
