@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 from privkd.options import OPTIONS
 
 _INTERRUPTED = 130
+_LAB = ("jinja2", "matplotlib", "skimage", "sklearn")
+"""What a device is installed without: the embedded data, audits' figures and reports need them."""
 
 
 class OneLineErrors(TyperGroup):
@@ -110,7 +112,13 @@ def _for_people(error: Exception) -> tuple[str | None, int]:
 
     if isinstance(error, PrivkdError):
         return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and _package_of(error) in _LAB:
+        return f"{_package_of(error)} is not installed, and this needs it: pip install 'privkd[lab]'", 2
     format_message: Callable[[], str] | None = getattr(error, "format_message", None)
     if format_message is not None:
         return f"{format_message()} (see --help)", 2
     return None, 1
+
+
+def _package_of(error: ModuleNotFoundError) -> str:
+    return (error.name or "").partition(".")[0]

@@ -57,7 +57,7 @@ def examine() -> list[Finding]:
         ("opacus", "opacus", "DP-SGD"),
         ("dp_accounting", "dp-accounting", "the ledger"),
         ("cryptography", "cryptography", "noise and sealed shares"),
-        ("sklearn", "scikit-learn", "the embedded data"),
+        ("sklearn", "'privkd[lab]'", "the embedded data, audits, figures and reports"),
         ("safetensors", "safetensors", "weights"),
     ):
         findings.append(_importable(module, f"pip install {package}", purpose))

@@ -49,6 +49,11 @@ _ALL = (
     Option("data_dir", "data.data_dir", "Folder of mnist or cifar10, base of relative paths."),
     Option("label", "data.label", "The label's column in a table, or array in an npz archive. [by its name]"),
     Option("drop", "data.drop", "Columns that are neither feature nor label, comma-separated. [none]"),
+    Option(
+        "group",
+        "data.group",
+        "The column that says whose each record is: a natural partition, by whole groups.",
+    ),
     Option("devices", "data.devices", "Number of devices. [5]"),
     Option("rounds", "rounds", "Number of rounds. [3]"),
     Option("channel", "channel.kind", "plain, noised, secure or a plug-in's. [secure]"),

@@ -314,3 +314,31 @@ class TestPackage:
 
     def test_the_console_script_is_the_module(self) -> None:
         assert PROJECT["project"]["scripts"] == {"privkd": "privkd.__main__:main"}
+
+
+LEAN = "import sys; sys.modules.update(dict.fromkeys(('jinja2', 'matplotlib', 'skimage', 'sklearn'))); "
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["train", "--epsilon", "3"], "sklearn"),
+        (["curve", "--epsilons", "3", "--seeds", "1", "--out", "curve"], "matplotlib"),
+    ],
+)
+def test_what_a_lean_installation_lacks_is_named(words: list[str], missing: str, tmp_path: Path) -> None:
+    code, _, said = process(*words, code=LEAN + CONSOLE_SCRIPT, cwd=tmp_path)
+    assert code == 2
+    assert said.splitlines()[-1].startswith(f"privkd: {missing} is not installed")
+    assert "pip install 'privkd[lab]'" in said
+    assert "Traceback" not in said
+
+
+def test_a_lean_installation_trains_on_records_of_its_own(tmp_path: Path) -> None:
+    rows = [f"{number % 7},{number % 5},{number % 2}" for number in range(400)]
+    (tmp_path / "own.csv").write_text("\n".join(["a,b,label", *rows]))
+    small = ["rounds=1", "controls=false", "teacher.model.name=mlp", "student.models=mlp", "data.devices=2",
+             "data.records_per_device=40", "channel.kind=plain", "student.dp.steps=2"]  # fmt: skip
+    words = ["train", "--data", "own.csv", *(word for setting in small for word in ("--set", setting))]
+    code, _, said = process(*words, code=LEAN + CONSOLE_SCRIPT, cwd=tmp_path)
+    assert code == 0, said

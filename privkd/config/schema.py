@@ -113,6 +113,9 @@ class DataConfig(Settings):
             a name by its number from 1. ``None``: the one that is called like a label; without a header
             the last.
         drop: columns of a table that are neither features nor label; as text, with commas between.
+        group: the column of a table, or the array of an npz archive, that says whose record each is, such as
+            a writer or a patient; no feature. All records of one group have one role, and are on one device.
+            This is the natural partition, in place of ``partition``.
         header: whether the first line of a CSV file names the columns; ``auto`` asks where that is doubtful.
         device_test_records: size of each device's own test set, of its own distribution.
         partition: how private records fall to devices.
@@ -137,6 +140,7 @@ class DataConfig(Settings):
     scale: PositiveFloat | None = None
     label: Annotated[str, Field(min_length=1)] | None = None
     drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    group: Annotated[str, Field(min_length=1)] | None = None
     header: Literal["auto", "yes", "no"] = "auto"
     device_test_records: Annotated[int, Field(ge=0)] = 20
     partition: Literal["iid", "dirichlet", "classes"] = "iid"
@@ -162,7 +166,7 @@ class DataConfig(Settings):
             for label in value
         )
 
-    @field_validator("label", mode="before")
+    @field_validator("label", "group", mode="before")
     @classmethod
     def _number_too(cls, value: Any) -> Any:
         return str(value) if type(value) is int else value
@@ -177,6 +181,13 @@ class DataConfig(Settings):
         if not isinstance(value, list | tuple):
             return value
         return tuple(str(name) if type(name) is int else name for name in value)
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.group is not None and self.partition != "iid":
+            raise ValueError(f"group={self.group!r}: its records stay together, which partition="
+                             f"{self.partition!r} would divide; give one of them")  # fmt: skip
+        return self
 
     @field_validator("classes")
     @classmethod

@@ -25,12 +25,14 @@ class Columns:
     Attributes:
         label: that of the label.
         features: those of all others, but for what was left out.
+        group: that which says whose record each is, if one does.
         by_place: no name spoke for the label: it is the last column of a table without a header.
         said: how they were chosen, in words.
     """
 
     label: int
     features: tuple[int, ...]
+    group: int | None
     by_place: bool
     said: dict[str, str]
 
@@ -47,17 +49,21 @@ def choose_columns(
 
     Args:
         names: of all columns; ``column 1``, ``column 2``, ... where the table names none.
-        config: ``label`` and ``drop``.
+        config: ``label``, ``group`` and ``drop``.
         origin: what messages call the table.
         named: whether the names are the table's own.
         index: names of columns that number the rows, and are no features.
 
     Raises:
-        ConfigError: ``data.label`` or ``data.drop`` names no column, or both the same.
+        ConfigError: ``data.label``, ``data.group`` or ``data.drop`` names no column, or two the same.
         DataError: nothing tells which column is the label, two could be, one has no name, or there are no
             features.
     """
     dropped = {_named(names, name, "drop", origin) for name in config.drop}
+    group = None if config.group is None else _named(names, config.group, "group", origin)
+    if group in dropped:
+        raise ConfigError(f"data.group={config.group!r}: data.drop leaves it out; take it from one of them")
+    dropped |= set() if group is None else {group}
     kept = [number for number in range(len(names)) if number not in dropped]
     _check_named([names[number] for number in kept], kept, origin)
     label, why = _label(names, kept, config, origin, named=named)
@@ -66,10 +72,13 @@ def choose_columns(
     if not features:
         raise DataError(f"{origin}: one column only beside what is left out; give features and a label")
     said = {"label": f"{_quoted(names, [label])}, {why}", "features": _counted(len(features), "column")}
-    left_out = [*sorted(dropped), *numbering]
+    if group is not None:
+        said["group"] = f"{_quoted(names, [group])}, as set"
+    left_out = [number for number in [*sorted(dropped), *numbering] if number != group]
     if left_out:
         said["left out"] = _quoted(names, left_out)
-    return Columns(label, features, label == kept[-1] and not named and config.label is None, said)
+    by_place = label == kept[-1] and not named and config.label is None
+    return Columns(label, features, group, by_place, said)
 
 
 def _label(
@@ -80,7 +89,7 @@ def _label(
         label = _named(names, config.label, "label", origin)
         if label not in kept:
             raise ConfigError(
-                f"data.label={config.label!r}: data.drop leaves it out; take it from one of them"
+                f"data.label={config.label!r}: data.drop leaves it out, or it is data.group; take it from one"
             )
         return label, "as set"
     if not named:
@@ -155,13 +164,16 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def refuse_columns(config: DataConfig, *, label: bool = False, header: bool = False) -> None:
+def refuse_columns(
+    config: DataConfig, *, label: bool = False, header: bool = False, group: bool = False
+) -> None:
     """Refuse settings on columns for a source that has none.
 
     Args:
         config: the settings.
-        label: whether the source knows ``data.label`` all the same.
+        label: whether the source knows ``data.label`` all the same, and with it ``data.group``.
         header: whether it knows ``data.header``, and with it the others.
+        group: whether it knows ``data.group``, and nothing else.
 
     Raises:
         ConfigError: one is set.
@@ -169,6 +181,7 @@ def refuse_columns(config: DataConfig, *, label: bool = False, header: bool = Fa
     wrong = {
         "label": config.label is not None and not label,
         "drop": bool(config.drop) and not label,
+        "group": config.group is not None and not (label or group),
         "header": config.header != "auto" and not header,
     }
     for name, given in wrong.items():

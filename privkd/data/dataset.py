@@ -35,11 +35,13 @@ class RawSet:
             `labels.canonical_number`.
         colour: which images are coloured ``[record]``, of three channels; ``None`` where ``inputs`` are no
             decoded images.
+        groups: whose each record is ``[record]``, as text in a ``Source``; ``None`` where nobody says.
     """
 
     inputs: Array
     labels: Array
     colour: NDArray[np.bool_] | None = None
+    groups: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,26 @@ def make_source(
 def _checked(name: str, records: RawSet, classes: Collection[str]) -> RawSet:
     _check_lengths(name, records.inputs, records.labels)
     labels = label_texts(records.labels, name, classes)
-    return RawSet(_channels_first(_features(records.inputs, name)), labels, records.colour)
+    groups = None if records.groups is None else _group_texts(records.groups, len(labels), name)
+    return RawSet(_channels_first(_features(records.inputs, name)), labels, records.colour, groups)
+
+
+def _group_texts(groups: Array, records: int, name: str) -> Array:
+    """Groups as text, numbers in their canonical form.
+
+    Raises:
+        DataError: there is not one for each record, or one is missing.
+    """
+    if groups.shape != (records,):
+        raise DataError(f"{name}: groups have shape {groups.shape}; give one per record, shape [{records}]")
+    texts = np.char.strip(groups.astype(np.str_))
+    if groups.dtype.kind not in "UTO":
+        values, positions = np.unique(texts, return_inverse=True)
+        texts = np.array([canonical_number(str(value)) for value in values], dtype=np.str_)[positions]
+    for row, text in enumerate(texts):
+        if is_missing(str(text)):
+            raise DataError(f"{name}: record {row} has no group ({str(text)!r}); give it one or remove it")
+    return texts
 
 
 def _layout(raw: RawSet, checked: RawSet) -> str:

@@ -129,19 +129,26 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         raise DataError(f"{origin}: no records; give at least two")
     columns = choose_columns(table.column_names, config, str(origin), index=_row_numbers(table))
     image = _image_column(pyarrow, table, columns, str(origin))
-    labels = _labels(pyarrow, table, columns.label, origin)
+    labels = _texts_or_numbers(pyarrow, table, columns.label, origin, "label column", "classes")
+    groups = (
+        None
+        if columns.group is None
+        else _texts_or_numbers(pyarrow, table, columns.group, origin, "column", "groups")
+    )
     if image is None:
         features = tuple(table.column_names[number] for number in columns.features)
-        return _Table(RawSet(_features(pyarrow, table, columns, origin), labels), columns.said, features)
+        inputs = _features(pyarrow, table, columns, origin)
+        return _Table(RawSet(inputs, labels, groups=groups), columns.said, features)
     pixels, colour = _images(pyarrow, table, image, origin)
-    return _Table(RawSet(pixels, labels, colour), _of_images(table, columns, image), ())
+    return _Table(RawSet(pixels, labels, colour, groups), _of_images(table, columns, image), ())
 
 
 def _of_images(table: Any, columns: Columns, image: int) -> dict[str, str]:
     names = table.column_names
-    left_out = [repr(name) for number, name in enumerate(names) if number not in (columns.label, image)]
+    used = (columns.label, columns.group, image)
+    left_out = [repr(name) for number, name in enumerate(names) if number not in used]
     return {
-        "label": columns.said["label"],
+        **{name: columns.said[name] for name in ("label", "group") if name in columns.said},
         "image": f"column {names[image]!r}",
         **({"left out": ", ".join(left_out)} if left_out else {}),
     }
@@ -219,7 +226,9 @@ def _features(pyarrow: ModuleType, table: Any, columns: Columns, origin: _Origin
     return np.stack(found, axis=1)
 
 
-def _labels(pyarrow: ModuleType, table: Any, index: int, origin: _Origin) -> Array:
+def _texts_or_numbers(
+    pyarrow: ModuleType, table: Any, index: int, origin: _Origin, what: str, names: str
+) -> Array:
     column, name = table.column(index), table.column_names[index]
     types = pyarrow.types
     if types.is_dictionary(column.type):
@@ -229,7 +238,7 @@ def _labels(pyarrow: ModuleType, table: Any, index: int, origin: _Origin) -> Arr
         return np.array(column.to_pylist(), dtype=np.str_)
     if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
         raise DataError(
-            f"{origin}: label column {name!r} of type {column.type} names no classes; give integers or text"
+            f"{origin}: {what} {name!r} of type {column.type} names no {names}; give integers or text"
         )
     return _values(column, name, origin)
 

@@ -82,6 +82,28 @@ def by_class(
     return _join(pieces, devices)
 
 
+def natural(
+    indices: Indices, groups: NDArray[np.str_], devices: int, rng: np.random.Generator
+) -> tuple[Indices, ...]:
+    """Whole groups dealt to the devices in turn, in an order drawn at random.
+
+    Args:
+        indices: the records to divide ``[record]``.
+        groups: whose they are ``[record]``, aligned with ``indices``.
+        devices: number of shards, each of one group at least.
+        rng: source of the draw.
+
+    Raises:
+        ValueError: there are fewer groups than devices.
+    """
+    values, members = np.unique(groups, return_inverse=True)
+    if len(values) < devices:
+        raise ValueError(f"{len(values)} groups for {devices} devices")
+    device_of = np.empty(len(values), dtype=np.int64)
+    device_of[rng.permutation(len(values))] = np.arange(len(values)) % devices
+    return tuple(indices[device_of[members] == device] for device in range(devices))
+
+
 def assign_classes(
     devices: int, classes: int, per_device: int, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
@@ -132,6 +154,7 @@ def split_indices(
     classes: int,
     given_test: bool = False,
     names: tuple[str, ...] | None = None,
+    groups: NDArray[np.str_] | None = None,
 ) -> Split:
     """Give every record one role.
 
@@ -148,10 +171,13 @@ def split_indices(
         classes: number of classes, a public constant.
         given_test: the source brings its own test split, so none is drawn.
         names: by which the roles of a user's own records are drawn; ``None``: by position.
+        groups: whose each record is ``[record]``, for the natural partition: those of one group are all
+            public, or all on one device.
 
     Raises:
         ConfigError: a setting does not go with another, or with the number of classes.
-        DataError: the source has too few records for the request, or the label of a public one is no class.
+        DataError: the source has too few records or groups for the request, or the label of a public one is
+            no class.
     """
     if seed < 0:
         raise ConfigError(f"seed={seed}: expected 0 or more")
@@ -159,13 +185,16 @@ def split_indices(
     if sizes.total + config.devices > len(labels):
         raise DataError(_shortage(config, sizes, len(labels), 0, f"too few for {config.devices} devices"))
     gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
-    sets, withheld = draw_public_sets(labels, config, sizes, gap, classes=classes, seed=seed, names=names)
+    together = names if groups is None else tuple(groups.tolist())
+    sets, withheld = draw_public_sets(labels, config, sizes, gap, classes=classes, seed=seed, names=together)
     everybody = np.arange(len(labels))
     holders = _holders(config, classes, Stream.HOLDERS.generator(seed))
     free = without(everybody, withheld)
     free = free[np.isin(labels[free], np.flatnonzero(holders.any(axis=0)))]
+    if groups is not None:
+        _check_groups(groups, free, config)
     nominal = _nominal(len(free), config, sizes, len(labels), len(withheld) - sizes.total)
-    pairs = _divide(free, labels, config, holders, nominal, seed)
+    pairs = _divide(free, labels, config, holders, nominal, seed, groups)
     trains, tests = (
         tuple(part[labels[part] < classes] for part in parts) for parts in zip(*pairs, strict=True)
     )
@@ -196,10 +225,31 @@ def _nominal(free: int, config: DataConfig, sizes: PublicSizes, records: int, su
     return nominal
 
 
+def _check_groups(groups: NDArray[np.str_], free: Indices, config: DataConfig) -> None:
+    """Raise `DataError` unless each device can have a group of its own."""
+    left, all_of_them = len(np.unique(groups[free])), len(np.unique(groups))
+    if left < config.devices:
+        raise DataError(
+            f"source {config.source!r} has {all_of_them} groups of {config.group!r}, {all_of_them - left} of "
+            f"them public: {left} are too few for {config.devices} devices; lower devices, or "
+            "public_records, validation_records, proxy_records and test_records"
+        )
+
+
 def _divide(
-    free: Indices, labels: Indices, config: DataConfig, holders: NDArray[np.bool_], nominal: int, seed: int
+    free: Indices,
+    labels: Indices,
+    config: DataConfig,
+    holders: NDArray[np.bool_],
+    nominal: int,
+    seed: int,
+    groups: NDArray[np.str_] | None,
 ) -> list[tuple[Indices, Indices]]:
     """Each device's training and test records, out of ``free``."""
+    if groups is not None:
+        rng = Stream.PARTITION.generator(seed)
+        shards = natural(free, groups[free], config.devices, rng)
+        return [_train_test(rng.permutation(shard), nominal, config.device_test_records) for shard in shards]
     need = config.devices * (nominal + config.device_test_records)
     # Keys per record, not a permutation of `free`: a smaller pool is then a subset of a larger one.
     keys = Stream.POOL.generator(seed).random(len(labels))[free]

@@ -154,7 +154,13 @@ def scenario_from(source: Source, config: DataConfig, seed: int, *, deployment: 
     classes = label_space(source, config)
     labels = numbered(source.records.labels, classes)
     split = split_indices(
-        labels, config, seed, classes=len(classes), given_test=given_test, names=source.names
+        labels,
+        config,
+        seed,
+        classes=len(classes),
+        given_test=given_test,
+        names=source.names,
+        groups=source.records.groups,
     )
     constants = find_constants(source, split.shown, config)
     style = config.gap == "style"

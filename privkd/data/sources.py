@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from privkd.config import Config, DataConfig
@@ -45,6 +44,8 @@ def load_function(source: str, config: DataConfig) -> Source:
 def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> Source:
     """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists.
 
+    With ``data.group``, which then may be any name, it returns ``(inputs, labels, groups)``.
+
     It must return the same records each time, or a run cannot be repeated.
 
     Raises:
@@ -56,11 +57,16 @@ def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> 
         raise DataError(
             f"source {source!r}: failed when called without arguments ({one_line(error)})"
         ) from error
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise DataError(f"source {source!r}: returned {type(returned).__name__}; return (inputs, labels)")
-    inputs, labels = (_array(value, source) for value in returned)
+    wanted = "(inputs, labels)" if config.group is None else "(inputs, labels, groups), as data.group is set"
+    parts = 2 if config.group is None else 3
+    if not isinstance(returned, tuple | list) or len(returned) != parts:
+        raise DataError(f"source {source!r}: returned {type(returned).__name__}; return {wanted}")
+    inputs, labels, *groups = (_array(value, source) for value in returned)
     taken = {"label": "the second that the function returned"}
-    return make_source(source, RawSet(inputs, labels), classes=config.classes, taken=taken)
+    if groups:
+        taken["group"] = "the third that the function returned"
+    records = RawSet(inputs, labels, groups=groups[0] if groups else None)
+    return make_source(source, records, classes=config.classes, taken=taken)
 
 
 def _array(value: Any, source: str) -> Array:
@@ -168,7 +174,7 @@ def load(config: DataConfig) -> Source:
     """
     if not is_named(config.source):
         return _from_path(config)
-    refuse_columns(config)
+    refuse_columns(config, group=is_function_name(config.source))
     read = SOURCES.find(config.source)
     return load_function(config.source, config) if read is None else read(config)
 
@@ -237,6 +243,9 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 def _digits() -> Source:
+    # Imported here: a device, which has records of its own, is installed without it.
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     records = RawSet(bunch.images.astype(np.uint8), bunch.target)
     return _public(make_source("digits", records, taken={"label": "as published"}), _DIGITS_MAX)

@@ -80,7 +80,8 @@ def load_npz(path: Path, name: str, config: DataConfig) -> Source:
     """An archive with inputs (``x``, ``inputs``, ...) and labels (``y``, ``labels``, ``target``, ...).
 
     ``x_train, y_train, x_test, y_test`` bring a test split of their own. Case does not matter.
-    ``config.label`` names the array of the labels, ``config.drop`` arrays that are neither.
+    ``config.label`` names the array of the labels, ``config.group`` that of the groups, ``config.drop``
+    arrays that are neither.
 
     Raises:
         ConfigError: a setting names no array.
@@ -90,18 +91,22 @@ def load_npz(path: Path, name: str, config: DataConfig) -> Source:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {Path(info.filename).stem.lower(): info for info in archive.infolist()}
-            pair, test = _array_names(_without(list(members), config, path), config, path)
-            arrays = {key: _read_npy(archive, members[key], path) for key in (*pair, *test)}
+            group = _group_name(list(members), config, path)
+            keys = [key for key in _without(list(members), config, path) if key not in group]
+            pair, test = _array_names(keys, config, path)
+            arrays = {key: _read_npy(archive, members[key], path) for key in (*pair, *test, *group)}
     except _ARCHIVE_ERRORS as error:
         raise DataError(
             f"{path}: not a readable npz archive ({one_line(error)}); save it with numpy.savez"
         ) from error
     split = RawSet(arrays[test[0]], arrays[test[1]]) if test else None
     taken = {"label": f"array {pair[1]!r}", "features": f"array {pair[0]!r}"}
-    left_out = [key for key in members if key not in (*pair, *test)]
+    if group:
+        taken["group"] = f"array {group[0]!r}, as set"
+    left_out = [key for key in members if key not in (*pair, *test, *group)]
     if left_out:
         taken["left out"] = ", ".join(map(repr, left_out))
-    records = RawSet(arrays[pair[0]], arrays[pair[1]])
+    records = RawSet(arrays[pair[0]], arrays[pair[1]], groups=arrays[group[0]] if group else None)
     return make_source(name, records, split, classes=config.classes, taken=taken)
 
 
@@ -112,6 +117,17 @@ def _without(keys: Sequence[str], config: DataConfig, path: Path) -> list[str]:
                 f"data.drop={name!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
             )
     return [key for key in keys if key not in [name.lower() for name in config.drop]]
+
+
+def _group_name(keys: Sequence[str], config: DataConfig, path: Path) -> tuple[str, ...]:
+    """The array that says whose each record is; none unless one is set."""
+    if config.group is None:
+        return ()
+    if config.group.lower() not in keys:
+        raise ConfigError(
+            f"data.group={config.group!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
+        )
+    return (config.group.lower(),)
 
 
 def _array_names(
@@ -197,7 +213,7 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
     columns = choose_columns(names, config, str(path), named=header)
     said = "the first line names the columns" if header else "none, the first line is a record"
     columns = replace(columns, said={"header": said, **columns.said})
-    rows, labels = [], []
+    rows, labels, groups = [], [], []
     records = lines if header else itertools.chain([(number, first)], lines)
     for number, cells in records:
         if len(cells) != len(first):
@@ -205,6 +221,8 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
                 f"{path}: line {number} has {len(cells)} cells, the first has {len(first)}; mend it"
             )
         labels.append(cells[columns.label])
+        if columns.group is not None:
+            groups.append(cells[columns.group])
         rows.append(
             _numbers(
                 [cells[column] for column in columns.features],
@@ -214,7 +232,8 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
         )
     if not rows:
         raise DataError(f"{path}: a header but no records; give a line per record")
-    return RawSet(np.stack(rows), np.array(labels, dtype=np.str_)), columns
+    whose = np.array(groups, dtype=np.str_) if columns.group is not None else None
+    return RawSet(np.stack(rows), np.array(labels, dtype=np.str_), groups=whose), columns
 
 
 def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:

@@ -311,7 +311,7 @@ class TestWhatDoesNotFit:
     def test_bytes_among_flags_are_flags(self, tmp_path: Path) -> None:
         _, after, device, place = self.other("npz, flags", tmp_path, "features out of range")
         assert after.devices[device].train.inputs[place].tolist() == [1] * 6
-        assert after.divisor == 1
+        assert after.constants.divisor == 1
 
     def test_colour_among_grey_is_grey(self, tmp_path: Path) -> None:
         before, after, device, place = self.other("parquet, images", tmp_path, "colour")
