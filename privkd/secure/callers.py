@@ -20,8 +20,8 @@ class TooManyCallsError(ChannelError):
 class Callers:
     """The callers by the names in their certificates. For one thread.
 
-    Callers without names, as there are on the loopback interface alone, are not told apart, so not limited;
-    nor is how often the cloud calls.
+    Callers without names, as there are on the loopback interface alone, are not told apart, so not limited.
+    Nor is the cloud, which can do more harm than that.
     """
 
     def __init__(self, limits: LimitsConfig) -> None:
@@ -37,15 +37,14 @@ class Callers:
         Raises:
             TooManyCallsError: it has too many on, or calls too often.
         """
-        if caller is None:
+        if caller in (None, CLOUD):
             yield
             return
         if self._calls[caller] >= self.limits.calls_per_caller:
             raise TooManyCallsError(
                 f"{caller!r} has {self.limits.calls_per_caller} calls on already; try again later"
             )
-        if caller != CLOUD:
-            self._spend(caller)
+        self._spend(caller)
         self._calls[caller] += 1
         try:
             yield
@@ -87,6 +86,12 @@ class ByteBudget:
             if turn.done() and not turn.cancelled():
                 self._free += wanted
             self._serve()
+
+    def resize(self, size: int) -> None:
+        """Give out ``size`` bytes in all from now on."""
+        self._free += size - self._size
+        self._size = size
+        self._serve()
 
     def _serve(self) -> None:
         while self._waiting:

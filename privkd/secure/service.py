@@ -40,8 +40,6 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Else a second service could listen on the same port, and take half of the calls.
     ("grpc.so_reuseport", 0),
-    # Whoever connects and is silent is let go.
-    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 100),
     # Of a call that waits for room, so much is held.
@@ -75,7 +73,9 @@ class Service:
         self._server, self._port = _run(self._bound())
 
     async def _bound(self) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=_OPTIONS)
+        # Whoever connects and is silent is let go.
+        handshake = ("grpc.server_handshake_timeout_ms", int(1000 * self.party.limits.request_seconds))
+        server = grpc.aio.server(options=[*_OPTIONS, handshake])
         add_AggregatorServicer_to_server(self._servicer, server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -138,7 +138,7 @@ class Service:
             self._certificates.reload(party.tls)
         self.party = party
         self.rounds.hold_to(party)
-        self._servicer.callers.limits = party.limits
+        _run(self._servicer.hold_to(party.limits))
         self._warn_of_end()
 
     def state(self) -> dict[str, Any]:

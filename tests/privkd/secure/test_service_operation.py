@@ -386,7 +386,10 @@ def test_bytes_are_given_out_in_order_and_come_back() -> None:
             await given_up
         await asyncio.gather(first, large, small)
         assert order == ["first", "larger than all", "small"]
-        assert budget._free == 10
+        budget.resize(4)
+        async with budget.taken(4):
+            assert budget._free == 0
+        assert budget._free == 4
 
     asyncio.run(play())
 
