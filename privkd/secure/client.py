@@ -182,8 +182,8 @@ class ServiceLink:
     def insist(self, name: str, request: Callable[[], Any], deadline: float) -> Any:
         """`call`, tried again with growing pauses for as long as the party is unreachable.
 
-        Each attempt is given twice the time of the one before: a party that is behind with its work would fall
-        back further if all began anew while they wait.
+        Each attempt is given twice the time of the one before: a party that is behind with its work would
+        fall back further if all began anew while they wait.
         """
         patience = _ATTEMPT_SECONDS
 

@@ -481,3 +481,17 @@ def test_an_error_tells_nothing_of_where_files_lie(tmp_path: Path) -> None:
             assert str(folder) not in str(caught.value)
             assert "\n" not in str(caught.value)
         link.close()
+
+
+def test_each_attempt_is_given_twice_the_time_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, given = ServiceLink("grpc://127.0.0.1:1"), []
+
+    def late(name: str, request: object, deadline: float) -> None:
+        given.append(deadline - time.monotonic())
+        if len(given) < 4:
+            raise UnreachableError("late")
+
+    monkeypatch.setattr(link, "call", late)
+    link.upload(1, "device-0", b"", soon(100))
+    assert given[:3] == pytest.approx([15, 30, 60], abs=1)
+    assert given[3] < 100, "none is longer than the deadline"
