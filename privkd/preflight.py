@@ -11,7 +11,6 @@ a device's have a table ``[aggregators]``::
     key = "device-0.key"
 """
 
-import ipaddress
 import shutil
 import socket
 import ssl
@@ -32,6 +31,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from privkd.doctor import Finding, print_findings
 from privkd.errors import ConfigError, PrivkdError
+from privkd.secure.addresses import is_loopback, joined
 from privkd.secure.certificates import (
     WARNING_DAYS,
     Role,
@@ -134,7 +134,7 @@ def _aggregator(config: Path, peers: Sequence[str]) -> Iterator[Finding]:
         yield _finding("group", f"all {len(party.members)} parties answer")
     else:
         yield _finding("group", "the others were not asked", "name each with --peer URL", required=False)
-    yield _clock([peer for peer in reached if peer.facts])
+    yield _clock(reached)
 
 
 def _sealing(party: PartyConfig) -> str:
@@ -186,7 +186,7 @@ def _limits(party: PartyConfig) -> Finding:
 
 def _rendezvous(party: PartyConfig) -> Finding:
     host, cure = party.peers.host, "set [peers] host to rank 0's address, as the other parties reach it"
-    if _is_loopback(host) and not _is_loopback(party.address[0]):
+    if is_loopback(host) and not is_loopback(party.address[0]):
         words = f"rank 0 is {host}, which is this host's own: right on one machine alone"
         return _finding("peers", words, cure, required=False)
     return _tried("peers", lambda: f"rank 0 at {_resolved(host)}", cure)
@@ -208,8 +208,7 @@ def _own(party: PartyConfig) -> "_Peer":
             with suppress(PrivkdError):
                 names = hosts_of(load_certificate(party.tls.certificate))
         host = names[0] if names else "127.0.0.1"
-    shown = f"[{host}]" if ":" in host else host
-    url = f"{'http' if party.tls is None else 'https'}://{shown}:{port}"
+    url = f"{'http' if party.tls is None else 'https'}://{joined(host, port)}"
     if port == 0:
         return _Peer(url, fault="it takes any port, which nobody can know", cure="set a port in listen")
     cure = "start it: `privkd aggregator --config party.toml`"
@@ -246,7 +245,7 @@ def _client(role: str, config: Path) -> Iterator[Finding]:
     for peer in reached:
         yield peer.finding(table.keys)
     yield _group(table, reached)
-    yield _clock([peer for peer in reached if peer.facts])
+    yield _clock(reached)
 
 
 def _aggregators(config: Path) -> _Aggregators:
@@ -324,8 +323,8 @@ class _Peer:
 
     Attributes:
         url: where it is.
-        facts: what it says of itself, perhaps also its ``version``, and by how many seconds its clock is
-            ``ahead``; nothing where it was not reached.
+        facts: what it says of itself, also its ``version``, and by how many seconds its clock is ``ahead``;
+            nothing where it was not reached.
         days: until its certificate ends.
         fault: why it was not reached.
         cure: what mends that.
@@ -379,8 +378,8 @@ class _Peer:
         if self.days is not None and self.days < WARNING_DAYS:
             words = f"rank {rank}; its certificate ends in {self.days:.0f} days"
             return _finding(self.url, words, "have that party run `privkd keys renew`", required=False)
-        theirs, ours = self.facts.get("version"), _version("privkd")
-        if theirs is not None and theirs != ours:
+        theirs, ours = self.facts["version"], _version("privkd")
+        if theirs != ours:
             words = f"rank {rank} runs privkd {theirs}, and here it is {ours}"
             return _finding(self.url, words, "run the same version on all hosts", required=False)
         whose = "key as pinned" if rank < len(pins) else "the third party"
@@ -403,7 +402,7 @@ def _handshake(connection: socket.socket, host: str, tls: ClientTls) -> float:
 
 def _clock(reached: "Sequence[_Peer]") -> Finding:
     now = f"here it is {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    skews = {peer.url: float(peer.facts["ahead"]) for peer in reached if peer.facts and "ahead" in peer.facts}
+    skews = {peer.url: float(peer.facts["ahead"]) for peer in reached if peer.facts}
     if not skews:
         return _finding("clock", f"{now}; no peer told its own")
     url, worst = max(skews.items(), key=lambda item: abs(item[1]))
@@ -445,10 +444,3 @@ def _resolved(host: str) -> str:
 
 def _is_unspecified(host: str) -> bool:
     return host in ("", "0.0.0.0", "::")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privkd.errors import ConfigError
 from privkd.privacy.noise import KEY_BYTES
+from privkd.secure.addresses import joined
 from privkd.secure.authority import Authority
 from privkd.secure.certificates import CLOUD, device_name, host_name
 from privkd.secure.keyfiles import make_folder, read_secret, write_secret
@@ -166,8 +167,7 @@ def write_parties(
 
 def address(host: str, port: int) -> str:
     """``host:port``, an IPv6 address in brackets."""
-    bare = host_name(host)
-    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+    return joined(host_name(host), port)
 
 
 def _party_settings(

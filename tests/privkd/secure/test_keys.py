@@ -3,6 +3,7 @@
 Each member has a folder of its own, and only what is public is copied from one to another, as people would.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -25,6 +26,7 @@ import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from fuzzing import damaged, fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 from pages import ROOT, commands_of
@@ -35,7 +37,9 @@ from privkd.journal import Journal
 from privkd.secure import certificates
 from privkd.secure.authority import Authority, approve
 from privkd.secure.certificates import Role, fingerprint, load_certificate, load_request, request, role_of
-from privkd.secure.client import ClientTls, service_links
+from privkd.secure.client import ClientTls, ServiceLink, service_links
+from privkd.secure.enrolment import approve_shown
+from privkd.secure.inventory import inventory
 from privkd.secure.party import load_party
 from privkd.secure.revocation import RevocationList
 
@@ -245,6 +249,23 @@ def expired(base: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     return base / folder / made.name
 
 
+def sent_away(base: Path, own: Path, certificate: Path) -> bool:
+    """Whether a service ends the connection with a client that shows a certificate, before it answers."""
+    context = ssl.create_default_context(cafile=str(own / "ca.pem"))
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    place = load_party(base / "a" / "party.toml").address
+    try:
+        with context.wrap_socket(socket.create_connection(place, 5), server_hostname=place[0]) as connection:
+            connection.settimeout(5)
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return not connection.recv(1)
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
 def test_an_expired_certificate_is_refused_on_both_sides(
     group: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,16 +274,8 @@ def test_an_expired_certificate_is_refused_on_both_sides(
     with pytest.raises(ConfigError, match=r"expired on .* run `privkd keys renew"):
         about(url(group, "a"), tls(copy, "d0"))
     refused("device-0 expired on", "keys", "show", old)
-    # A client that shows it all the same is sent away by the service.
-    context = ssl.create_default_context(cafile=str(copy / "d0" / "ca.pem"))
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    context.load_cert_chain(old, copy / "d0" / "device-0.key")
-    with pytest.raises(OSError, match=r"(?i)expired|reset|EOF"):  # noqa: PT012
-        place = load_party(group / "a" / "party.toml").address
-        with context.wrap_socket(socket.create_connection(place, 5), server_hostname=place[0]) as connection:
-            connection.settimeout(5)
-            if not connection.recv(1):
-                raise ConnectionError("EOF")
+    assert sent_away(group, copy / "d0", old), "a client that shows it all the same"
+    assert not sent_away(group, group / "d0", group / "d0" / old.name), "the twin"
     expired(copy, "a", monkeypatch)
     refused("party-0 expired on", "aggregator", "--config", copy / "a" / "party.toml")
 
@@ -278,6 +291,11 @@ def test_a_revoked_device_is_refused_at_once(group: Path, tmp_path: Path) -> Non
     with pytest.raises(ChannelError, match="revoked"):
         about(url(group, "b"), shown, 3.0)
     assert about(url(group, "b"), tls(group, "d0"))["rank"] == 1
+    pinned = (group / "d0" / "settings.toml").read_text().replace("device-0", "lost")
+    (own / "settings.toml").write_text(pinned)
+    code, found = preflight("device", own / "settings.toml")
+    assert code == 1
+    assert "this certificate was revoked" in str(found[url(group, "b")]["found"])
     refused("no certificate of .* that holds", "keys", "revoke", "lost", "--authority", group / "ca")
 
 
@@ -434,6 +452,56 @@ def test_a_request_that_was_altered_or_is_no_member_s_is_refused(authority: Path
     assert Authority(authority).issued == []
 
 
+def test_the_approver_may_say_no(authority: Path, tmp_path: Path) -> None:
+    asked, said = request("box", tmp_path), []
+    with pytest.raises(ConfigError, match="not approved"):
+        approve_shown(asked, authority, ask=lambda words: bool(said.append(words)))
+    (words,) = said
+    assert fingerprint(load_request(asked).key) in words
+    assert Authority(authority).issued == []
+    assert str(authority / "issued" / "box.pem") in approve_shown(asked, authority, ask=lambda _: True)
+
+
+def test_a_list_that_a_crash_left_behind_is_written_again(authority: Path, tmp_path: Path) -> None:
+    shown = approve(request("box", tmp_path), authority).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Authority, "_write_revoked", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Authority(authority).revoke("box")
+    assert not RevocationList(authority / "crl.pem", authority / "ca.pem").revoked(shown)
+    refused("no certificate", "keys", "revoke", "box", "--authority", authority)
+    assert RevocationList(authority / "crl.pem", authority / "ca.pem").revoked(shown)
+
+
+def interrupted(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["request", "certificate", "list"])
+def test_damaged_files_are_refused_in_words(authority: Path, tmp_path: Path, kind: str) -> None:
+    """Whatever is wrong with one, it is said in one line, and nothing else is raised."""
+    asked = request("party-0", tmp_path, ["a.example", "10.0.0.1"])
+    made = approve(asked, authority, role=Role.PARTY)
+    Authority(authority).revoke("party-0")
+    source, damaged_file = {
+        "request": (asked, tmp_path / "damaged.csr"),
+        "certificate": (made, tmp_path / "damaged.pem"),
+        "list": (authority / "crl.pem", tmp_path / "damaged.pem"),
+    }[kind]
+    first, *body, last = source.read_text().splitlines()
+
+    @fuzzed()
+    @given(damaged(base64.b64decode("".join(body))))
+    def damage(content: bytes) -> None:
+        damaged_file.write_text(f"{first}\n{base64.encodebytes(content).decode()}{last}\n")
+        (shown,) = inventory(damaged_file)
+        assert shown.line.isprintable()
+        if kind == "list":
+            or_refused(lambda _: RevocationList(damaged_file, authority / "ca.pem"), "")
+
+    damage()
+
+
 def test_a_certificate_ends_no_later_than_its_authority(tmp_path: Path) -> None:
     done("keys", "authority", "--out", tmp_path / "ca", "--days", 40)
     asked = request("box", tmp_path)
@@ -488,6 +556,7 @@ BAD = [
     (["party", "--rank", "0", "--host", "0.0.0.0"], "by which others reach"),
     (["party", "--rank", "0"], "hosts"),
     (["party", "--rank", "0", "--host", "a", "--port", "0"], "port=0"),
+    (["party", "--rank", "0", "--host", "a", "--listen", "everywhere"], "expected host:port"),
     (["party", "--rank", "2", "--host", "a"], "add --third-party"),
     (["party", "--rank", "3", "--host", "a", "--third-party"], "rank=3"),
     (["party", "--rank", "-1", "--host", "a"], "rank"),
@@ -525,12 +594,16 @@ def test_the_options_of_one_machine_go_with_no_command(tmp_path: Path) -> None:
     assert "Usage: " in done("keys")
     refused("missing option --out", "keys", "--parties", 3)
     refused("options stand after 'device'", "keys", "--out", tmp_path, "device", "box", "--out", tmp_path)
-    refused("never overwritten", "keys", "party", "--rank", 0, "--host", "a", "--out", again(tmp_path))
 
 
-def again(folder: Path) -> Path:
-    done("keys", "party", "--rank", 0, "--host", "a", "--out", folder / "party")
-    return folder / "party"
+def test_a_party_is_made_once(tmp_path: Path) -> None:
+    party = ("keys", "party", "--rank", 0, "--host", "a", "--out", tmp_path)
+    done(*party)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused("exists already", *party)
+    (tmp_path / "party.toml").unlink()
+    refused("never overwritten", *party)
+    assert {path: path.read_bytes() for path in before if path.exists()}.items() <= before.items()
 
 
 def test_secrets_that_others_may_read_are_refused_wherever_they_are_loaded(
@@ -760,6 +833,19 @@ def test_the_preflight_names_what_would_stop_a_round(
     code, found = preflight("cloud", config)
     assert "expired" in str(found["certificate"]["found"])
     assert code == 1
+
+
+def test_a_clock_and_a_version_that_differ_are_named(group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = ServiceLink.about
+    for ahead, stands in ((59.0, True), (-61.0, False), (3600.0, False)):
+        changed = {"ahead": ahead, "version": "0.0.9"}
+        with monkeypatch.context() as patch:
+            patch.setattr(ServiceLink, "about", lambda *args, changed=changed: {**inner(*args), **changed})
+            code, found = preflight("device", group / "d0" / "settings.toml")
+        assert (code == 0) == stands
+        assert (found["clock"]["cure"] == "") == stands
+        assert "runs privkd 0.0.9" in str(found[url(group, "a")]["found"])
+        assert not found[url(group, "a")]["required"]
 
 
 def test_so_does_an_aggregator_s(group: Path, tmp_path: Path) -> None:
