@@ -7,8 +7,8 @@ or in this process (``privkd.secure.local``).
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -212,14 +212,21 @@ class PartyGroup:
         return self._each(
             self.aggregators,
             lambda link: link.share(terms.label, session, agree=agree, kept=kept, deadline=deadline),
-            on_failure=lambda: self._renew(deadline),
+            renew_by=deadline,
         )
 
-    def _renew(self, deadline: float) -> None:
-        """Begin a new session: the workers of the old one may wait for the one that failed."""
+    def _renew(self, deadline: float, waiting: Collection["Future[T]"]) -> None:
+        """Begin a new session: the workers of the old one may wait for the one that failed.
+
+        Tries for as long as somebody is ``waiting`` for them.
+        """
         self._session = self._begun = None
-        with contextlib.suppress(UnreachableError):
-            self.gather(deadline)
+        while True:
+            with contextlib.suppress(UnreachableError):
+                self.gather(deadline)
+                return
+            if not wait(waiting, _PAUSE).not_done:
+                return
 
     def _attributed(
         self, terms: RoundTerms, integers: NDArray[np.int64], agreed: str, deadline: float
@@ -266,16 +273,19 @@ class PartyGroup:
         self,
         links: Sequence[PartyLink],
         work: Callable[[PartyLink], T],
-        on_failure: Callable[[], None] = lambda: None,
+        renew_by: float | None = None,
     ) -> list[T]:
-        """``work`` on all at once; a refusal outweighs a failure, and all are awaited."""
+        """``work`` on all at once; a refusal outweighs a failure, and all are awaited.
+
+        With ``renew_by``, a deadline, a failure begins a new session, so that nobody waits for who failed.
+        """
         futures = [self._pool.submit(work, link) for link in links]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         errors = [error for future in finished if (error := future.exception()) is not None]
         # After a refusal the others are about to refuse too, unless they wait for the one that did.
         grace = 0.0 if any(isinstance(error, UnreachableError) for error in errors) else _GRACE
-        if errors and (not grace or wait(futures, grace).not_done):
-            on_failure()
+        if errors and renew_by is not None and (not grace or wait(futures, grace).not_done):
+            self._renew(renew_by, futures)
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in errors:
             if not isinstance(error, UnreachableError):

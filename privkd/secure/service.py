@@ -379,10 +379,3 @@ def _serve(service: Service, *, while_input: bool) -> None:
 def _after_input(done: threading.Event) -> None:
     sys.stdin.buffer.read()
     done.set()
-
-
-if __name__ == "__main__":
-    try:
-        serve(Path(sys.argv[1]), while_input=True)
-    except PrivkdError as error:
-        sys.exit(str(error))
