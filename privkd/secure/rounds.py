@@ -389,6 +389,9 @@ class Rounds:
                 state.pruned = True
         past = {s.uploads.terms.label for s in over[: -limits.keep_results] if s.uploads.terms.expires <= now}
         past |= {label for label, until in self._gone.items() if until <= now}
+        # Nobody has come to finish these.
+        long_ago = now - limits.max_round_days * _DAY
+        past |= {label for label, s in self._rounds.items() if s.uploads.terms.expires <= long_ago}
         # Many at once: each time the journal is written anew.
         if len(past) >= min(limits.keep_results, _MOST_PAST):
             self._forget(past)
