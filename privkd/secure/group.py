@@ -94,17 +94,19 @@ class Total:
 class PartyGroup:
     """The parties of one group. For one thread at a time."""
 
-    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = ()) -> None:
+    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = (), lease: str = "") -> None:
         """Nothing is sent yet.
 
         Args:
             links: to the aggregators, and to the third party if there is one, in any order.
             pins: the aggregators' public keys by rank, in hexadecimal; else what they say is believed.
+            lease: names whoever asks, in hexadecimal, such as a run that was interrupted and comes again; a
+                name of its own unless given. See ``privkd.secure.worker``.
         """
         self._links = list(links)
         self._pins = tuple(pins)
         self._pool = ThreadPoolExecutor(max_workers=2 * len(links) or 1, thread_name_prefix="party")
-        self._lease = secrets.token_hex(8)
+        self._lease = lease or secrets.token_hex(8)
         self._session: str | None = None
         self._begun: str | None = None
         self._keys: tuple[str, ...] = ()
