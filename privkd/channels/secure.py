@@ -200,7 +200,10 @@ class _Parties:
         return [link for link in self._group.aggregators if isinstance(link, ServiceLink)]
 
     def _start(self) -> PartyGroup:
-        group = PartyGroup(self._links(), pins=self._options.pins)
+        run = self._options.run
+        # A run that comes again need not wait for the sessions that it left.
+        lease = hashlib.sha256(b"privkd lease" + run).hexdigest()[:16] if run else ""
+        group = PartyGroup(self._links(), pins=self._options.pins, lease=lease)
         deadline = time.monotonic() + self._deadline
         found = len(group.keys(deadline))
         if found != self._aggregators:

@@ -7,8 +7,8 @@ or in this process (``privkd.secure.local``).
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -94,17 +94,19 @@ class Total:
 class PartyGroup:
     """The parties of one group. For one thread at a time."""
 
-    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = ()) -> None:
+    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = (), lease: str = "") -> None:
         """Nothing is sent yet.
 
         Args:
             links: to the aggregators, and to the third party if there is one, in any order.
             pins: the aggregators' public keys by rank, in hexadecimal; else what they say is believed.
+            lease: names whoever asks, in hexadecimal, such as a run that was interrupted and comes again; a
+                name of its own unless given. See ``privkd.secure.worker``.
         """
         self._links = list(links)
         self._pins = tuple(pins)
         self._pool = ThreadPoolExecutor(max_workers=2 * len(links) or 1, thread_name_prefix="party")
-        self._lease = secrets.token_hex(8)
+        self._lease = lease or secrets.token_hex(8)
         self._session: str | None = None
         self._begun: str | None = None
         self._keys: tuple[str, ...] = ()
@@ -212,14 +214,21 @@ class PartyGroup:
         return self._each(
             self.aggregators,
             lambda link: link.share(terms.label, session, agree=agree, kept=kept, deadline=deadline),
-            on_failure=lambda: self._renew(deadline),
+            renew_by=deadline,
         )
 
-    def _renew(self, deadline: float) -> None:
-        """Begin a new session: the workers of the old one may wait for the one that failed."""
+    def _renew(self, deadline: float, waiting: Collection["Future[T]"]) -> None:
+        """Begin a new session: the workers of the old one may wait for the one that failed.
+
+        Tries for as long as somebody is ``waiting`` for them.
+        """
         self._session = self._begun = None
-        with contextlib.suppress(UnreachableError):
-            self.gather(deadline)
+        while True:
+            with contextlib.suppress(UnreachableError):
+                self.gather(deadline)
+                return
+            if not wait(waiting, _PAUSE).not_done:
+                return
 
     def _attributed(
         self, terms: RoundTerms, integers: NDArray[np.int64], agreed: str, deadline: float
@@ -266,16 +275,19 @@ class PartyGroup:
         self,
         links: Sequence[PartyLink],
         work: Callable[[PartyLink], T],
-        on_failure: Callable[[], None] = lambda: None,
+        renew_by: float | None = None,
     ) -> list[T]:
-        """``work`` on all at once; a refusal outweighs a failure, and all are awaited."""
+        """``work`` on all at once; a refusal outweighs a failure, and all are awaited.
+
+        With ``renew_by``, a deadline, a failure begins a new session, so that nobody waits for who failed.
+        """
         futures = [self._pool.submit(work, link) for link in links]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         errors = [error for future in finished if (error := future.exception()) is not None]
         # After a refusal the others are about to refuse too, unless they wait for the one that did.
         grace = 0.0 if any(isinstance(error, UnreachableError) for error in errors) else _GRACE
-        if errors and (not grace or wait(futures, grace).not_done):
-            on_failure()
+        if errors and renew_by is not None and (not grace or wait(futures, grace).not_done):
+            self._renew(renew_by, futures)
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in errors:
             if not isinstance(error, UnreachableError):

@@ -49,7 +49,7 @@ from privkd.secure.terms import (
     set_digest,
 )
 from privkd.secure.upload import Header, SharedSecrets, header_of, unseal
-from privkd.secure.uploads import RoundUploads, StorageError, UploadsInMemory
+from privkd.secure.uploads import RoundUploads, StorageError
 from privkd.secure.worker import Records, WorkerError, WorkerSupervisor
 
 _MAX_STRANGERS = 100
@@ -149,13 +149,6 @@ class RoundState:
         """Whether nothing more will come of it at the Unix time ``now`` than what already did."""
         return self.finished or (self.closed is None and self.uploads.terms.expires <= now)
 
-    @property
-    def room(self) -> int:
-        """Bytes that closing it may write, at most: twice the share, and the journal's words on each
-        device."""
-        terms = self.uploads.terms
-        return _ROOM + 8 * terms.entries + 4 * len(terms.pack()) + _ROOM_FOR_DEVICE * len(terms.roster)
-
     def absent(self, agreed: set[PartyId]) -> dict[PartyId, str]:
         """Why each device is left out: those on the roster, and strangers who tried."""
         reasons: dict[PartyId, str] = {}
@@ -167,6 +160,11 @@ class RoundState:
             missing = self.refused.get(device, f"{device}: no upload")
             reasons[device] = default if device in held else missing
         return reasons
+
+
+def room_for(terms: RoundTerms) -> int:
+    """Bytes that closing a round may write: twice the share, and the journal's words on each device."""
+    return _ROOM + 8 * terms.entries + 4 * len(terms.pack()) + _ROOM_FOR_DEVICE * len(terms.roster)
 
 
 def admit_terms(party: Party, terms: RoundTerms) -> None:
@@ -341,7 +339,7 @@ class Rounds:
             if state is None:
                 self._check(terms)
                 self._prune()
-                self._hold_room(RoundState(UploadsInMemory(terms)).room)
+                self._hold_room(terms)
                 state = RoundState(self._create(terms))
                 self._rounds[terms.label] = state
             if not state.opened:
@@ -391,11 +389,12 @@ class Rounds:
             state.abandon()
             self._abandoned.add(label)
 
-    def _hold_room(self, more: int) -> None:
-        """Set aside what closing all rounds that are open may need, and ``more``."""
+    def _hold_room(self, terms: RoundTerms) -> None:
+        """Set aside what closing all rounds that are open may need, and a new one of these ``terms``."""
         if self._reserve is not None:
             now = time.time()
-            self._reserve.hold(more + sum(s.room for s in self._rounds.values() if not s.over(now)))
+            open_ones = (s.uploads.terms for s in self._rounds.values() if not s.over(now))
+            self._reserve.hold(room_for(terms) + sum(map(room_for, open_ones)))
 
     def _prune(self) -> None:
         """Forget the uploads of all but the latest rounds that are over, and the oldest altogether."""
@@ -409,6 +408,9 @@ class Rounds:
                 state.pruned = True
         past = {s.uploads.terms.label for s in over[: -limits.keep_results] if s.uploads.terms.expires <= now}
         past |= {label for label, until in self._gone.items() if until <= now}
+        # Nobody has come to finish these.
+        long_ago = now - limits.max_round_days * _DAY
+        past |= {label for label, s in self._rounds.items() if s.uploads.terms.expires <= long_ago}
         # Many at once: each time the journal is written anew.
         if len(past) >= min(limits.keep_results, _MOST_PAST):
             self._forget(past)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from privkd.errors import ConfigError, PrivkdError
+from privkd.errors import ConfigError
 from privkd.secure.addresses import joined
 from privkd.secure.aggregator_pb2_grpc import add_AggregatorServicer_to_server
 from privkd.secure.credentials import ServerCertificates
@@ -258,10 +258,3 @@ def _after_input(told: "queue.SimpleQueue[signal.Signals]") -> None:
     while os.read(sys.stdin.fileno(), 1 << 12):
         pass
     told.put(signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    try:
-        serve(Path(sys.argv[1]), while_input=True)
-    except PrivkdError as error:
-        sys.exit(str(error))

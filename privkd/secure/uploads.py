@@ -294,10 +294,13 @@ class UploadsOnDisk:
 
 
 def stored_rounds(directory: Path) -> Iterator[UploadsOnDisk]:
-    """What a party's ``directory`` of rounds holds."""
+    """What a party's ``directory`` of rounds holds. Folders that were not yet, or are no more a round's
+    go."""
     for folder in sorted(directory.iterdir()):
         if (folder / _TERMS).is_file():
             yield UploadsOnDisk(folder, RoundTerms.unpack((folder / _TERMS).read_bytes()))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def stored_uploads(folder: Path) -> Iterator[tuple[PartyId, bytes]]:
