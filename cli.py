@@ -55,8 +55,8 @@ directory = "state-0"         spool and journal (paths are relative to this file
 sealing_key = "party-0.key"   X25519, PEM
 noise_key = "party-0.noise"   32 bytes, secret
 members = ["9f..", "07.."]    public keys by rank, the third party's last
-[peers]                       CrypTen's own link: loopback or a private network
-host, port, interface         of rank 0's rendezvous; this party's interface
+[peers]                       the parties' own links, encrypted under their keys
+host, port                    where rank 0 waits for the others
 [tls]                         without it, loopback only
 certificate, key              of this service
 client_ca                     asks for client certificates; "cloud" opens and closes rounds;
@@ -72,7 +72,8 @@ max_rho                       most that a device pays in one round, in zCDP [no 
 max_rho_total                 most that it pays in all rounds of which this party makes a
                               share, over restarts too [no limit]
 request_seconds, start_seconds, step_seconds, hang_seconds, calls_per_caller,
-calls_per_second, max_upload_bytes, max_bytes_at_once, keep_rounds
+calls_per_second, max_upload_bytes, max_bytes_at_once, keep_rounds, keep_results,
+lease_seconds, max_round_days
 \b
 SIGHUP: reads [tls] and [limits] anew. SIGTERM: ends within seconds, and goes on where it was.
 """

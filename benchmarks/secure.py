@@ -29,7 +29,7 @@ from privkd.secure.group import PartyGroup, relay  # noqa: E402
 from privkd.secure.local import LocalParties  # noqa: E402
 from privkd.secure.shares import Form, Share, fitting_encoding  # noqa: E402
 from privkd.secure.terms import RoundTerms, VoteTerms  # noqa: E402
-from privkd.secure.upload import Header, Upload, prepare, seal, unseal  # noqa: E402  # noqa: E402
+from privkd.secure.upload import Header, SharedSecrets, Upload, prepare, seal, unseal  # noqa: E402
 
 QUERIES, CLASSES = 2_000, 10
 ENTRIES = QUERIES * CLASSES
@@ -73,6 +73,7 @@ def open_round(group: PartyGroup, name: int, devices: int) -> RoundTerms:
     encoding = fitting_encoding(CLIP, devices=devices, parties=2, rho=RHO)
     terms = RoundTerms(
         round=name,
+        run="5e" * 32,
         keys=group.keys(time.monotonic() + SECONDS),
         entries=ENTRIES,
         minimum=devices,
@@ -100,45 +101,64 @@ def device_cost(group: PartyGroup) -> None:
 
 
 def aggregator_cost(group: PartyGroup, parties: LocalParties, name: int, devices: int) -> None:
-    """CPU of both parties, services and workers, over a plain sum: uploads one by one, and relayed."""
-    blocks = np.random.default_rng(devices).normal(size=(devices, ENTRIES)).astype(np.float32) * np.float32(
-        0.1
-    )
+    """CPU of both parties, services and workers, over a plain sum: uploads one by one, and relayed.
+
+    Each way twice: in a run's first round each aggregator exchanges keys with every device, then no more.
+    """
+    rng = np.random.default_rng(devices)
+    blocks = rng.normal(size=(devices, ENTRIES)).astype(np.float32) * np.float32(0.1)
     plain = median(lambda: blocks.sum(axis=0), 5, time.perf_counter)
     row(f"{devices} devices: a plain numpy float32 sum", f"{1e3 * plain:.2f} ms")
-    for number, way in enumerate(("one by one", "relayed")):
-        terms = open_round(group, 2 * name + number, devices)
-        uploads = [prepare(block, terms, device) for block, device in zip(blocks, terms.roster, strict=True)]
-        before = tree_cpu(parties.pids)
-        if way == "relayed":
-            relay(uploads, group.aggregators, deadline=time.monotonic() + SECONDS)
-        else:
-            for upload in uploads:
-                send(upload, group.aggregators, deadline=time.monotonic() + SECONDS)
-        between = tree_cpu(parties.pids)
-        start = time.perf_counter()
-        group.close(terms, time.monotonic() + SECONDS)
-        wall = time.perf_counter() - start
-        after = tree_cpu(parties.pids)
-        ratio = (after - before) / plain
-        goal = f"goal 15 x: {'met' if ratio <= 15 else 'MISSED'}" if devices == 1000 else ""
-        row(f"  {way}: CPU of both aggregators", f"{1e3 * (after - before):.0f} ms, {ratio:.0f} x", goal)
-        row("    receiving and spooling / agreeing, summing, noise",
-            f"{1e3 * (between - before):.0f} / {1e3 * (after - between):.0f} ms")  # fmt: skip
-        row("    of them agreeing, summing and noise", f"{(after - between) / plain:.1f} x")
-        row("    from closing the round to the release", f"{1e3 * wall:.0f} ms")
+    number = 4 * name
+    for way in ("one by one", "relayed"):
+        secret = os.urandom(32)
+        for when in ("first", "later"):
+            terms = open_round(group, number, devices)
+            named = zip(blocks, terms.roster, strict=True)
+            uploads = [prepare(block, terms, device, secret) for block, device in named]
+            round_cost(group, parties, terms, uploads, f"{way}, a run's {when} round", plain)
+            number += 1
+
+
+def round_cost(
+    group: PartyGroup,
+    parties: LocalParties,
+    terms: RoundTerms,
+    uploads: list[Upload],
+    what: str,
+    plain: float,
+) -> None:
+    """CPU of both parties in a round of ``uploads``, over the seconds of a ``plain`` sum."""
+    before, soon = tree_cpu(parties.pids), time.monotonic() + SECONDS
+    if what.startswith("relayed"):
+        relay(uploads, group.aggregators, deadline=soon)
+    else:
+        for upload in uploads:
+            send(upload, group.aggregators, deadline=soon)
+    between = tree_cpu(parties.pids)
+    start = time.perf_counter()
+    group.close(terms, time.monotonic() + SECONDS)
+    wall = time.perf_counter() - start
+    after = tree_cpu(parties.pids)
+    ratio = (after - before) / plain
+    goal = f"goal 15 x: {'met' if ratio <= 15 else 'MISSED'}" if len(uploads) == 1000 else ""
+    row(f"  {what}: CPU of both aggregators", f"{1e3 * (after - before):.0f} ms, {ratio:.0f} x", goal)
+    row("    receiving and spooling / agreeing, summing, noise",
+        f"{1e3 * (between - before):.0f} / {1e3 * (after - between):.0f} ms")  # fmt: skip
+    row("    of them agreeing, summing and noise", f"{(after - between) / plain:.1f} x")
+    row("    from closing the round to the release", f"{1e3 * wall:.0f} ms")
 
 
 def floor_cost() -> None:
-    """What no upload can do without at each aggregator: one key agreement and one decryption."""
+    """What no upload can do without at each aggregator: one decryption, and once a run one key agreement."""
     key = X25519PrivateKey.generate()
     share = Share(Form.VECTOR, bytes(4 * ENTRIES))
-    header = Header(1, "device", bytes(16), 0, 2, ENTRIES, share.form)
+    header = Header(1, 1, "device", bytes(16), 0, 2, ENTRIES, share.form)
     envelope = seal(header, share, key.public_key().public_bytes_raw())
-    row(
-        "opening one envelope (X25519, HKDF, AES-GCM)",
-        f"{1e6 * median(lambda: unseal(envelope, key), 200):.0f} us",
-    )
+    known = SharedSecrets(key)
+    for what, recipient in (("X25519, HKDF, AES-GCM", key), ("HKDF, AES-GCM, the secret known", known)):
+        cost = median(lambda recipient=recipient: unseal(envelope, recipient), 200)  # type: ignore[misc]
+        row(f"opening one envelope ({what})", f"{1e6 * cost:.0f} us")
 
 
 def vote_cost(queries: int, devices: int = 100) -> None:

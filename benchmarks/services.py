@@ -47,23 +47,27 @@ class Outcome:
 
 async def uploaded(url: str, tls: grpc.ChannelCredentials, upload: Upload, rank: int, found: Outcome) -> None:
     """One device's upload to one aggregator."""
-    begun, pause = time.monotonic(), 0.05
+    begun, pause, patience = time.monotonic(), 0.05, ATTEMPT_SECONDS
     while True:
         async with grpc.aio.secure_channel(
             url.partition("://")[2], tls, [("grpc.use_local_subchannel_pool", 1)]
         ) as channel:
             try:
                 body = stream(upload.round, upload.envelopes[rank], upload.device)
-                await AggregatorStub(channel).Upload(body, timeout=ATTEMPT_SECONDS)
+                await AggregatorStub(channel).Upload(body, timeout=patience)
                 found.seconds.append(time.monotonic() - begun)
                 return
             except grpc.aio.AioRpcError as error:
-                found.failures[error.code().name] += 1
-                if error.code() in FINAL or time.monotonic() - begun > SECONDS:
-                    found.refused += 1
-                    return
+                code = error.code()
+            except asyncio.CancelledError:
+                # What gRPC raises where the deadline comes while a piece is being sent.
+                code = grpc.StatusCode.CANCELLED
+            found.failures[code.name] += 1
+            if code in FINAL or time.monotonic() - begun > SECONDS:
+                found.refused += 1
+                return
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(2 * pause, 2.0)
+        pause, patience = min(2 * pause, 2.0), 2 * patience
 
 
 def cpu_seconds(pid: int) -> float:

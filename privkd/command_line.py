@@ -1,10 +1,14 @@
-"""The command line's manners: errors in one line with an exit code and no traceback, options that are
-settings, help, the version."""
+"""The command line's manners: errors in one line with an exit code and no traceback, signals that end a
+command as Ctrl-C does, options that are settings, help, the version."""
 
+import contextlib
 import inspect
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import wraps
+from types import FrameType
 from typing import Any
 
 import typer
@@ -15,6 +19,7 @@ from privkd.options import OPTIONS
 _INTERRUPTED = 130
 _LAB = ("jinja2", "matplotlib", "skimage", "sklearn")
 """What a device is installed without: the embedded data, audits' figures and reports need them."""
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class OneLineErrors(TyperGroup):
@@ -24,7 +29,8 @@ class OneLineErrors(TyperGroup):
         """Run, and turn errors that are meant for people into one line."""
         kwargs["standalone_mode"] = False
         try:
-            code = super().main(*args, **kwargs)
+            with _interrupted_by_signals():
+                code = super().main(*args, **kwargs)
         except Exception as error:
             message, code = _for_people(error)
             if message is None:
@@ -34,6 +40,35 @@ class OneLineErrors(TyperGroup):
             if code == _INTERRUPTED:
                 _say("stopped; nothing more was spent, and --resume goes on with the run")
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP are as Ctrl-C, so that nothing is left behind that must not be.
+
+    One is enough: a terminal that closes sends several, and the rest would break off the tidying up. What was
+    ignored stays so, such as under nohup.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    ours = [number for number in _ENDING if before[number] is signal.SIG_DFL]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for one in ours:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        # After a signal the process is about to end, and no other may hurry it.
+        for number in ours:
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, before[number])
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,46 @@ class Journal:
         self._digests.append(digest)
         self._size += len(line)
         self._size_with_tail = self._size
+
+    def replace(self, records: Sequence[Record]) -> None:
+        """Have the file hold these ``records`` alone, one at least, under a chain of their own: all or
+        nothing.
+
+        Raises:
+            RunError: the disk is full or not writable, or another process wrote to the file. The journal is
+                as it was before.
+        """
+        lines, digests = [], [_GENESIS]
+        for record in records:
+            line, digest = _line(record, digests[-1])
+            lines.append(line)
+            digests.append(digest)
+        content = b"".join(lines)
+        try:
+            self._swap(content)
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.path}: {error.strerror or error}; nothing was replaced"
+            ) from error
+        self._records = json.loads(json.dumps([dict(record) for record in records]))
+        self._digests = digests[1:]
+        self._size = self._size_with_tail = len(content)
+
+    def _swap(self, content: bytes) -> None:
+        """Put a file with ``content`` in the place of ours, at once."""
+        descriptor, name = tempfile.mkstemp(".part", f".{self.path.name}.", self.path.parent)
+        try:
+            try:
+                _write_all(descriptor, content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if self.path.stat().st_size != self._size_with_tail:
+                raise RunError(f"{self.path} was changed by another process: use one process per run")
+            Path(name).replace(self.path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        _sync_folder(self.path.parent)
 
     def _read(self) -> None:
         try:

@@ -316,17 +316,6 @@ class TestPackage:
         assert PROJECT["project"]["scripts"] == {"privkd": "privkd.__main__:main"}
 
 
-def test_the_store_of_a_group_is_named_as_torch_reads_it(tmp_path: Path) -> None:
-    """From 2.14 on a group's first member else makes a second store at the address that is taken."""
-    code = (
-        "import os; from privkd.secure.crypten_backend import set_group\n"
-        "set_group(0, 2, host='Aggregator-0.Example', port=4321, interface='lo')\n"
-        "print(*(os.environ[name] for name in ('RENDEZVOUS', 'MASTER_ADDR', 'MASTER_PORT')))"
-    )
-    out = process(code=code, cwd=tmp_path)[1]
-    assert out == "tcp://Aggregator-0.Example:4321 aggregator-0.example 4321\n"
-
-
 LEAN = "import sys; sys.modules.update(dict.fromkeys(('jinja2', 'matplotlib', 'skimage', 'sklearn'))); "
 
 

@@ -1,5 +1,6 @@
 """The secure channel: devices share their answers among aggregators, and the cloud learns the mean alone."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -23,7 +24,7 @@ from privkd.privacy.noise import NoiseRoot, discrete_gaussian
 from privkd.privacy.votes import VoteRule
 from privkd.secure.client import ClientTls, ServiceLink, send, service_links
 from privkd.secure.fixedpoint import FixedPoint
-from privkd.secure.group import PartyGroup, PartyLink, Total, relay
+from privkd.secure.group import PartyGroup, PartyLink, Total, UnreachableError, relay
 from privkd.secure.installed import check_crypten
 from privkd.secure.local import LocalParties, local_links
 from privkd.secure.party import MAX_PARTIES
@@ -198,7 +199,10 @@ class _Parties:
         return [link for link in self._group.aggregators if isinstance(link, ServiceLink)]
 
     def _start(self) -> PartyGroup:
-        group = PartyGroup(self._links(), pins=self._options.pins)
+        run = self._options.run
+        # A run that comes again need not wait for the sessions that it left.
+        lease = hashlib.sha256(b"privkd lease" + run).hexdigest()[:16] if run else ""
+        group = PartyGroup(self._links(), pins=self._options.pins, lease=lease)
         deadline = time.monotonic() + self._deadline
         found = len(group.keys(deadline))
         if found != self._aggregators:
@@ -206,7 +210,9 @@ class _Parties:
         if self._needs_third_party and not group.third_party:
             raise ConfigError("votes and norm checks need a third party, and the services have none: "
                               "`privkd keys --third-party` makes one")  # fmt: skip
-        group.gather(deadline)
+        # Another run may have the workers: then they are asked for when they are needed.
+        with contextlib.suppress(UnreachableError):
+            group.gather(deadline)
         return group
 
     def _links(self) -> Sequence[PartyLink]:

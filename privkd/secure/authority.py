@@ -162,15 +162,16 @@ class Authority:
         """Take back every certificate of a name that holds, and write ``crl.pem``; how many there were.
 
         Raises:
-            ConfigError: no certificate of the name holds.
+            ConfigError: no certificate of the name holds; the list is written all the same.
             RunError: another process changed the journal.
         """
         live = [found for found in self.issued if found.live and found.name == name]
-        if not live:
-            raise ConfigError(f"{name!r} has no certificate of {self.folder} that holds")
         for found in live:
             self._record("revoked", name=name, serial=f"{found.serial:x}")
+        # A crash may have come between an earlier record and the list.
         self._write_revoked()
+        if not live:
+            raise ConfigError(f"{name!r} has no certificate of {self.folder} that holds")
         return len(live)
 
     def _check_free(self, asked: Request, *, renew: bool) -> None:

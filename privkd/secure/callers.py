@@ -13,15 +13,15 @@ from privkd.secure.party import LimitsConfig
 _BURST_SECONDS = 10.0
 
 
-class BusyError(ChannelError):
+class TooManyCallsError(ChannelError):
     """A caller takes more than its part; it may try again later."""
 
 
 class Callers:
     """The callers by the names in their certificates. For one thread.
 
-    Callers without names, as there are on the loopback interface alone, are not told apart, so not limited;
-    nor is how often the cloud calls.
+    Callers without names, as there are on the loopback interface alone, are not told apart, so not limited.
+    Nor is the cloud, which can do more harm than that.
     """
 
     def __init__(self, limits: LimitsConfig) -> None:
@@ -35,17 +35,16 @@ class Callers:
         """Count a call of this caller for as long as it is on.
 
         Raises:
-            BusyError: it has too many on, or calls too often.
+            TooManyCallsError: it has too many on, or calls too often.
         """
-        if caller is None:
+        if caller in (None, CLOUD):
             yield
             return
         if self._calls[caller] >= self.limits.calls_per_caller:
-            raise BusyError(
+            raise TooManyCallsError(
                 f"{caller!r} has {self.limits.calls_per_caller} calls on already; try again later"
             )
-        if caller != CLOUD:
-            self._spend(caller)
+        self._spend(caller)
         self._calls[caller] += 1
         try:
             yield
@@ -60,7 +59,7 @@ class Callers:
         left, then = self._allowance.get(caller, (rate * _BURST_SECONDS, now))
         left = min(rate * _BURST_SECONDS, left + (now - then) * rate)
         if left < 1.0:
-            raise BusyError(f"{caller!r} calls more than {rate:g} times a second; try again later")
+            raise TooManyCallsError(f"{caller!r} calls more than {rate:g} times a second; try again later")
         self._allowance[caller] = left - 1.0, now
 
 
@@ -87,6 +86,12 @@ class ByteBudget:
             if turn.done() and not turn.cancelled():
                 self._free += wanted
             self._serve()
+
+    def resize(self, size: int) -> None:
+        """Give out ``size`` bytes in all from now on."""
+        self._free += size - self._size
+        self._size = size
+        self._serve()
 
     def _serve(self) -> None:
         while self._waiting:

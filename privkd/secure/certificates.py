@@ -32,14 +32,16 @@ WARNING_DAYS = 30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _PARTY = re.compile(r"party-(0|[1-9][0-9]?)", re.ASCII)
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)", re.ASCII)
-_MALFORMED = (
+MALFORMED = (
     ValueError,
     TypeError,
     UnsupportedAlgorithm,
     InvalidSignature,
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
+    x509.InvalidVersion,
 )
+"""What reading a damaged file raises, at once or when a part of it is asked for."""
 _RESERVED = (CLOUD, "ca", "crl")
 
 
@@ -193,7 +195,7 @@ def load_request(path: Path) -> Request:
         genuine, key = asked.is_signature_valid, asked.public_key()
         hosts = _hosts(asked.extensions)
         names = [str(found.value) for found in asked.subject]
-    except _MALFORMED:
+    except MALFORMED:
         raise ConfigError(f"{path}: not a request for a certificate in PEM") from None
     if not genuine:
         raise ConfigError(f"{path}: whoever sent it does not hold the key that it names, or it was altered")
@@ -212,9 +214,12 @@ def load_certificate(path: Path) -> x509.Certificate:
         ConfigError: there is none.
     """
     try:
-        return x509.load_pem_x509_certificate(read_public(path))
-    except (ValueError, TypeError):
+        found = x509.load_pem_x509_certificate(read_public(path))
+        # Each part is read when it is first asked for, and may be what is damaged.
+        _ = found.public_key(), found.subject, hosts_of(found), found.not_valid_after_utc
+    except MALFORMED:
         raise ConfigError(f"{path}: not a certificate in PEM") from None
+    return found
 
 
 def load_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -180,10 +180,17 @@ class ServiceLink:
     # ---- what they have in common -------------------------------------------------------------------
 
     def insist(self, name: str, request: Callable[[], Any], deadline: float) -> Any:
-        """`call`, tried again with growing pauses for as long as the party is unreachable."""
+        """`call`, tried again with growing pauses for as long as the party is unreachable.
+
+        Each attempt is given twice the time of the one before: a party that is behind with its work would
+        fall back further if all began anew while they wait.
+        """
+        patience = _ATTEMPT_SECONDS
 
         def attempt() -> Any:
-            return self.call(name, request(), min(deadline, time.monotonic() + _ATTEMPT_SECONDS))
+            nonlocal patience
+            by, patience = min(deadline, time.monotonic() + patience), 2 * patience
+            return self.call(name, request(), by)
 
         return persistently(attempt, deadline)
 

@@ -1,12 +1,14 @@
 """CrypTen behind the ``Backend`` interface. The only file that imports crypten.
 
-What is used of CrypTen: its communicator over gloo, and ``MPCTensor.from_shares`` with sums. What is
-deliberately not: ``reveal(dst)`` and ``get_plain_text(dst)``, which on gloo show parts of the plaintext
-to every party; its fixed-point ``decode``, which is wrong for large negatives; its generators, of which
-32 bits of seed are effective; the provider that shows every triple to the first party. Integers enter with
-``precision=0`` and leave as raw shares. The sum needs no randomness of CrypTen's at all. The norm check and
-the vote do, and have a third party deal it from cryptographic generators: AES-256-CTR streams. Two parties
-that share one derive it from their pinned X25519 keys, so that nothing secret crosses the wire; a party's own
+What is used of CrypTen: ``MPCTensor.from_shares`` with sums, comparisons and conversions, over a
+communicator of ours, whose links are authenticated and encrypted (``privkd.secure.peers``). What is
+deliberately not: its own communicator, as gloo lets in whoever knows the port, in clear; ``reveal(dst)``
+and ``get_plain_text(dst)``, which on gloo show parts of the plaintext to every party; its fixed-point
+``decode``, which is wrong for large negatives; its generators, of which 32 bits of seed are effective; the
+provider that shows every triple to the first party. Integers enter with ``precision=0`` and leave as raw
+shares. The sum needs no randomness of CrypTen's at all. The norm check and the vote do, and have a third
+party deal it from cryptographic generators: AES-256-CTR streams. Two parties that share one derive it from
+the secret of their link, so that it does not cross the wire and is another in every session; a party's own
 comes from the operating system.
 """
 
@@ -14,33 +16,28 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import math
-import os
 import secrets
 import socket
 import sys
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from privkd.privacy.noise import KEY_BYTES, Keystream
 from privkd.secure.normcheck import NormTest
+from privkd.secure.peers import PartyKeys, PeerError, Peers
 from privkd.secure.shares import RING_BITS as _RING_BITS
 
 MOVED = "torch.onnx._internal.registration"
 MOVED_TO = "torch.onnx._internal.torchscript_exporter.registration"
-_STORE_TIMEOUT = timedelta(minutes=10)
 _CHUNK = 64
 _QUERIES = 1024
 
@@ -71,10 +68,11 @@ with importable():
     import crypten
     import crypten.communicator
     from crypten.common import rng
+    from crypten.communicator import Communicator
     from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor, arithmetic, beaver, binary
     from crypten.mpc.primitives.converters import convert
     from crypten.mpc.provider import tfp_provider, ttp_provider
-    from crypten.mpc.provider.ttp_provider import TTPClient, TTPServer
+    from crypten.mpc.provider.ttp_provider import TTPServer
     from crypten.mpc.ptype import ptype as Ptype
 
 _DRAWING = (rng, arithmetic, binary, tfp_provider, ttp_provider)
@@ -94,59 +92,95 @@ class CryptoGenerator:
         return self._stream.words(count).view(np.int64).copy()
 
 
-@dataclass(frozen=True)
-class PartyKeys:
-    """One party's own key, all members' public ones by rank, and the session that they serve."""
+class _SealedCommunicator(Communicator):
+    """What CrypTen's primitives ask of their communicator, over ``peers``: this, and nothing else of it."""
 
-    rank: int
-    own: X25519PrivateKey
-    members: tuple[bytes, ...]
-    session: str
+    BYTES_PER_ELEMENT = 8
+    instance: "_SealedCommunicator | None" = None
 
-    def shared_with(self, other: int, label: str) -> CryptoGenerator:
-        """The stream that this party and ``other`` share for one use, named by ``label``."""
-        secret = self.own.exchange(X25519PublicKey.from_public_bytes(self.members[other]))
-        low, high = sorted((self.rank, other))
-        info = f"privkd crypten|{self.session}|{low}|{high}|{label}".encode()
-        return CryptoGenerator(HKDF(hashes.SHA256(), KEY_BYTES, None, info).derive(secret))
+    def __init__(self, peers: Peers, parties: int) -> None:
+        self.peers = peers
+        self.parties = parties
+        self.reset_communication_stats()
+
+    @classmethod
+    def is_initialized(cls) -> bool:
+        return cls.instance is not None
+
+    @classmethod
+    def get(cls) -> "_SealedCommunicator | None":
+        return cls.instance
+
+    def get_rank(self) -> int:
+        return self.peers.rank
+
+    def get_world_size(self) -> int:
+        return self.parties
+
+    def all_reduce(self, input: Any, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
+        """All parties' tensors combined; where ``batched``, of each of a list in one exchange."""
+        tensors = list(input) if batched else [input]
+        own = np.concatenate([tensor.contiguous().reshape(-1).numpy() for tensor in tensors])
+        found = [
+            np.frombuffer(message, np.int64) for message in self.peers.exchange(own.tobytes(), self.parties)
+        ]
+        combine = np.bitwise_xor if op == ReduceOp.BXOR else np.add
+        total = torch.from_numpy(combine.reduce(found))
+        parts = total.split([tensor.numel() for tensor in tensors])
+        reduced = [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        return reduced if batched else reduced[0]
+
+
+class _Dealer:
+    """What CrypTen's provider takes for its client of the third party."""
+
+    instance: "_Dealer"
+
+    def __init__(self, peers: Peers, parties: int) -> None:
+        self._link = peers.link(parties)
+        self._generator = CryptoGenerator(self._link.stream_key("triples"))
+
+    @classmethod
+    def get(cls) -> "_Dealer":
+        return cls.instance
+
+    def get_generator(self, device: Any = None) -> CryptoGenerator:
+        return self._generator
+
+    def ttp_request(self, function: str, device: Any, *arguments: Any) -> Tensor:
+        """Rank 0's share of what the third party deals; the others draw theirs."""
+        self._link.send(json.dumps([function, *arguments]).encode())
+        shape = json.loads(self._link.receive())
+        share = np.frombuffer(self._link.receive(), np.int64).copy()
+        return torch.from_numpy(share).reshape(shape)
 
 
 class CryptenBackend:
-    """One party of a CrypTen group, by default on this machine's loopback interface."""
+    """One party of a CrypTen group."""
 
     def __init__(
-        self,
-        rank: int,
-        parties: int,
-        *,
-        port: int,
-        listener: socket.socket | None = None,
-        host: str = "127.0.0.1",
-        interface: str = "",
-        keys: PartyKeys | None = None,
+        self, keys: PartyKeys, parties: int, *, port: int, host: str, listener: socket.socket | None = None
     ) -> None:
-        """Join the group; blocks until all ``parties`` have.
+        """Join the group; blocks until all have.
 
         Args:
-            rank: which party this is, from 0.
-            parties: how many there are.
-            port: where the group's rendezvous store listens.
-            listener: the socket bound to ``port``, at the one party that serves the store.
-            host: where the store listens; its link is neither encrypted nor authenticated.
-            interface: of the parties' own link; the loopback interface unless named.
-            keys: given them, a third party of rank ``parties`` deals the correlated randomness of products,
-                and all randomness comes from cryptographic generators.
+            keys: this party's. Where they name one more than ``parties``, that one is the third party,
+                which deals the correlated randomness of products.
+            parties: how many aggregators there are.
+            port: where rank 0 waits for the others.
+            host: rank 0's address.
+            listener: at rank 0, the socket bound to ``port``.
         """
-        self._rank = rank
+        self._rank = keys.rank
         self._parties = parties
-        self._store: object | None = None if listener is None else _serve_store(host, port, listener)
-        set_group(rank, parties, host=host, port=port, interface=interface)
-        if keys is None:
-            crypten.init()
-        else:
+        self._peers = Peers.meet(keys, host=host, port=port, listener=listener)
+        _SealedCommunicator.instance = _SealedCommunicator(self._peers, parties)
+        crypten.communicator.DistributedCommunicator = _SealedCommunicator
+        _use_generators(self._peers, parties)
+        if len(keys.members) > parties:
             crypten.cfg.mpc.provider = "TTP"
-            crypten.init()
-            _use_generators(keys, parties)
+            _Dealer.instance = _Dealer(self._peers, parties)
+            ttp_provider.TTPClient = _Dealer
 
     @property
     def rank(self) -> int:
@@ -160,14 +194,7 @@ class CryptenBackend:
 
     def gather(self, message: bytes) -> list[bytes]:
         """Every party's message, by rank."""
-        communicator = crypten.communicator.get()
-        sizes = [int(size) for size in communicator.all_gather(torch.tensor([len(message)]))]
-        padded = message.ljust(-(-max(sizes) // 8) * 8, b"\0")
-        if not padded:
-            return [b""] * self._parties
-        words = torch.from_numpy(np.frombuffer(padded, np.int64).copy())
-        gathered = communicator.all_gather(words)
-        return [row.numpy().tobytes()[:size] for row, size in zip(gathered, sizes, strict=True)]
+        return self._peers.exchange(message, self._parties)
 
     def noisy_sum(
         self, shares: Sequence[NDArray[np.uint32]], noise: NDArray[np.int64] | None
@@ -274,41 +301,41 @@ class CryptenBackend:
 
     def close(self) -> None:
         """Leave the group. Idempotent."""
-        if crypten.is_initialized():
-            crypten.uninit()
-        self._store = None
+        self._peers.close()
+        _SealedCommunicator.instance = None
 
 
-class ThirdParty:
+class ThirdParty(TTPServer):
     """The party that deals correlated randomness and sees no shares. It must collude with no aggregator."""
 
-    def __init__(self, parties: int, *, port: int, host: str, interface: str, keys: PartyKeys) -> None:
-        """Join the group and serve until it ends; returns then."""
-        set_group(parties, parties, host=host, port=port, interface=interface)
-        crypten.cfg.mpc.provider = "TTP"
+    def __init__(self, keys: PartyKeys, parties: int, *, port: int, host: str) -> None:
+        """Join the group and serve until it ends; raises `PeerError` then."""
+        peers = Peers.meet(keys, host=host, port=port)
         _patch_functions()
-        generators = [keys.shared_with(rank, "triples") for rank in range(parties)]
-        stock = TTPServer._setup_generators
+        self.device = "cpu"
+        self.generators = [CryptoGenerator(peers.link(rank).stream_key("triples")) for rank in range(parties)]
+        asking = peers.link(0)
+        while True:
+            function, *arguments = json.loads(asking.receive())
+            if function not in ttp_provider.TTP_FUNCTIONS:
+                raise PeerError(f"party 0 asked the third party for {function!r}")
+            dealt = getattr(self, function)(*arguments)
+            asking.send(json.dumps(list(dealt.shape)).encode())
+            asking.send(dealt.contiguous().numpy().tobytes())
 
-        def setup(server: Any) -> None:
-            stock(server)  # exchanges the seeds that are then not used
-            server.generators = generators
 
-        TTPServer._setup_generators = setup
-        TTPServer()
-
-
-def _use_generators(keys: PartyKeys, parties: int) -> None:
-    """Replace every generator of this process; to be called right after CrypTen's own were set up."""
+def _use_generators(peers: Peers, parties: int) -> None:
+    """Give CrypTen cryptographic generators, its own and one with either neighbour."""
     _patch_functions()
-    cpu, rank = torch.device("cpu"), keys.rank
+    cpu, rank = torch.device("cpu"), peers.rank
     after, before = (rank + 1) % parties, (rank - 1) % parties
     # The one between this party and the next is named by the first of the two.
-    crypten.generators["next"][cpu] = keys.shared_with(after, f"zero {rank}")
-    crypten.generators["prev"][cpu] = keys.shared_with(before, f"zero {before}")
+    following, preceding = (
+        CryptoGenerator(peers.link(other).stream_key(f"zero {first}"))
+        for other, first in ((after, rank), (before, before))
+    )
+    crypten.generators["next"][cpu], crypten.generators["prev"][cpu] = following, preceding
     crypten.generators["local"][cpu] = CryptoGenerator()
-    del crypten.generators["global"][cpu]
-    TTPClient.get().generator = keys.shared_with(parties, "triples")
 
 
 def _patch_functions() -> None:
@@ -335,46 +362,9 @@ def _draw_bits(size: Any, bitlength: int | None = None, generator: Any = None, *
     return words if bitlength in (None, 64) else words & ((1 << bitlength) - 1)
 
 
-_DRAWS = {"generate_random_ring_element": _draw, "generate_kbit_random_tensor": _draw_bits}
-
-
 def _tensor_of(share: Tensor) -> Any:
     return ArithmeticSharedTensor.from_shares(share, precision=0)
 
 
 def _from_shares(share: NDArray[np.int64]) -> "crypten.mpc.MPCTensor":
     return crypten.mpc.MPCTensor.from_shares(torch.from_numpy(share), precision=0)
-
-
-def set_group(rank: int, parties: int, *, host: str, port: int, interface: str) -> None:
-    """Tell CrypTen, by way of the environment, which group to join."""
-    rendezvous = f"tcp://{host}:{port}"
-    os.environ |= {
-        "DISTRIBUTED_BACKEND": "gloo",
-        "RENDEZVOUS": rendezvous,
-        "WORLD_SIZE": str(parties),
-        "RANK": str(rank),
-        # Every party is a client of the store, which by itself would listen on all interfaces. From 2.14 on
-        # torch takes that for granted only where the store's address is named here as it reads it.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MASTER_ADDR": urlsplit(rendezvous).hostname or host,
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": interface or _loopback_interface(),
-    }
-
-
-def _serve_store(host: str, port: int, listener: socket.socket) -> object:
-    """The rendezvous store on a socket that is already bound, so neither port nor interface is in doubt."""
-    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=_STORE_TIMEOUT,
-        master_listen_fd=listener.detach(),
-    )
-
-
-def _loopback_interface() -> str:
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    return names[0] if names else "lo"

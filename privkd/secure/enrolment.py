@@ -20,6 +20,7 @@ from privkd.config import Settings
 from privkd.errors import ConfigError
 from privkd.journal import Journal
 from privkd.privacy.noise import KEY_BYTES
+from privkd.secure.addresses import parse_listen
 from privkd.secure.authority import AUTHORITY_DAYS, Authority, approve
 from privkd.secure.certificates import (
     CLOUD,
@@ -134,6 +135,12 @@ def make_party(
     _member({**asked, "key": "0" * 64}, "this party")
     for host in hosts:
         host_name(host)
+    try:
+        parse_listen("listen", listen or place)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if (folder / "party.toml").exists():
+        raise ConfigError(f"{folder / 'party.toml'} exists already: name another folder")
     make_folder(folder)
     public = create_sealing_key(folder / "sealing.key")
     write_secret(folder / "noise.key", os.urandom(KEY_BYTES))

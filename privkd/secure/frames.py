@@ -131,16 +131,10 @@ class WorkerSetup:
     parties: int
     host: str
     port: int
-    interface: str
     sealing_key: str
     noise_key: str
     members: tuple[str, ...]
     session: str
-
-    @property
-    def third_party(self) -> bool:
-        """Whether the group has a third party."""
-        return len(self.members) > self.parties
 
     def pack(self) -> bytes:
         """As JSON."""

@@ -7,8 +7,8 @@ or in this process (``privkd.secure.local``).
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -48,7 +48,10 @@ class PartyLink(Protocol):
         ...
 
     def join(self, session: str, port: int | None, deadline: float) -> int:
-        """Have it start a worker for a common ``session``; the port of rank 0's rendezvous."""
+        """Have it start a worker for a common ``session``; the port of rank 0's rendezvous.
+
+        Raises `UnreachableError` while the workers are another run's; see ``privkd.secure.worker``.
+        """
         ...
 
     def open(self, terms: RoundTerms, deadline: float) -> None:
@@ -91,17 +94,21 @@ class Total:
 class PartyGroup:
     """The parties of one group. For one thread at a time."""
 
-    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = ()) -> None:
+    def __init__(self, links: Sequence[PartyLink], *, pins: Sequence[str] = (), lease: str = "") -> None:
         """Nothing is sent yet.
 
         Args:
             links: to the aggregators, and to the third party if there is one, in any order.
             pins: the aggregators' public keys by rank, in hexadecimal; else what they say is believed.
+            lease: names whoever asks, in hexadecimal, such as a run that was interrupted and comes again; a
+                name of its own unless given. See ``privkd.secure.worker``.
         """
         self._links = list(links)
         self._pins = tuple(pins)
         self._pool = ThreadPoolExecutor(max_workers=2 * len(links) or 1, thread_name_prefix="party")
+        self._lease = lease or secrets.token_hex(8)
         self._session: str | None = None
+        self._begun: str | None = None
         self._keys: tuple[str, ...] = ()
 
     @property
@@ -137,15 +144,36 @@ class PartyGroup:
         return self._keys
 
     def gather(self, deadline: float) -> str:
-        """Have every party start a worker for a common session, unless one is on; the session."""
+        """Have every party start a worker for a common session, unless one is on; the session.
+
+        Raises:
+            ChannelError: a party refused or cannot be reached.
+            UnreachableError: a party's workers are another run's for now; asking again keeps the place in the
+                queue.
+        """
         if self._session is None:
-            session = secrets.token_hex(16)
             self.keys(deadline)
-            first, *others = self._links
-            port = first.join(session, None, deadline)
-            self._each(others, lambda link: link.join(session, port, deadline))
-            self._session = session
+            again = self._begun is not None
+            session, port = self._begin(deadline)
+            self._begun = session
+            try:
+                self._each(self._links[1:], lambda link: link.join(session, port, deadline))
+            except RefusalError as error:
+                self._begun = None
+                if again:  # a party that had joined has lost its worker since
+                    raise UnreachableError(str(error)) from error
+                raise
+            self._begun, self._session = None, session
         return self._session
+
+    def _begin(self, deadline: float) -> tuple[str, int]:
+        """A session that rank 0 joined, and the port: one that others were too busy for, or a new one."""
+        first = self._links[0]
+        if self._begun is not None:
+            with contextlib.suppress(RefusalError):
+                return self._begun, first.join(self._begun, None, deadline)
+        session = f"{self._lease}-{secrets.token_hex(16)}"
+        return session, first.join(session, None, deadline)
 
     def open(self, terms: RoundTerms, deadline: float) -> None:
         """Publish a round.
@@ -186,14 +214,21 @@ class PartyGroup:
         return self._each(
             self.aggregators,
             lambda link: link.share(terms.label, session, agree=agree, kept=kept, deadline=deadline),
-            on_failure=lambda: self._renew(deadline),
+            renew_by=deadline,
         )
 
-    def _renew(self, deadline: float) -> None:
-        """Begin a new session: the workers of the old one may wait for the one that failed."""
-        self._session = None
-        with contextlib.suppress(UnreachableError):
-            self.gather(deadline)
+    def _renew(self, deadline: float, waiting: Collection["Future[T]"]) -> None:
+        """Begin a new session: the workers of the old one may wait for the one that failed.
+
+        Tries for as long as somebody is ``waiting`` for them.
+        """
+        self._session = self._begun = None
+        while True:
+            with contextlib.suppress(UnreachableError):
+                self.gather(deadline)
+                return
+            if not wait(waiting, _PAUSE).not_done:
+                return
 
     def _attributed(
         self, terms: RoundTerms, integers: NDArray[np.int64], agreed: str, deadline: float
@@ -240,16 +275,19 @@ class PartyGroup:
         self,
         links: Sequence[PartyLink],
         work: Callable[[PartyLink], T],
-        on_failure: Callable[[], None] = lambda: None,
+        renew_by: float | None = None,
     ) -> list[T]:
-        """``work`` on all at once; a refusal outweighs a failure, and all are awaited."""
+        """``work`` on all at once; a refusal outweighs a failure, and all are awaited.
+
+        With ``renew_by``, a deadline, a failure begins a new session, so that nobody waits for who failed.
+        """
         futures = [self._pool.submit(work, link) for link in links]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         errors = [error for future in finished if (error := future.exception()) is not None]
         # After a refusal the others are about to refuse too, unless they wait for the one that did.
         grace = 0.0 if any(isinstance(error, UnreachableError) for error in errors) else _GRACE
-        if errors and (not grace or wait(futures, grace).not_done):
-            on_failure()
+        if errors and renew_by is not None and (not grace or wait(futures, grace).not_done):
+            self._renew(renew_by, futures)
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in errors:
             if not isinstance(error, UnreachableError):

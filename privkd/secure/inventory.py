@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from privkd.errors import ConfigError
 from privkd.privacy.noise import KEY_BYTES
 from privkd.secure.certificates import (
+    MALFORMED,
     WARNING_DAYS,
     check_validity,
     days_left,
@@ -64,7 +65,8 @@ class Shown:
         parts += [self.public] if self.public else []
         parts += [f"until {self.until}, {self.days_left} days left"] if self.until else []
         parts += [f"WARNING {self.warning}"] if self.warning else []
-        return "; ".join(parts)
+        # A stranger's certificate may hold anything, and a terminal obeys some of it.
+        return "".join(sign if sign.isprintable() else "?" for sign in "; ".join(parts))
 
 
 def show_keys(path: Path, *, as_json: bool) -> None:
@@ -156,7 +158,7 @@ def _public(path: Path) -> Shown:
     if b"X509 CRL" in data:
         try:
             return Shown(str(path), f"{len(x509.load_pem_x509_crl(data))} revoked certificates")
-        except ValueError:
+        except MALFORMED:
             raise ConfigError(f"{path}: not a list of revoked certificates in PEM") from None
     certificate = load_certificate(path)
     warning, refused = "", False

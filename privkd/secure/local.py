@@ -9,6 +9,7 @@ own keys, uploads and journal: started, watched, restarted where one dies, and s
 import contextlib
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import privkd
-from privkd.errors import ChannelError, RefusalError
+from privkd.errors import ChannelError, PrivkdError, RefusalError
 from privkd.secure.certificates import CLOUD
 from privkd.secure.client import ClientTls
 from privkd.secure.keys import public_hex, write_parties
@@ -33,10 +34,11 @@ from privkd.secure.party import LimitsConfig, Party
 from privkd.secure.rounds import Rounds
 from privkd.secure.terms import RoundTerms
 from privkd.secure.uploads import UploadsInMemory
-from privkd.secure.worker import Worker, WorkerSupervisor, first_death
+from privkd.secure.worker import RecordsInMemory, Worker, WorkerSupervisor, first_death
 
 _WATCH_SECONDS = 0.1
 _END_SECONDS = 5.0
+_ORPHANED_SECONDS = 0.05
 _HOST = "127.0.0.1"
 _MAX_BLOCK_BYTES = 1 << 28
 
@@ -109,12 +111,12 @@ class LocalLink:
     def __init__(self, party: Party, sealing_key: X25519PrivateKey, noise_key: bytes, group: _Group) -> None:
         self._party = party
         self._group = group
-        self.supervisor = WorkerSupervisor(party, sealing_key, noise_key, [], name=party.name)
+        self.supervisor = WorkerSupervisor(party, sealing_key, noise_key, RecordsInMemory(), name=party.name)
         group.supervisors.append(self.supervisor)
         self._rounds = self._no_rounds()
 
     def _no_rounds(self) -> Rounds:
-        return Rounds(self._party, self.supervisor, journal=[], create=UploadsInMemory)
+        return Rounds(self._party, self.supervisor, journal=RecordsInMemory(), create=UploadsInMemory)
 
     @property
     def name(self) -> str:
@@ -164,7 +166,8 @@ class LocalParties:
     """``parties`` services on the loopback interface, with a third party if asked for, behind TLS.
 
     They end with ``stop``, with this object, with the interpreter, or, as each watches its standard input,
-    with this process however it ends.
+    with this process however it ends. Their folder goes with them: where this process was killed, they remove
+    it themselves.
     """
 
     def __init__(
@@ -264,7 +267,7 @@ def _launch(folder: Path, rank: int) -> "subprocess.Popen[bytes]":
     )
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "privkd.secure.service", str(folder / f"party-{rank}.toml")],
+            [sys.executable, "-P", "-m", __name__, str(folder / f"party-{rank}.toml"), str(os.getpid())],
             # Held open by us alone: its end is how a service learns of ours.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -321,3 +324,27 @@ def _end(
             process.wait(_END_SECONDS)
     with contextlib.suppress(OSError):
         folder.cleanup()
+
+
+def _main(config: Path, owner: int) -> None:
+    """Run one party for the process ``owner``, and remove what is left of all where that has gone.
+
+    Several do so, and whoever is last finds all the others' files.
+    """
+    from privkd.secure.service import serve
+
+    serve(config, while_input=True)
+    if not select.select([sys.stdin], [], [], 0)[0]:
+        return  # it was told to end, and whoever started it may start it again
+    until = time.monotonic() + _END_SECONDS
+    while os.getppid() == owner and time.monotonic() < until:
+        time.sleep(_ORPHANED_SECONDS)
+    if os.getppid() != owner:
+        shutil.rmtree(config.parent, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        _main(Path(sys.argv[1]), int(sys.argv[2]))
+    except PrivkdError as failure:
+        sys.exit(str(failure))

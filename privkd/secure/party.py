@@ -10,10 +10,9 @@
     noise_key = "party-0.noise"       # 32 bytes, secret: whoever has it can take this party's noise off
     members = ["9f..", "07.."]        # the parties' public keys by rank, the third party's last
 
-    [peers]                           # CrypTen's own link: not encrypted, so loopback or a private network
-    host = "127.0.0.1"                # rank 0's address there
-    port = 0                          # of rank 0's rendezvous; 0 takes any
-    interface = "lo"                  # by which this party reaches it; "" takes the loopback interface
+    [peers]                           # the parties' own links, encrypted under their keys
+    host = "127.0.0.1"                # rank 0's address, as the others reach it
+    port = 0                          # where rank 0 waits for the others; 0 takes any
 
     [tls]
     certificate = "party-0.pem"
@@ -25,15 +24,18 @@
     minimum_devices = 2               # this party releases nothing over fewer, whatever the cloud asks
     max_rho = 0.5                     # this party refuses rounds with less noise than this price
     max_rho_total = 2.0               # most that each device may pay in all rounds together
-    request_seconds = 30.0            # in which the body of one call must have come
+    request_seconds = 30.0            # in which a handshake must be done, and the body of a call have come
     start_seconds = 300.0             # for the worker to come up
     step_seconds = 120.0              # for one step of the worker
     hang_seconds = 20.0               # without a sign of life from the worker before it is ended
-    calls_per_caller = 8              # at once, by the name in the certificate
-    calls_per_second = 20.0           # by that name, ten seconds' worth at once; the cloud's are not counted
+    calls_per_caller = 4              # at once, by the name in the certificate; the cloud's are not counted
+    calls_per_second = 20.0           # likewise; ten seconds' worth at once
     max_upload_bytes = 67108864
-    max_bytes_at_once = 16777216      # of bodies in memory; the others wait unread
+    max_bytes_at_once = 33554432      # of bodies in memory; the others wait unread
+    max_round_days = 30.0             # how far ahead a round may expire
+    lease_seconds = 30.0              # that one run keeps the workers to itself while others wait
     keep_rounds = 8                   # finished rounds whose sealed uploads are kept
+    keep_results = 1000               # finished rounds that can be repeated; older ones go once they expired
 
     [status]
     listen = "127.0.0.1:9440"         # /healthz, /readyz, /status, /metrics over HTTP; loopback only
@@ -63,11 +65,10 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class PeersConfig(Settings):
-    """CrypTen's link among the parties; see the module."""
+    """The links among the parties; see the module."""
 
     host: str = "127.0.0.1"
     port: Port = 0
-    interface: str = ""
 
 
 class TlsConfig(Settings):
@@ -89,11 +90,14 @@ class LimitsConfig(Settings):
     start_seconds: PositiveFloat = 300.0
     step_seconds: PositiveFloat = 120.0
     hang_seconds: PositiveFloat = 20.0
-    calls_per_caller: Positive = 8
+    calls_per_caller: Positive = 4
     calls_per_second: PositiveFloat = 20.0
     max_upload_bytes: Positive = 1 << 26
-    max_bytes_at_once: Positive = 1 << 24
+    max_bytes_at_once: Positive = 1 << 25
+    max_round_days: PositiveFloat = 30.0
+    lease_seconds: PositiveFloat = 30.0
     keep_rounds: Positive = 8
+    keep_results: Positive = 1000
 
 
 class StatusConfig(Settings):

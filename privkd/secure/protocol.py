@@ -39,9 +39,10 @@ from privkd.secure.frames import (
     unpack_identifiers,
 )
 from privkd.secure.normcheck import NormTest, challenge_key, project, rows
+from privkd.secure.peers import PartyKeys
 from privkd.secure.shares import to_ring
 from privkd.secure.terms import RoundTerms, partial_sum, partial_vote, party_noise, set_digest
-from privkd.secure.upload import header_of, unseal
+from privkd.secure.upload import SharedSecrets, header_of, unseal
 from privkd.secure.uploads import stored_uploads
 
 _CHUNK = 64
@@ -117,7 +118,7 @@ class AggregatorProtocol:
     ) -> None:
         self._backend = backend
         self._session = session
-        self._sealing_key = sealing_key
+        self._secrets = SharedSecrets(sealing_key)
         self._noise_root = noise_root
         self._uploads: list[tuple[PartyId, bytes]] = []
 
@@ -208,7 +209,7 @@ class AggregatorProtocol:
         for device, envelope in stored_uploads(Path(task.folder)) if task.folder else self._uploads:
             if device in wanted:
                 wanted.remove(device)
-                header, share = unseal(envelope, self._sealing_key)
+                header, share = unseal(envelope, self._secrets)
                 yield device, (header.identifier, share.expand(terms.entries))
         if wanted:
             raise ChannelError(f"{min(wanted)}: its upload is gone")
@@ -271,7 +272,7 @@ def _join(body: bytes, listener: socket.socket | None) -> tuple[Frame, Step]:
     # Imported here: it takes seconds, and only the worker's process needs it. It leaves nothing to collect,
     # and looking for it would take a tenth of that time.
     gc.disable()
-    from privkd.secure.crypten_backend import CryptenBackend, PartyKeys, ThirdParty
+    from privkd.secure.crypten_backend import CryptenBackend, ThirdParty
 
     gc.enable()
 
@@ -280,25 +281,10 @@ def _join(body: bytes, listener: socket.socket | None) -> tuple[Frame, Step]:
     members = tuple(bytes.fromhex(member) for member in setup.members)
     keys = PartyKeys(setup.rank, key, members, setup.session)
     if setup.rank == setup.parties:
-        deal = partial(
-            ThirdParty,
-            setup.parties,
-            keys=keys,
-            port=setup.port,
-            host=setup.host,
-            interface=setup.interface,
-        )
+        deal = partial(ThirdParty, keys, setup.parties, port=setup.port, host=setup.host)
         threading.Thread(target=_until_the_end, args=(deal,), daemon=True).start()
         return Frame(Kind.READY), _no_step
-    backend = CryptenBackend(
-        setup.rank,
-        setup.parties,
-        host=setup.host,
-        port=setup.port,
-        interface=setup.interface,
-        listener=listener,
-        keys=keys if setup.third_party else None,
-    )
+    backend = CryptenBackend(keys, setup.parties, host=setup.host, port=setup.port, listener=listener)
     root = NoiseRoot(bytes.fromhex(setup.noise_key))
     return Frame(Kind.READY), AggregatorProtocol(backend, key, root, setup.session).step
 
@@ -319,7 +305,7 @@ def main() -> None:
     """Run one worker on the descriptors named on the command line."""
     parser = argparse.ArgumentParser(description="The worker of a party's service.")
     parser.add_argument("--link", type=int, required=True, help="descriptor of the socket to the service")
-    parser.add_argument("--store", type=int, help="descriptor of the bound socket of the peers' store")
+    parser.add_argument("--store", type=int, help="descriptor of the socket where the peers meet")
     arguments = parser.parse_args()
     listener = None if arguments.store is None else socket.socket(fileno=arguments.store)
     with contextlib.suppress(BrokenPipeError):

@@ -6,7 +6,7 @@ from pathlib import Path
 from cryptography import x509
 
 from privkd.errors import ConfigError
-from privkd.secure.certificates import load_certificate
+from privkd.secure.certificates import MALFORMED, load_certificate
 from privkd.secure.keyfiles import read_public
 
 
@@ -69,11 +69,12 @@ class RevocationList:
             crl = x509.load_pem_x509_crl(read_public(self.path))
             genuine = crl.is_signature_valid(self._authority)  # type: ignore[arg-type]
             number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        except (ValueError, TypeError, x509.ExtensionNotFound):
+            serials = frozenset(entry.serial_number for entry in crl)
+        except (*MALFORMED, x509.ExtensionNotFound):
             raise ConfigError(f"{self.path}: not a list of revoked certificates in PEM") from None
         if not genuine:
             raise ConfigError(f"{self.path}: signed by another authority")
-        return number, frozenset(entry.serial_number for entry in crl)
+        return number, serials
 
 
 @lru_cache(maxsize=4096)

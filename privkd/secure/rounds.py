@@ -15,6 +15,12 @@ share of what it abandoned. So as long as one aggregator is honest, one attempt 
 Where the party has a ``max_rho_total``, the devices of an agreed set are charged the round's rho with that
 record of the journal, so before a share is made. Uploads of a device that has too little left are refused, so
 that it is left out at all aggregators; a set that holds one all the same is never released.
+
+Nothing waits for a round that is being closed but whoever closes or abandons that one. On a full disk no
+uploads are taken and no rounds opened, but what is durable is closed in room that was set aside. Finished
+rounds beyond ``keep_results`` are forgotten once they expired, and the journal keeps of them what their
+devices paid. Such a round's name may be taken again: the devices' envelopes of the first time name when it
+expired.
 """
 
 import threading
@@ -23,11 +29,11 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privkd.errors import ChannelError, RefusalError
+from privkd.errors import ChannelError, RefusalError, RunError
 from privkd.privacy.events import PartyId
 from privkd.secure.frames import Kind, Task, pack_identifiers, unpack_identifiers
 from privkd.secure.normcheck import MIN_PROJECTIONS
@@ -42,11 +48,30 @@ from privkd.secure.terms import (
     session_mark,
     set_digest,
 )
-from privkd.secure.upload import Header, header_of, unseal
-from privkd.secure.uploads import RoundUploads
+from privkd.secure.upload import Header, SharedSecrets, header_of, unseal
+from privkd.secure.uploads import RoundUploads, StorageError
 from privkd.secure.worker import Records, WorkerError, WorkerSupervisor
 
 _MAX_STRANGERS = 100
+_DAY = 86_400.0
+_MOST_PAST = 100
+_ROOM, _ROOM_FOR_DEVICE = 1 << 16, 400
+
+
+class Reserve(Protocol):
+    """Room that is set aside on the disk for closing rounds: see ``privkd.secure.state``."""
+
+    def hold(self, size: int) -> None:
+        """Set aside ``size`` bytes in all. Raises `StorageError` where there is no room."""
+        ...
+
+    def restore(self) -> None:
+        """Set aside again what was given up. Raises `StorageError` where there is no room."""
+        ...
+
+    def insist(self, write: Callable[[], None]) -> None:
+        """``write()``, if need be in the room that was set aside."""
+        ...
 
 
 @dataclass
@@ -65,8 +90,8 @@ class RoundState:
         posted: whether this party's share left it.
         pruned: whether the uploads were deleted.
         refused: why uploads were refused, by device.
-        lock: held by whoever decides, so by a closing for as long as it takes.
-        taking: held by whoever takes an upload or stops the taking of more, for moments.
+        closing: held by whoever closes or abandons it, for as long as that takes.
+        lock: held by whoever decides, for a moment; after ``closing`` where both are.
     """
 
     uploads: RoundUploads
@@ -80,8 +105,8 @@ class RoundState:
     posted: bool = False
     pruned: bool = False
     refused: dict[PartyId, str] = field(default_factory=dict)
+    closing: threading.Lock = field(default_factory=threading.Lock)
     lock: threading.RLock = field(default_factory=threading.RLock)
-    taking: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
     def roster(self) -> frozenset[PartyId]:
@@ -120,17 +145,26 @@ class RoundState:
         """Whether the uploads serve nothing but repeating what was done."""
         return self.posted or self.failure is not None
 
+    def over(self, now: float) -> bool:
+        """Whether nothing more will come of it at the Unix time ``now`` than what already did."""
+        return self.finished or (self.closed is None and self.uploads.terms.expires <= now)
+
     def absent(self, agreed: set[PartyId]) -> dict[PartyId, str]:
         """Why each device is left out: those on the roster, and strangers who tried."""
         reasons: dict[PartyId, str] = {}
         held = self.uploads.held
-        for device in (*self.uploads.terms.roster, *sorted(self.refused)):
+        for device in (*self.uploads.terms.roster, *sorted(self.refused.copy())):
             if device in agreed or device in reasons:
                 continue
             default = f"{device}: its upload is missing, or another one, at another aggregator"
             missing = self.refused.get(device, f"{device}: no upload")
             reasons[device] = default if device in held else missing
         return reasons
+
+
+def room_for(terms: RoundTerms) -> int:
+    """Bytes that closing a round may write: twice the share, and the journal's words on each device."""
+    return _ROOM + 8 * terms.entries + 4 * len(terms.pack()) + _ROOM_FOR_DEVICE * len(terms.roster)
 
 
 def admit_terms(party: Party, terms: RoundTerms) -> None:
@@ -146,6 +180,9 @@ def admit_terms(party: Party, terms: RoundTerms) -> None:
         raise RefusalError(409, f"{name}: its keys are not those of this party's members")
     if terms.expires <= time.time():
         raise RefusalError(410, f"{name} has expired")
+    if terms.expires > time.time() + limits.max_round_days * _DAY:
+        ahead = f"more than max_round_days={limits.max_round_days:g} ahead"
+        raise RefusalError(403, f"{name} expires at {terms.expires}, {ahead}")
     if terms.minimum < limits.minimum_devices:
         raise RefusalError(
             403, f"{name}: minimum={terms.minimum}, this party asks for {limits.minimum_devices}"
@@ -171,10 +208,10 @@ def admit_header(party: Party, roster: Container[PartyId], terms: RoundTerms, he
     Raises:
         RefusalError: it is for another round or party, or of a stranger.
     """
-    found = (header.round, header.party, header.parties, header.entries)
-    expected = (terms.label, party.rank, party.parties, terms.entries)
+    found = (header.round, header.expires, header.party, header.parties, header.entries)
+    expected = (terms.label, terms.expires, party.rank, party.parties, terms.entries)
     if found != expected:
-        names = ("round", "aggregator", "number of aggregators", "number of entries")
+        names = ("round", "expiry", "aggregator", "number of aggregators", "number of entries")
         wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
         raise RefusalError(400, f"{header.device}: upload for another {wrong[0]}")
     if header.device not in roster:
@@ -193,6 +230,7 @@ class Rounds:
         create: Callable[[RoundTerms], RoundUploads],
         stored: Iterable[RoundUploads] = (),
         sealing_key: X25519PrivateKey | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         """Take up what there is.
 
@@ -204,22 +242,26 @@ class Rounds:
             stored: what it holds of the rounds so far.
             sealing_key: to which devices seal their shares, to try each upload as it comes; none where all
                 are made in this process, so that the worker's trial is enough.
+            reserve: room for closing; none where nothing is written.
         """
         self.party = party
         self.supervisor = supervisor
-        self._sealing_key = sealing_key
+        self._secrets = None if sealing_key is None else SharedSecrets(sealing_key)
+        self._reserve = reserve
         self._create = create
         self._journal = journal
         self._journalling = threading.Lock()
         self._rounds = {uploads.terms.label: RoundState(uploads) for uploads in stored}
-        # Known by the journal alone: without uploads nothing can be said of them but that they were.
-        self._gone: set[int] = set()
+        # Known by the journal alone, and until when: without uploads nothing can be said but that they were.
+        self._gone: dict[int, float] = {}
         self._abandoned: set[int] = set()
         for record in self._journal:
-            self._recall(record)
+            if record["event"] != "compacted":
+                self._recall(record)
         self._totals = DeviceTotals.recalled(party.limits.max_rho_total, self._journal)
         self._charging = threading.Lock()
         self._opening = threading.Lock()
+        self._drop_remains()
 
     def _recall(self, record: dict[str, Any]) -> None:
         label = int(record["round"], 16)
@@ -228,7 +270,15 @@ class Rounds:
         if label in self._rounds:
             self._rounds[label].recall(record)
         else:
-            self._gone.add(label)
+            until = record["terms"]["expires"] if record["event"] == "opened" else record.get("until", 0)
+            self._gone[label] = max(until, self._gone.get(label, 0))
+
+    def _drop_remains(self) -> None:
+        """Remove what is left of rounds that the journal has forgotten, or that were never opened in time."""
+        for label, state in list(self._rounds.items()):
+            if not state.opened and state.over(time.time()):
+                state.uploads.drop()
+                del self._rounds[label]
 
     def hold_to(self, party: Party) -> None:
         """Take other limits, from now on; rounds that are open stay so."""
@@ -251,8 +301,25 @@ class Rounds:
         return self._opened(label).uploads.terms
 
     def _record(self, label: int, event: str, **facts: Any) -> None:
+        record = {"event": event, "round": f"{label:016x}"} | facts
         with self._journalling:
-            self._journal.append({"event": event, "round": f"{label:016x}"} | facts)
+            self._durably(lambda: self._journal.append(record))
+
+    def _durably(self, write: Callable[[], None]) -> None:
+        """``write()`` something without which no round could be closed.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            if self._reserve is None:
+                write()
+            else:
+                self._reserve.insist(write)
+        except RunError as error:
+            if isinstance(error.__cause__, OSError):
+                raise StorageError.of(error.__cause__) from error
+            raise
 
     # ---- opening and abandoning ---------------------------------------------------------------------
 
@@ -271,12 +338,13 @@ class Rounds:
                 raise RefusalError(409, f"round {terms.folder} was abandoned")
             if state is None:
                 self._check(terms)
+                self._prune()
+                self._hold_room(terms)
                 state = RoundState(self._create(terms))
                 self._rounds[terms.label] = state
             if not state.opened:
                 self._record(terms.label, "opened", terms=terms.model_dump())
                 state.opened = True
-                self._prune()
 
     def _check(self, terms: RoundTerms) -> None:
         name = f"round {terms.folder}"
@@ -302,11 +370,12 @@ class Rounds:
                     if label in self._gone:
                         raise RefusalError(409, f"round {label:016x}: its spool was removed, so that nobody "
                                                 "knows whether it was released")  # fmt: skip
-                    self._record(label, "abandoned")
-                    self._gone.add(label)
+                    until = time.time() + self.party.limits.max_round_days * _DAY
+                    self._record(label, "abandoned", until=until)
+                    self._gone[label] = until
                     self._abandoned.add(label)
                 return
-        with state.lock:
+        with state.closing, state.lock:
             if state.abandoned:
                 return
             if state.shared:
@@ -320,13 +389,48 @@ class Rounds:
             state.abandon()
             self._abandoned.add(label)
 
+    def _hold_room(self, terms: RoundTerms) -> None:
+        """Set aside what closing all rounds that are open may need, and a new one of these ``terms``."""
+        if self._reserve is not None:
+            now = time.time()
+            open_ones = (s.uploads.terms for s in self._rounds.values() if not s.over(now))
+            self._reserve.hold(room_for(terms) + sum(map(room_for, open_ones)))
+
     def _prune(self) -> None:
-        done = [state for state in self._rounds.values() if state.finished]
-        for state in done[: -self.party.limits.keep_rounds]:
+        """Forget the uploads of all but the latest rounds that are over, and the oldest altogether."""
+        now, limits = time.time(), self.party.limits
+        over = [state for state in self._rounds.values() if state.over(now)]
+        over.sort(key=lambda state: state.uploads.terms.expires)
+        for state in over[: -limits.keep_rounds]:
             # Once each: a party that has seen thousands of rounds would else spend its time on them.
-            if not state.pruned:
+            if state.finished and not state.pruned:
                 state.uploads.drop_uploads()
                 state.pruned = True
+        past = {s.uploads.terms.label for s in over[: -limits.keep_results] if s.uploads.terms.expires <= now}
+        past |= {label for label, until in self._gone.items() if until <= now}
+        # Nobody has come to finish these.
+        long_ago = now - limits.max_round_days * _DAY
+        past |= {label for label, s in self._rounds.items() if s.uploads.terms.expires <= long_ago}
+        # Many at once: each time the journal is written anew.
+        if len(past) >= min(limits.keep_results, _MOST_PAST):
+            self._forget(past)
+
+    def _forget(self, labels: set[int]) -> None:
+        """Keep of rounds what their devices paid."""
+        with self._charging, self._journalling:
+            compacted = self._totals.forgotten(labels)
+            kept = (record for record in self._journal if record["event"] != "compacted")
+            try:
+                self._journal.replace([compacted, *(r for r in kept if int(r["round"], 16) not in labels)])
+            except RunError:
+                return  # the disk is full: another time
+            self._totals.forget(labels)
+        for label in labels:
+            self._gone.pop(label, None)
+            self._abandoned.discard(label)
+            state = self._rounds.pop(label, None)
+            if state is not None:
+                state.uploads.drop()
 
     def status(self, label: int) -> dict[str, Any]:
         """What is public of a round: its terms, how far it is, and over which devices it is released."""
@@ -354,35 +458,46 @@ class Rounds:
         The same bytes again change nothing.
 
         Returns:
-            Of each upload why it is not accepted, or none. The reason of a refusal is kept for the journal.
+            Of each upload why it is not accepted, or none: a `RefusalError`, whose reason is kept for the
+            journal, or a `StorageError` where it may be sent again.
         """
         outcomes: list[ChannelError | None] = []
-        taken: dict[int, list[int]] = {}
+        taken: dict[int, tuple[RoundState, list[tuple[int, PartyId]]]] = {}
         for number, (label, envelope) in enumerate(uploads):
             try:
-                self._take(self._opened(label), envelope)
+                state = self._opened(label)
+                self._restore_room()
+                device = self._take(state, envelope)
             except ChannelError as error:
                 outcomes.append(error)
             else:
                 outcomes.append(None)
-                taken.setdefault(label, []).append(number)
-        for label, numbers in taken.items():
-            try:
-                self._rounds[label].uploads.sync()
-            except ChannelError as error:
-                outcomes = [error if i in numbers else outcome for i, outcome in enumerate(outcomes)]
+                taken.setdefault(label, (state, []))[1].append((number, device))
+        for state, added in taken.values():
+            failure = _sync_failure(state.uploads)
+            for number, device in added:
+                if failure is not None or not state.uploads.holds(device):
+                    outcomes[number] = failure or StorageError(f"{device}: it could not be kept; try again")
         return outcomes
+
+    def _restore_room(self) -> None:
+        """Raises `StorageError` where the disk is too full for more than closing."""
+        if self._reserve is not None:
+            self._reserve.restore()
 
     def upload_all(self, label: int, envelopes: Iterable[bytes]) -> list[str]:
         """Take many uploads, durably and with one sync; why each that is not accepted is not."""
         state = self._opened(label)
-        refused = []
+        self._restore_room()
+        refused, taken = [], []
         for envelope in envelopes:
             try:
-                self._take(state, envelope)
+                taken.append(self._take(state, envelope))
             except RefusalError as refusal:
                 refused.append(str(refusal))
         state.uploads.sync()
+        if not all(map(state.uploads.holds, taken)):
+            raise StorageError("some uploads could not be kept; try again")
         return refused
 
     def _take(self, state: RoundState, envelope: bytes) -> PartyId:
@@ -403,12 +518,12 @@ class Rounds:
     def _admit(self, state: RoundState, header: Header, envelope: bytes) -> None:
         terms = state.uploads.terms
         admit_header(self.party, state.roster, terms, header)
-        if self._sealing_key is not None:
+        if self._secrets is not None:
             try:
-                unseal(envelope, self._sealing_key)[1].check(terms.entries)
+                unseal(envelope, self._secrets)[1].check(terms.entries)
             except ChannelError as error:
                 raise RefusalError(400, str(error)) from error
-        with state.taking:
+        with state.lock:
             if not state.uploads.holds(header.device):
                 if state.closed is not None or state.failure is not None:
                     raise RefusalError(409, f"{header.device}: round {terms.folder} is closed")
@@ -420,9 +535,9 @@ class Rounds:
                     raise RefusalError(403, self._too_dear(header.device, terms))
             try:
                 state.uploads.add(header, envelope)
+            except StorageError:
+                raise
             except ChannelError as error:
-                if isinstance(error.__cause__, OSError):
-                    raise
                 raise RefusalError(409, str(error)) from error
 
     def _opened(self, label: int) -> RoundState:
@@ -446,9 +561,10 @@ class Rounds:
         Raises:
             RefusalError: nothing is released, for good.
             WorkerError: a party's worker failed; nothing was released, and a new session may try again.
+            StorageError: the disk is full, and so is the room that was set aside.
         """
         state = self._opened(label)
-        with state.lock:
+        with state.closing, self.supervisor.closing(session):
             if state.failure is not None:
                 raise RefusalError(409, state.failure)
             if agree:
@@ -460,7 +576,8 @@ class Rounds:
             if share is None or (voted_apart and made_in(share) != session_mark(session).hex()):
                 self._freeze(state)
                 share = self._share(state, session)
-                state.uploads.keep_share(share)
+                made = share
+                self._durably(lambda: state.uploads.keep_share(made))
             if not state.posted:
                 self._record(label, "posted")
                 state.posted = True
@@ -469,7 +586,7 @@ class Rounds:
     def _freeze(self, state: RoundState) -> None:
         """From here on the round takes no more uploads, even after a restart."""
         terms = state.uploads.terms
-        with state.taking:
+        with state.lock:
             held = set_digest(terms, [header.identifier for header in state.uploads.held.values()]).hex()
             if state.closed is None:
                 if terms.expires <= time.time():
@@ -539,3 +656,12 @@ class Rounds:
         self._record(state.uploads.terms.label, "failed", reason=reason)
         state.failure = reason
         raise RefusalError(409, reason)
+
+
+def _sync_failure(uploads: RoundUploads) -> ChannelError | None:
+    """Make durable what was added; why that cannot be, if so."""
+    try:
+        uploads.sync()
+    except ChannelError as error:
+        return error
+    return None

@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from privkd.errors import ConfigError, PrivkdError
-from privkd.journal import Journal
+from privkd.errors import ConfigError
 from privkd.secure.addresses import joined
 from privkd.secure.aggregator_pb2_grpc import add_AggregatorServicer_to_server
 from privkd.secure.credentials import ServerCertificates
@@ -31,8 +30,7 @@ from privkd.secure.party import PartyConfig, load_party
 from privkd.secure.rounds import Rounds
 from privkd.secure.rpc import MAX_MESSAGE_BYTES, OPTIONS
 from privkd.secure.servicer import PartyServicer
-from privkd.secure.uploads import UploadsOnDisk, stored_rounds
-from privkd.secure.worker import WorkerSupervisor
+from privkd.secure.state import held, open_rounds
 
 _GRACE_SECONDS = 2.0
 _SOON_SECONDS = 30 * 86_400
@@ -42,8 +40,6 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Else a second service could listen on the same port, and take half of the calls.
     ("grpc.so_reuseport", 0),
-    # Whoever connects and is silent is let go.
-    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 100),
     # Of a call that waits for room, so much is held.
@@ -77,7 +73,9 @@ class Service:
         self._server, self._port = _run(self._bound())
 
     async def _bound(self) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=_OPTIONS)
+        # Whoever connects and is silent is let go.
+        handshake = ("grpc.server_handshake_timeout_ms", int(1000 * self.party.limits.request_seconds))
+        server = grpc.aio.server(options=[*_OPTIONS, handshake])
         add_AggregatorServicer_to_server(self._servicer, server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -140,7 +138,7 @@ class Service:
             self._certificates.reload(party.tls)
         self.party = party
         self.rounds.hold_to(party)
-        self._servicer.callers.limits = party.limits
+        _run(self._servicer.hold_to(party.limits))
         self._warn_of_end()
 
     def state(self) -> dict[str, Any]:
@@ -190,23 +188,7 @@ def _rounds(party: PartyConfig) -> Rounds:
             f"{party.sealing_key}: its public key is {public_hex(sealing_key)}, "
             f"but members[{party.rank}] says {party.members[party.rank]}"
         )
-    supervisor = WorkerSupervisor(
-        party,
-        sealing_key,
-        load_noise_key(party.noise_key),
-        Journal(party.directory / "sessions.jsonl"),
-        name=f"{party.name}'s worker",
-    )
-    folder = party.directory / "rounds"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Rounds(
-        party,
-        supervisor,
-        journal=Journal(party.directory / "journal.jsonl"),
-        create=lambda terms: UploadsOnDisk.create(folder / terms.folder, terms),
-        stored=stored_rounds(folder),
-        sealing_key=sealing_key,
-    )
+    return open_rounds(party, sealing_key, load_noise_key(party.noise_key))
 
 
 @cache
@@ -231,9 +213,14 @@ def serve(config: Path, *, while_input: bool = False) -> None:
 
     Raises:
         ConfigError: the configuration, a key or a certificate is wrong.
-        RunError: the journal is damaged.
+        RunError: the journal is damaged, or another process has the directory.
     """
     party = load_party(config)
+    with held(party.directory):
+        _serve(party, config, while_input=while_input)
+
+
+def _serve(party: PartyConfig, config: Path, *, while_input: bool) -> None:
     # Each device has a connection of its own.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -271,10 +258,3 @@ def _after_input(told: "queue.SimpleQueue[signal.Signals]") -> None:
     while os.read(sys.stdin.fileno(), 1 << 12):
         pass
     told.put(signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    try:
-        serve(Path(sys.argv[1]), while_input=True)
-    except PrivkdError as error:
-        sys.exit(str(error))

@@ -25,10 +25,11 @@ from privkd.errors import ChannelError, PrivkdError, RefusalError
 from privkd.secure import aggregator_pb2 as pb
 from privkd.secure.aggregator_pb2_grpc import AggregatorServicer
 from privkd.secure.batches import Batches
-from privkd.secure.callers import BusyError, ByteBudget, Callers
+from privkd.secure.callers import ByteBudget, Callers, TooManyCallsError
 from privkd.secure.certificates import CLOUD
 from privkd.secure.credentials import ServerCertificates
 from privkd.secure.observed import Call, Observed
+from privkd.secure.party import LimitsConfig
 from privkd.secure.rounds import Rounds
 from privkd.secure.rpc import PROTOCOL, code_of, cut
 from privkd.secure.terms import RoundTerms
@@ -38,6 +39,7 @@ _THREADS = 8
 _MAX_TERMS_BYTES = 1 << 24
 _MAX_OUTSIDE = 4096
 """Bytes of an upload beside its share, at most."""
+_MAX_REASON_BYTES = 2000
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Pieces: TypeAlias = AsyncIterator[pb.Piece]
 T = TypeVar("T")
@@ -62,11 +64,17 @@ class PartyServicer(AggregatorServicer):
         self._folder = str(folder)
         self._observed = observed
         self._trust = trust if trust is not None and trust.asks else None
-        self.callers = Callers(rounds.party.limits)
-        self._budget = ByteBudget(rounds.party.limits.max_bytes_at_once)
+        self._limits = rounds.party.limits
+        self._callers = Callers(self._limits)
+        self._budget = ByteBudget(self._limits.max_bytes_at_once)
         self._uploads = Batches(self._taken, "uploads")
         self._closing = ThreadPoolExecutor(_THREADS, "closing")
         self._else = ThreadPoolExecutor(_THREADS, "calls")
+
+    async def hold_to(self, limits: LimitsConfig) -> None:
+        """Take other limits, from the next call on."""
+        self._limits = self._callers.limits = limits
+        self._budget.resize(limits.max_bytes_at_once)
 
     # ---- the calls ----------------------------------------------------------------------------------
 
@@ -96,7 +104,7 @@ class PartyServicer(AggregatorServicer):
     async def Open(self, pieces: Pieces, context: Context) -> pb.Done:
         """Begin a round."""
         async with self._call("Open", context, cloud_only=True) as call:
-            head = await _head(pieces, call, _MAX_TERMS_BYTES)
+            head = await self._head(pieces, call, _MAX_TERMS_BYTES)
             async with self._budget.taken(head.size):
                 await _in(self._else, self._open, head.round, await self._body(pieces, head.size))
             return pb.Done()
@@ -104,7 +112,7 @@ class PartyServicer(AggregatorServicer):
     async def Upload(self, pieces: Pieces, context: Context) -> pb.Done:
         """Take one envelope."""
         async with self._call("Upload", context) as call:
-            head = await _head(pieces, call, self._rounds.party.limits.max_upload_bytes + _MAX_OUTSIDE)
+            head = await self._head(pieces, call, self._limits.max_upload_bytes + _MAX_OUTSIDE)
             if call.caller not in (None, CLOUD, head.device):
                 raise RefusalError(403, f"{call.caller!r} may not upload for {head.device}")
             _within(head.size, largest_envelope(self._rounds.terms(head.round).entries))
@@ -116,8 +124,7 @@ class PartyServicer(AggregatorServicer):
     async def Relay(self, pieces: Pieces, context: Context) -> pb.RelayReply:
         """Take many envelopes."""
         async with self._call("Relay", context, cloud_only=True) as call:
-            limit = self._rounds.party.limits.max_upload_bytes + _MAX_OUTSIDE
-            head = await _head(pieces, call, limit)
+            head = await self._head(pieces, call, self._limits.max_upload_bytes + _MAX_OUTSIDE)
             async with self._budget.taken(head.size):
                 body = await self._body(pieces, head.size)
                 return pb.RelayReply(refused=await _in(self._else, self._relay, head.round, body))
@@ -157,13 +164,13 @@ class PartyServicer(AggregatorServicer):
         try:
             if self._trust is not None and self._trust.revoked(_first(shown, "x509_pem_cert")):
                 raise RefusalError(403, "this certificate was revoked")
-            with self.callers.admitted(call.caller):
+            with self._callers.admitted(call.caller):
                 if cloud_only and call.caller not in (None, CLOUD):
                     raise RefusalError(403, f"{call.caller!r} may not open, close or relay rounds")
                 yield call
         except RefusalError as refusal:
             status, failure = refusal.status, (code_of(refusal.status), self._told(refusal))
-        except BusyError as error:
+        except TooManyCallsError as error:
             failure = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
         except PrivkdError as error:
             failure = grpc.StatusCode.UNAVAILABLE, self._told(error)
@@ -184,13 +191,26 @@ class PartyServicer(AggregatorServicer):
 
     def _told(self, error: PrivkdError) -> str:
         """What a caller is told: in one line, and nothing of where files lie."""
-        return " ".join(str(error).split()).replace(self._folder, "...")
+        text = " ".join(str(error).split()).replace(self._folder, "...")
+        # It travels in a header, which has its limits; a round's whole story is in its status.
+        kept = text.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
+        return text if kept == text else f"{kept} ..."
+
+    async def _head(self, pieces: Pieces, call: Call, limit: int) -> pb.Head:
+        """The head of a call's stream, whose body is at most ``limit`` bytes."""
+        async with asyncio.timeout(self._limits.request_seconds):
+            first = await anext(aiter(pieces), None)
+        if first is None or not first.HasField("head") or first.data:
+            raise RefusalError(400, "a stream's first piece has a head, and no data")
+        call.size = first.head.size
+        _within(first.head.size, limit)
+        return first.head
 
     async def _body(self, pieces: Pieces, size: int) -> bytes:
         """The rest of a call's stream, of ``size`` bytes as its head said."""
         parts: list[bytes] = []
         missing = size
-        async with asyncio.timeout(self._rounds.party.limits.request_seconds):
+        async with asyncio.timeout(self._limits.request_seconds):
             async for piece in pieces:
                 missing -= len(piece.data)
                 if piece.HasField("head") or missing < 0:
@@ -229,16 +249,6 @@ class PartyServicer(AggregatorServicer):
 def _first(shown: Mapping[str, Iterable[bytes]], name: str) -> bytes:
     """What a caller's certificate says under a name, or nothing."""
     return next(iter(shown.get(name, ())), b"")
-
-
-async def _head(pieces: Pieces, call: Call, limit: int) -> pb.Head:
-    """The head of a call's stream, whose body is at most ``limit`` bytes."""
-    first = await anext(aiter(pieces), None)
-    if first is None or not first.HasField("head") or first.data:
-        raise RefusalError(400, "a stream's first piece has a head, and no data")
-    call.size = first.head.size
-    _within(first.head.size, limit)
-    return first.head
 
 
 def _not_own(sent: _Sent) -> RefusalError | None:

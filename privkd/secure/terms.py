@@ -21,7 +21,7 @@ price that a single round may have. So an aggregator with a ``max_rho_total`` ad
 name, the rho of every attempt at a round of which it makes a share: zCDP composes additively, also where a
 round is chosen after the ones before were seen (Bun and Steinke 2016). A round without noise counts as
 infinite. The totals are of what is public: who took part in which round, and under how much noise. The
-journal keeps them.
+journal keeps them, also of rounds that it forgot.
 
 Neighbouring relation of all prices: zero out one device's whole contribution, in every round, the number of
 devices public.
@@ -31,7 +31,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -102,6 +102,8 @@ class RoundTerms(_Terms):
 
     Attributes:
         round: names the round; never used for two.
+        run: 64 hexadecimal digits that name the run, under which devices derive their sealing keys; empty
+            in a simulation, whose devices' secrets are of one run anyway.
         attempt: 0, and one more each time that a round comes to nothing and is abandoned by all aggregators.
         keys: the aggregators' X25519 public keys in hexadecimal, by rank.
         entries: length of each device's block.
@@ -119,6 +121,7 @@ class RoundTerms(_Terms):
     """
 
     round: Annotated[Whole, Field(ge=0, le=MAX_ROUND)]
+    run: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     attempt: Annotated[Whole, Field(ge=0, lt=MAX_ATTEMPTS)] = 0
     keys: Annotated[tuple[str, ...], Field(min_length=2)]
     entries: Annotated[Whole, Field(ge=1, le=_MAX_ENTRIES)]
@@ -128,7 +131,7 @@ class RoundTerms(_Terms):
     sigma2: str | None
     noise: Literal["aggregators", "devices"] = "aggregators"
     roster: Annotated[tuple[PartyId, ...], Field(min_length=1)]
-    expires: Whole
+    expires: Annotated[Whole, Field(ge=0, lt=2**63)]
     projections: Annotated[Whole, Field(ge=0, le=MAX_PROJECTIONS)] = 0
     votes: VoteTerms | None = None
     ring_bits: Literal[32] = 32
@@ -343,6 +346,11 @@ def session_mark(session: str) -> bytes:
     return hashlib.sha256(session.encode()).digest()
 
 
+def lease_of(session: str) -> str:
+    """Whose a session is: its name up to the first ``-``. Sessions of one lease take each other's place."""
+    return session.partition("-")[0]
+
+
 def agreed_in(partial: bytes) -> str:
     """The digest of the set that a partial result is over, in hexadecimal."""
     return partial[:_DIGEST].hex()
@@ -376,7 +384,7 @@ class DeviceTotals:
     """The devices' totals at one aggregator, in rho of zCDP. For one thread at a time.
 
     Attributes:
-        limit: the most for each device; ``None`` for no limit, and then nothing is added up.
+        limit: the most for each device; ``None`` for no limit.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -386,15 +394,18 @@ class DeviceTotals:
         self._spent: Counter[PartyId] = Counter()
         self._without_noise: Counter[PartyId] = Counter()
         self._charged: dict[int, tuple[tuple[PartyId, ...], Fraction | None]] = {}
+        # Of rounds that were forgotten; part of the above.
+        self._forgotten: tuple[Counter[PartyId], Counter[PartyId]] = Counter(), Counter()
 
     @classmethod
     def recalled(cls, limit: float | None, records: Iterable[dict[str, Any]]) -> Self:
         """The totals that a party's journal comes to, whatever its limit was when it was written."""
         totals = cls(limit)
-        if limit is None:
-            return totals
         prices: dict[int, Fraction | None] = {}
         for record in records:
+            if record["event"] == "compacted":
+                totals._take(record)
+                continue
             label = int(record["round"], 16)
             match record["event"]:
                 case "opened":
@@ -416,16 +427,42 @@ class DeviceTotals:
 
     def charge(self, label: int, devices: Sequence[PartyId], rho: Fraction | None) -> None:
         """Charge ``devices`` for the attempt ``label`` at a round: once, however often it is repeated."""
-        if self.limit is None or label in self._charged:
-            return
-        self._charged[label] = tuple(devices), rho
-        self._add(devices, rho, 1)
+        if label not in self._charged:
+            self._charged[label] = tuple(devices), rho
+            self._add(devices, rho, 1)
 
     def refund(self, label: int) -> None:
         """Take back what an attempt cost, which was abandoned, so that no share was or will be made of it."""
         if label in self._charged:
             devices, rho = self._charged.pop(label)
             self._add(devices, rho, -1)
+
+    def forgotten(self, labels: Collection[int]) -> dict[str, Any]:
+        """A record, for `recalled`, of what these attempts cost and those that were forgotten before."""
+        spent, without_noise = (counter.copy() for counter in self._forgotten)
+        for label in labels:
+            devices, rho = self._charged.get(label, ((), None))
+            for device in devices:
+                if rho is None:
+                    without_noise[device] += 1
+                else:
+                    spent[device] += _grains(rho)
+        return {"event": "compacted", "spent": dict(spent), "without_noise": dict(without_noise)}
+
+    def forget(self, labels: Collection[int]) -> None:
+        """Keep what these attempts cost, but not which they were: they are over for good."""
+        record = self.forgotten(labels)
+        self._forgotten = Counter(record["spent"]), Counter(record["without_noise"])
+        for label in labels:
+            self._charged.pop(label, None)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        for name, forgotten, total in (
+            ("spent", self._forgotten[0], self._spent),
+            ("without_noise", self._forgotten[1], self._without_noise),
+        ):
+            forgotten.update(record[name])
+            total.update(record[name])
 
     def _add(self, devices: Sequence[PartyId], rho: Fraction | None, sign: int) -> None:
         for device in devices:

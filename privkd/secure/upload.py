@@ -1,13 +1,22 @@
 """The device's side of a round: clip, encode, share, seal. Without torch and without CrypTen.
 
-Each share is sealed to one aggregator, so that files, pipes and the cloud carry it blind: X25519 with a fresh
-key for each envelope, HKDF-SHA256, AES-256-GCM. The header travels in clear and is authenticated. The key
-serves one envelope only, so the nonce is constant.
+Each share is sealed to one aggregator, so that files, pipes and the cloud carry it blind: X25519,
+HKDF-SHA256, AES-256-GCM. The header travels in clear and is authenticated.
+
+A device has one X25519 key a run, a function of its secret and the run's name, so that an aggregator agrees
+on a secret with it once a run (`SharedSecrets`) and not once an upload. Each envelope's AES key is derived
+of that secret under the envelope's own salt, both public keys and the header, which names the round, the
+attempt, the aggregator and when the round expires. The salt is a pseudo-random function, under the device's
+secret, of the content and of all terms, so two envelopes that differ in anything have different keys, and
+the nonce may be constant. One envelope's AES key tells nothing of another's. Whoever steals a device's
+secret, or an aggregator's sealing key, opens all that was sealed with it.
 """
 
 import hashlib
 import os
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -29,9 +38,11 @@ from privkd.secure.terms import MAX_DEVICE_NAME, RoundTerms
 
 UPLOAD_ID_BYTES = 16
 _MAGIC = b"PKDU"
-_VERSION = 1
-_FIXED = struct.Struct("<4sBBBBBIQ16sH")
+_VERSION = 2
+_FIXED = struct.Struct("<4sBBBBBIQQ16sH")
 _PUBLIC_KEY_BYTES = 32
+_SALT_BYTES = 32
+_MAX_KNOWN = 1 << 16
 _NONCE = bytes(12)
 _TAG_BYTES = 16
 _LENGTH = struct.Struct("<I")
@@ -83,16 +94,18 @@ def prepare(
 ) -> Upload:
     """A device's ``block`` of answers, of any shape with ``terms.entries`` entries, ready to be sent.
 
-    The block is clipped in L2 and truncated to integers of norm at most ``terms.bound``, exactly. One with a
-    value that is not finite is sent as zeros, so that no device betrays itself by failing. Where the devices
-    add the noise, this one adds its share. What is drawn (shares, keys, noise) is a function of
-    ``entropy``, round, device and content, so no two contents ever meet the same draw.
+    The block is clipped in L2 and truncated to integers of norm at most ``terms.bound``, exactly. One with
+    a value that is not finite is sent as zeros, so that no device betrays itself by failing. Where the
+    devices add the noise, this one adds its share. What is drawn (shares, salts, noise) is a function of
+    ``entropy``, round, device and content, so no two contents ever meet the same draw. The sealing key is
+    one of ``entropy``, the run and the device alone.
 
     Args:
         block: the answers.
         terms: of the round.
         device: this device's name.
-        entropy: 32 secret bytes; fresh from the operating system unless given. Simulations give their own.
+        entropy: 32 secret bytes, this device's root in every round of a run; fresh from the operating system
+            unless given, and then every upload costs each aggregator a key exchange.
 
     Raises:
         ChannelError: the block has another size; nothing is sent.
@@ -117,12 +130,16 @@ def seal_integers(
         integers = integers + discrete_gaussian(terms.device_variance, terms.entries, stream)
     upload_id = NoiseRoot(content).subkey("name")[:UPLOAD_ID_BYTES]
     shares = split(integers, len(terms.keys), own.stream("shares"))
+    sealing_key = root.subkey("sealing key", terms.run, device)
     envelopes = tuple(
         seal(
-            Header(terms.label, device, upload_id, party, len(shares), terms.entries, share.form),
+            Header(
+                terms.label, terms.expires, device, upload_id, party, len(shares), terms.entries, share.form
+            ),
             share,
             bytes.fromhex(key),
-            own.subkey("envelope", party),
+            sealing_key,
+            own.subkey("salt", party),
         )
         for party, (share, key) in enumerate(zip(shares, terms.keys, strict=True))
     )
@@ -134,12 +151,14 @@ class Header:
     """What an envelope says on its outside.
 
     Attributes:
+        expires: when the round does, so that no later round of its name takes the envelope.
         party: which of the ``parties`` aggregators it is for.
         entries: number of ring elements.
         upload_id: names the upload, so that aggregators agree on the same bytes of the same device.
     """
 
     round: int
+    expires: int
     device: PartyId
     upload_id: bytes
     party: int
@@ -159,6 +178,7 @@ class Header:
             self.form,
             self.entries,
             self.round,
+            self.expires,
             self.upload_id,
             len(name),
         )
@@ -175,40 +195,83 @@ def upload_identifier(round: int, device: PartyId, upload_id: bytes) -> bytes:
     return hashlib.sha256(round.to_bytes(8, "big") + upload_id + device.encode()).digest()
 
 
-def seal(header: Header, share: Share, recipient: bytes, own_key: bytes | None = None) -> bytes:
+class SharedSecrets:
+    """What an aggregator's key has agreed on with devices' keys: one key exchange a device and run.
+
+    Keeps one secret a device, of those heard of last; only of devices that proved to have their key by an
+    envelope that opens, so nobody pushes another's out by naming it. Safe to call from many threads.
+    """
+
+    def __init__(self, private_key: X25519PrivateKey, most: int = _MAX_KNOWN) -> None:
+        """None yet; at ``most`` so many are kept."""
+        self._private_key = private_key
+        self.public = private_key.public_key().public_bytes_raw()
+        self._most = most
+        self._known: OrderedDict[PartyId, tuple[bytes, bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, device: PartyId, public: bytes) -> bytes:
+        """The secret with ``device``'s key ``public``. Raises ``ValueError`` if that is no key."""
+        with self._lock:
+            known = self._known.get(device)
+        if known is not None and known[0] == public:
+            return known[1]
+        return self._private_key.exchange(X25519PublicKey.from_public_bytes(public))
+
+    def keep(self, device: PartyId, public: bytes, secret: bytes) -> None:
+        """Remember a secret under which an envelope of ``device`` opened."""
+        with self._lock:
+            self._known[device] = public, secret
+            self._known.move_to_end(device)
+            if len(self._known) > self._most:
+                self._known.popitem(last=False)
+
+
+def seal(
+    header: Header,
+    share: Share,
+    recipient: bytes,
+    own_key: bytes | None = None,
+    salt: bytes | None = None,
+) -> bytes:
     """The envelope of ``share`` for the aggregator whose 32-byte X25519 public key is ``recipient``.
 
-    ``own_key`` is the 32-byte private key of this envelope, fresh unless given. Given one, the envelope is
-    a function of the arguments; it must then serve one header and one share only.
+    ``own_key`` is the sender's 32-byte private key, and ``salt`` the envelope's 32 bytes; both fresh unless
+    given. Under one key no salt may serve two headers or shares. Given both, the envelope is a function of
+    the arguments.
     """
     outside = header.pack()
     own = X25519PrivateKey.generate() if own_key is None else X25519PrivateKey.from_private_bytes(own_key)
+    salt = os.urandom(_SALT_BYTES) if salt is None else salt
     own_public = own.public_key().public_bytes_raw()
     secret = own.exchange(X25519PublicKey.from_public_bytes(recipient))
-    key = _key(secret, own_public, recipient, outside)
-    return outside + own_public + AESGCM(key).encrypt(_NONCE, share.data, outside)
+    key = _key(secret, salt, own_public, recipient, outside)
+    return outside + own_public + salt + AESGCM(key).encrypt(_NONCE, share.data, outside)
 
 
-def unseal(envelope: bytes, private_key: X25519PrivateKey) -> tuple[Header, Share]:
-    """The header and the share of an envelope.
+def unseal(envelope: bytes, recipient: X25519PrivateKey | SharedSecrets) -> tuple[Header, Share]:
+    """The header and the share of an envelope; ``recipient``: the aggregator's key, and what it knows.
 
     Raises:
         ChannelError: it is malformed, was altered, or is sealed to another key.
     """
+    secrets = recipient if isinstance(recipient, SharedSecrets) else SharedSecrets(recipient)
     header, size = _parse(envelope)
-    outside, own_public = envelope[:size], envelope[size : size + _PUBLIC_KEY_BYTES]
+    outside, salted = envelope[:size], size + _PUBLIC_KEY_BYTES
+    own_public, salt = envelope[size:salted], envelope[salted : salted + _SALT_BYTES]
     try:
-        secret = private_key.exchange(X25519PublicKey.from_public_bytes(own_public))
-        key = _key(secret, own_public, private_key.public_key().public_bytes_raw(), outside)
-        data = AESGCM(key).decrypt(_NONCE, envelope[size + _PUBLIC_KEY_BYTES :], outside)
+        secret = secrets.of(header.device, own_public)
+        key = _key(secret, salt, own_public, secrets.public, outside)
+        data = AESGCM(key).decrypt(_NONCE, memoryview(envelope)[salted + _SALT_BYTES :], outside)
     except (InvalidTag, ValueError) as error:
         raise ChannelError(f"{header.device}: upload altered on its way, or sealed to another key") from error
+    secrets.keep(header.device, own_public, secret)
     return header, Share(header.form, data)
 
 
 def largest_envelope(entries: int) -> int:
     """Bytes that an envelope of a share ``[entry]`` has at most."""
-    beside = _FIXED.size + MAX_DEVICE_NAME + _PUBLIC_KEY_BYTES + _TAG_BYTES
+    beside = _FIXED.size + MAX_DEVICE_NAME + _PUBLIC_KEY_BYTES + _SALT_BYTES + _TAG_BYTES
     return beside + max(4 * entries, KEY_BYTES)
 
 
@@ -224,21 +287,22 @@ def header_of(envelope: bytes) -> Header:
 def _parse(envelope: bytes) -> tuple[Header, int]:
     try:
         fields = _FIXED.unpack_from(envelope)
-        magic, version, party, parties, ring, form, entries, round, upload_id, length = fields
+        magic, version, party, parties, ring, form, entries, round, expires, upload_id, length = fields
+        if magic == _MAGIC and version != _VERSION:
+            raise ChannelError(f"upload of version {version}: this party opens version {_VERSION} alone")
         size = _FIXED.size + length
-        header = Header(
-            round, envelope[_FIXED.size : size].decode(), upload_id, party, parties, entries, Form(form)
-        )
+        name = envelope[_FIXED.size : size].decode()
+        header = Header(round, expires, name, upload_id, party, parties, entries, Form(form))
     except (struct.error, ValueError) as error:
         raise ChannelError("upload with a malformed header") from error
-    if (magic, version, ring) != (_MAGIC, _VERSION, RING_BITS):
-        raise ChannelError("upload of a foreign kind, version or ring")
+    if (magic, ring) != (_MAGIC, RING_BITS):
+        raise ChannelError("upload of a foreign kind or ring")
     return header, size
 
 
-def _key(secret: bytes, own_public: bytes, recipient: bytes, outside: bytes) -> bytes:
-    info = b"privkd upload" + own_public + recipient + outside
-    return HKDF(hashes.SHA256(), 32, None, info).derive(secret)
+def _key(secret: bytes, salt: bytes, own_public: bytes, recipient: bytes, outside: bytes) -> bytes:
+    info = b"privkd upload 2" + own_public + recipient + outside
+    return HKDF(hashes.SHA256(), 32, salt, info).derive(secret)
 
 
 def packed(envelopes: Iterable[bytes]) -> bytes:

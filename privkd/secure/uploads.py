@@ -6,7 +6,10 @@ that many become durable with one sync; what a crash cut short at its end was ne
 files are written aside, synced and then renamed, so each is there whole or not at all.
 """
 
+import contextlib
+import errno
 import os
+import shutil
 import struct
 import tempfile
 import threading
@@ -24,6 +27,16 @@ from privkd.secure.upload import Header, header_of
 _UPLOADS, _TERMS, _SHARE = "uploads", "terms.json", "share"
 _RECORD = struct.Struct("<II")
 _ANOTHER = "{}: another upload in this round was accepted before; a retry sends the same bytes"
+
+
+class StorageError(ChannelError):
+    """Something cannot be written here now, such as on a full disk. It may be tried again; no path is
+    told."""
+
+    @classmethod
+    def of(cls, error: OSError) -> "StorageError":
+        """What a party says outside of ``error``; whoever raises it keeps that as the cause."""
+        return cls(f"this party cannot write to its disk ({error.strerror or 'cut off'}); try again later")
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,9 @@ class RoundUploads(Protocol):
         ...
 
     def add(self, header: Header, envelope: bytes) -> None:
-        """Take a device's upload, whose header was checked. It is kept once ``sync`` returns.
+        """Take a device's upload, whose header was checked.
 
-        The same bytes again change nothing.
+        It is kept if it is still held once ``sync`` returns. The same bytes again change nothing.
 
         Raises:
             ChannelError: other bytes of this device are held already, or cannot be compared.
@@ -68,7 +81,7 @@ class RoundUploads(Protocol):
         ...
 
     def sync(self) -> None:
-        """Make all that was added last. Raises `ChannelError` where it cannot be written."""
+        """Make all that was added last. Raises `StorageError` where it cannot be written."""
         ...
 
     def unread(self, devices: Sequence[PartyId]) -> Sequence[bytes]:
@@ -86,6 +99,10 @@ class RoundUploads(Protocol):
 
     def drop_uploads(self) -> None:
         """Forget the sealed uploads of a finished round."""
+        ...
+
+    def drop(self) -> None:
+        """Forget all of the round."""
         ...
 
 
@@ -129,6 +146,10 @@ class UploadsInMemory:
         """Forget all uploads."""
         self._kept.clear()
 
+    def drop(self) -> None:
+        """Forget all uploads; the rest goes with this object."""
+        self._kept.clear()
+
 
 class UploadsOnDisk:
     """`RoundUploads` in a folder."""
@@ -145,53 +166,57 @@ class UploadsOnDisk:
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
         self._places: dict[PartyId, _Place] = {}
-        self._waiting: dict[PartyId, bytes] = {}
-        self._end = 0
+        self._waiting: dict[PartyId, tuple[Header, bytes]] = {}
+        self._durable = 0
         try:
             for start, envelope in _records(self._log, checked=True):
                 header = header_of(envelope)
                 self._places[header.device] = _Place(header, start, len(envelope))
-                self._end = start + len(envelope)
-            if self._log.stat().st_size > self._end:
-                os.truncate(self._log, self._end)
+                self._durable = start + len(envelope)
+            if self._log.stat().st_size > self._durable:
+                os.truncate(self._log, self._durable)
         except OSError as error:
             raise ChannelError(f"spool {folder}: {error.strerror or error}") from error
-        self._durable = self._end
 
     @classmethod
     def create(cls, folder: Path, terms: RoundTerms) -> "UploadsOnDisk":
-        """A new round's."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / _TERMS, terms.pack())
-        (folder / _UPLOADS).touch()
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        """A new round's.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Last: a folder without terms is none of a round.
+            (folder / _UPLOADS).touch()
+            write_durably(folder / _TERMS, terms.pack())
+            sync_folder(folder.parent)
+        except OSError as error:
+            raise StorageError.of(error) from error
         return cls(folder, terms)
 
     @property
     def held(self) -> dict[PartyId, Header]:
         """The header of each device's upload; all of them are durable."""
-        self.sync()
+        with contextlib.suppress(StorageError):
+            self.sync()
         with self._lock:
             return {device: place.header for device, place in self._places.items()}
 
     def holds(self, device: PartyId) -> bool:
         """Whether there is an upload of this device."""
         with self._lock:
-            return device in self._places
+            return device in self._places or device in self._waiting
 
     def add(self, header: Header, envelope: bytes) -> None:
         """Take a device's upload; see `RoundUploads.add`."""
         with self._lock:
-            place = self._places.get(header.device)
-            if place is None:
-                start = self._end + _RECORD.size
-                self._places[header.device] = _Place(header, start, len(envelope))
-                self._waiting[header.device] = envelope
-                self._end = start + len(envelope)
+            place, waiting = self._places.get(header.device), self._waiting.get(header.device)
+            if place is None and waiting is None:
+                self._waiting[header.device] = header, envelope
                 return
-            kept = self._waiting.get(header.device)
-        if (self._read(place) if kept is None else kept) != envelope:
+        kept = waiting[1] if waiting is not None else self._read(place) if place is not None else b""
+        if kept != envelope:
             raise ChannelError(_ANOTHER.format(header.device))
 
     def _read(self, place: _Place) -> bytes:
@@ -199,34 +224,47 @@ class UploadsOnDisk:
             with self._log.open("rb", buffering=0) as log:
                 return os.pread(log.fileno(), place.size, place.start)
         except OSError as error:
-            raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
+            raise StorageError.of(error) from error
 
     def sync(self) -> None:
         """Make all that was added durable. Threads that wait while one syncs share the next.
 
         Raises:
-            ChannelError: the disk is full or not writable. What was added still waits for a sync.
+            StorageError: the disk is full or not writable. What it did not take is held no more, so that it
+                keeps nobody from closing the round over the rest.
         """
-        with self._lock:
-            wanted = self._end
         with self._syncing:
-            if self._durable >= wanted:
+            with self._lock:
+                batch = dict(self._waiting)
+            if not batch:
                 return
-            with self._lock:
-                batch, reached = dict(self._waiting), self._end
-            records = b"".join(part for envelope in batch.values() for part in (_head(envelope), envelope))
             try:
-                with self._log.open("r+b", buffering=0) as log:
-                    # Whatever a failed write left behind the end is overwritten.
-                    if os.pwrite(log.fileno(), records, self._durable) != len(records):
-                        raise OSError("the disk took a part of the uploads only")
-                    os.fdatasync(log.fileno())
+                places = self._written(batch)
             except OSError as error:
-                raise ChannelError(f"spool {self.folder}: {error.strerror or error}") from error
-            with self._lock:
-                for device in batch:
-                    del self._waiting[device]
-                self._durable = reached
+                raise StorageError.of(error) from error
+            else:
+                with self._lock:
+                    self._places |= places
+            finally:
+                with self._lock:
+                    for device in batch:
+                        del self._waiting[device]
+
+    def _written(self, batch: dict[PartyId, tuple[Header, bytes]]) -> dict[PartyId, _Place]:
+        """Where in the log the envelopes of a ``batch`` lie, which are durable when this returns."""
+        places, parts, end = {}, [], self._durable
+        for device, (header, envelope) in batch.items():
+            places[device] = _Place(header, end + _RECORD.size, len(envelope))
+            parts += [_head(envelope), envelope]
+            end += _RECORD.size + len(envelope)
+        records = b"".join(parts)
+        with self._log.open("r+b", buffering=0) as log:
+            # Whatever a failed write left behind the end is overwritten.
+            if os.pwrite(log.fileno(), records, self._durable) != len(records):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fdatasync(log.fileno())
+        self._durable = end
+        return places
 
     def unread(self, devices: Sequence[PartyId]) -> Sequence[bytes]:
         """None: the worker reads them."""
@@ -249,12 +287,20 @@ class UploadsOnDisk:
         with self._lock:
             os.truncate(self._log, 0)
 
+    def drop(self) -> None:
+        """Delete the round's folder: its terms first, as a folder without them is none of a round."""
+        (self.folder / _TERMS).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def stored_rounds(directory: Path) -> Iterator[UploadsOnDisk]:
-    """What a party's ``directory`` of rounds holds."""
+    """What a party's ``directory`` of rounds holds. Folders that were not yet, or are no more a round's
+    go."""
     for folder in sorted(directory.iterdir()):
         if (folder / _TERMS).is_file():
             yield UploadsOnDisk(folder, RoundTerms.unpack((folder / _TERMS).read_bytes()))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def stored_uploads(folder: Path) -> Iterator[tuple[PartyId, bytes]]:
@@ -296,7 +342,7 @@ def write_durably(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; it is on the disk when this returns.
 
     Raises:
-        ChannelError: the disk is full or not writable.
+        StorageError: the disk is full or not writable.
     """
     try:
         descriptor, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
@@ -311,7 +357,7 @@ def write_durably(path: Path, data: bytes) -> None:
             raise
         sync_folder(path.parent)
     except OSError as error:
-        raise ChannelError(f"spool {path.parent}: {error.strerror or error}") from error
+        raise StorageError.of(error) from error
 
 
 def sync_folder(folder: Path) -> None:

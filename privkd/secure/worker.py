@@ -3,10 +3,17 @@
 The process itself is ``privkd.secure.protocol``. It holds nothing that matters, so it may be killed at any
 moment and started again. Whoever starts it never imports torch.
 
-The parties' common streams, and so the third party's correlated randomness, are functions of their keys and
-the session's name. Under a name that was used before they would repeat, and mask other secrets than the first
-time. So every name is recorded before its worker starts, and none is taken twice: not after the worker died,
-and not after a service was started anew, whose record is ``sessions.jsonl``.
+A session's name is recorded before its worker starts, and none that is recorded is taken again: not after the
+worker died, and not after a service was started anew, whose record is ``sessions.jsonl``. It holds the last
+thousand names or more. Nothing secret rests on it, as the parties' common streams are others in every session
+(``privkd.secure.peers``); it keeps shares of a vote apart that two sessions made.
+
+**Runs in turn.** A session is of a run's lease, the part of its name before the ``-``. At rank 0 a lease
+has the workers while a round is being closed, and for up to ``lease_seconds`` from when it was granted
+until its round is closed. Another is told meanwhile that they are busy, and queues by asking again. Once
+some other waits, a lease that had the workers for ``lease_seconds`` has to queue too, before its next
+round. The other parties follow rank 0, but let no round be ended that they are still closing. A lease takes
+the place of its own sessions at any time: the workers of the one before may wait for one that failed.
 """
 
 import contextlib
@@ -19,17 +26,17 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import privkd
-from privkd.errors import ChannelError, RefusalError
+from privkd.errors import ChannelError, RefusalError, RunError
 from privkd.secure.frames import Frame, Kind, Link, LinkClosedError, WorkerSetup
 from privkd.secure.party import Party
-from privkd.secure.terms import session_mark
+from privkd.secure.terms import lease_of, session_mark
 
 _MODULE = "privkd.secure.protocol"
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -38,20 +45,39 @@ _REAP_SECONDS = 0.5
 _START_PATIENCE = 4
 _PING_SECONDS = 1.0
 _SILENT_SECONDS = 2 * _PING_SECONDS
+_QUEUE_SECONDS = 10.0
+_KEPT_SESSIONS = 1000
 
 
 class WorkerError(ChannelError):
     """A worker died, hangs or failed. Nothing was released, and the step may be tried again."""
 
 
+class BusyError(WorkerError):
+    """The workers are another run's now. They may be asked for again, and come to everybody in turn."""
+
+
 class Records(Protocol):
-    """Where decisions are recorded: a `privkd.journal.Journal`, or a list where nothing is to outlive us."""
+    """Where decisions are recorded: a `privkd.journal.Journal`, or in memory where nothing is to outlive
+    us."""
 
     def append(self, record: dict[str, Any], /) -> None:
         """Add a record; it lasts when this returns."""
         ...
 
+    def replace(self, records: Sequence[dict[str, Any]], /) -> None:
+        """Keep these records alone, in place of all."""
+        ...
+
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+
+class RecordsInMemory(list[dict[str, Any]]):
+    """`Records` that end with this object."""
+
+    def replace(self, records: Sequence[dict[str, Any]], /) -> None:
+        """Keep these records alone."""
+        self[:] = records
 
 
 class Worker:
@@ -247,9 +273,20 @@ class WorkerSupervisor:
         sessions: Records,
         *,
         name: str,
+        insist: Callable[[Callable[[], None]], None] = lambda write: write(),
     ) -> None:
-        """Take up the names of the ``sessions`` so far; nothing is started yet. ``name``: see `Worker`."""
+        """Take up the names of the ``sessions`` so far; nothing is started yet.
+
+        Args:
+            party: whose worker it is.
+            sealing_key: the party's.
+            noise_key: the party's.
+            sessions: a record of each name that was used.
+            name: see `Worker`.
+            insist: how to write what must be written even on a full disk.
+        """
         self._sessions = sessions
+        self._insist = insist
         self._used = {record["session"] for record in sessions}
         self._party = party
         self._sealing_key = sealing_key
@@ -257,6 +294,10 @@ class WorkerSupervisor:
         self._name = name
         self._changing = threading.Lock()
         self._port = 0
+        self._granted = self._held_until = 0.0
+        self._engaged = 0
+        # Leases that were told to wait, in that order, and when they last asked.
+        self._queue: dict[str, float] = {}
         self.worker: Worker | None = None
 
     @property
@@ -275,30 +316,77 @@ class WorkerSupervisor:
         worker lives, the same session again changes nothing.
 
         Args:
-            session: names the group of workers, and no other before or after.
+            session: names the group of workers, and no other before or after; see the module.
             port: of rank 0's rendezvous; rank 0 itself needs none, and binds it.
 
         Raises:
             RefusalError: the name was used before, or the port is missing.
+            BusyError: the workers are another lease's.
             RunError: the name cannot be recorded.
             WorkerError: the worker cannot be started.
         """
         with self._changing:
-            if self.worker is not None and self.worker.session == session and self.worker.alive:
+            worker, now = self.worker, time.monotonic()
+            if worker is not None and worker.session == session and worker.alive:
+                self._held_until = now + self._party.limits.lease_seconds
                 return self._port
             if session_mark(session).hex() in self._used:
                 raise RefusalError(409, "the name of this session was used before; take a new one")
+            if self._party.rank != 0 and port is None:
+                raise RefusalError(400, "a session needs the port of rank 0's rendezvous")
+            self._take_turn(lease_of(session), now)
             self._end()
             if self._party.rank == 0:
                 with self._bind() as listener:
                     self._port = listener.getsockname()[1]
                     self.worker = self._start(session, listener)
             else:
-                if port is None:
-                    raise RefusalError(400, "a session needs the port of rank 0's rendezvous")
-                self._port = port
+                self._port = port or 0
                 self.worker = self._start(session, None)
             return self._port
+
+    def _take_turn(self, lease: str, now: float) -> None:
+        """Give the workers to a lease. Raises `BusyError` where it is not its turn, and notes that it
+        waits."""
+        worker, arbiter = self.worker, self._party.rank == 0
+        mine = worker is not None and lease_of(worker.session) == lease
+        busy = self._engaged > 0 or (arbiter and now < self._held_until)
+        if not (mine and busy):
+            first = next(iter(self._waiting(now)), lease)
+            if (worker is not None and worker.alive and busy) or (arbiter and first != lease):
+                self._queue[lease] = now
+                raise BusyError(f"{self._party.name} is busy with another run's round; try again")
+            self._granted = now
+        self._queue.pop(lease, None)
+        self._held_until = now + self._party.limits.lease_seconds
+
+    def _waiting(self, now: float) -> dict[str, float]:
+        """The queue, without those who do not ask any more."""
+        self._queue = {lease: asked for lease, asked in self._queue.items() if now - asked < _QUEUE_SECONDS}
+        return self._queue
+
+    @contextlib.contextmanager
+    def closing(self, session: str) -> Iterator[None]:
+        """Within, a round is being closed in ``session``, if that is the one that is on. Its lease ends then.
+
+        Raises:
+            BusyError: the session's lease had its turn, and others wait.
+        """
+        with self._changing:
+            worker, now = self.worker, time.monotonic()
+            ours = worker is not None and worker.session == session
+            had_turn = now - self._granted > self._party.limits.lease_seconds
+            if ours and had_turn and not self._engaged and self._waiting(now).keys() - {lease_of(session)}:
+                self._end()
+                raise BusyError(f"{self._party.name}: it is another run's turn; try again")
+            self._engaged += ours
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._engaged -= ours
+                if ours and self.worker is worker:
+                    self._held_until = time.monotonic()
 
     def _bind(self) -> socket.socket:
         peers = self._party.peers
@@ -311,21 +399,30 @@ class WorkerSupervisor:
 
     def _start(self, session: str, listener: socket.socket | None) -> Worker:
         mark = session_mark(session).hex()
-        self._sessions.append({"session": mark})
+        self._insist(lambda: self._sessions.append({"session": mark}))
         self._used.add(mark)
+        self._forget_sessions()
         party = self._party
         setup = WorkerSetup(
             rank=party.rank,
             parties=party.parties,
             host=party.peers.host,
             port=self._port,
-            interface=party.peers.interface,
             sealing_key=self._sealing_key.private_bytes_raw().hex(),
             noise_key=self._noise_key.hex(),
             members=party.members,
             session=session,
         )
         return Worker(setup, self._name, listener, start_seconds=party.limits.start_seconds)
+
+    def _forget_sessions(self) -> None:
+        if len(self._used) < 2 * _KEPT_SESSIONS:
+            return
+        latest = list(self._sessions)[-_KEPT_SESSIONS:]
+        # Where the disk is full, the next session tries again.
+        with contextlib.suppress(RunError):
+            self._sessions.replace(latest)
+            self._used = {record["session"] for record in latest}
 
     def ask(self, session: str, kind: Kind, body: bytes, uploads: Iterable[bytes] = ()) -> bytes:
         """What the session's worker answers to a step; ``uploads``: see `Worker.call`.

@@ -20,6 +20,7 @@ from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, Total, UnreachableError
 from privkd.secure.keys import make_keys
 from privkd.secure.party import load_party
+from privkd.secure.rounds import Rounds
 from privkd.secure.service import Service
 from privkd.secure.terms import RoundTerms, set_digest
 from privkd.secure.upload import Upload, prepare, upload_identifier
@@ -91,6 +92,13 @@ class Rig:
             )
             for key in self.noise_keys
         )
+
+
+def take(rounds: Rounds, label: int, envelope: bytes) -> None:
+    """One upload, or why it is not accepted."""
+    (failure,) = rounds.upload_many([(label, envelope)])
+    if failure is not None:
+        raise failure
 
 
 def block(seed: int, entries: int = ENTRIES) -> Integers:

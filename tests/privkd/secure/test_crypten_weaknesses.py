@@ -4,31 +4,42 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 PRELUDE = """
-import json, socket, sys
+import json, os, socket, sys
 import numpy as np, torch
 from privkd.secure.crypten_backend import *
-from privkd.secure.crypten_backend import _draw, set_group, _serve_store
-from privkd.secure.crypten_backend import CryptoGenerator, PartyKeys
+from privkd.secure.peers import PartyKeys
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 import torch.distributed as dist
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 listener = socket.socket(fileno=int(sys.argv[3])) if rank == 0 else None
+aggregators = 2
+
+def stock():
+    os.environ |= {"DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": "file://" + sys.argv[4], "WORLD_SIZE": "2",
+                   "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    crypten.init()
+
+def ours(members):
+    keys = PartyKeys(rank, own[rank], public[:members], "session")
+    if rank == aggregators:
+        ThirdParty(keys, aggregators, port=port, host="127.0.0.1")
+    return CryptenBackend(keys, aggregators, port=port, host="127.0.0.1", listener=listener)
 own = [X25519PrivateKey.from_private_bytes(bytes([i + 1]) * 32) for i in range(3)]
-members = tuple(key.public_key().public_bytes_raw() for key in own)
-keys = PartyKeys(rank, own[rank], members, "session")
+public = tuple(key.public_key().public_bytes_raw() for key in own)
 """
 
 REVEAL = """
-backend = CryptenBackend(rank, 2, port=port, listener=listener)
+stock()
 held = []
-stock = dist.reduce
+reduce = dist.reduce
 def watched(tensor, *args, **kwargs):
-    stock(tensor, *args, **kwargs)
+    reduce(tensor, *args, **kwargs)
     held.append(tensor.clone())
 dist.reduce = watched
 secret = torch.arange(1000, 2200)
@@ -37,16 +48,16 @@ share = mask if rank == 0 else secret - mask
 crypten.mpc.MPCTensor.from_shares(share, precision=0).reveal(dst=0)
 leaked = int((held[0] == secret).sum())
 held.clear()
-mine = backend.noisy_sum([share.numpy().astype(np.uint32)], None)
+mine = ours(2).noisy_sum([share.numpy().astype(np.uint32)], None)
 shown = len(held) + int((mine.astype(np.int64) == secret.numpy()).sum())
 print(json.dumps([leaked, shown]))
 """
 
 TRIPLES = """
-if rank == 2:
-    ThirdParty(2, port=port, host="127.0.0.1", interface="", keys=keys)
-    print("null"); sys.exit()
-backend = CryptenBackend(rank, 2, port=port, listener=listener, keys=keys if OURS else None)
+if OURS:
+    backend = ours(3)
+else:
+    stock()
 drawn, opened = [], []
 module = ttp_provider if OURS else tfp_provider
 draw = module.generate_random_ring_element
@@ -71,13 +82,13 @@ print(json.dumps([right, recovered]))
 """
 
 
-def played(script: str, ranks: int) -> list[object]:
-    """What each rank's process prints last."""
+def played(script: str, ranks: int, place: Path) -> list[object]:
+    """What each aggregator's process prints last; ``place`` is empty."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         port, fd = listener.getsockname()[1], listener.fileno()
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", PRELUDE + script, str(rank), str(port), str(fd)],
+                [sys.executable, "-c", PRELUDE + script, str(rank), str(port), str(fd), str(place / "meet")],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -115,8 +126,8 @@ def test_torch_seeds_have_32_bits_and_our_keys_256() -> None:
 
 
 @pytest.mark.slow
-def test_a_reveal_to_one_shows_the_other_and_ours_shows_nobody() -> None:
-    shown = played(REVEAL, 2)
+def test_a_reveal_to_one_shows_the_other_and_ours_shows_nobody(tmp_path: Path) -> None:
+    shown = played(REVEAL, 2, tmp_path)
     leaked, ours = shown[1]  # type: ignore[misc]
     assert leaked >= 500, "CrypTen's reveal(dst) is mended: say so where we work round it"
     assert ours == 0
@@ -124,10 +135,12 @@ def test_a_reveal_to_one_shows_the_other_and_ours_shows_nobody() -> None:
 
 
 @pytest.mark.slow
-def test_the_first_party_reads_secrets_off_its_triples_and_with_a_third_party_it_does_not() -> None:
-    right, recovered = played("OURS = False\n" + TRIPLES, 2)[0]  # type: ignore[misc]
+def test_the_first_party_reads_secrets_off_its_triples_and_with_a_third_party_it_does_not(
+    tmp_path: Path,
+) -> None:
+    right, recovered = played("OURS = False\n" + TRIPLES, 2, tmp_path)[0]  # type: ignore[misc]
     assert right
     assert recovered == 500, "CrypTen's first party learns no triples: say so where we work round it"
-    for right, recovered in played("OURS = True\n" + TRIPLES, 3):  # type: ignore[misc]
+    for right, recovered in played("OURS = True\n" + TRIPLES, 3, tmp_path):  # type: ignore[misc]
         assert right
         assert recovered == 0

@@ -3,6 +3,7 @@
 Each member has a folder of its own, and only what is public is copied from one to another, as people would.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -25,6 +26,7 @@ import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from fuzzing import damaged, fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 from pages import ROOT, commands_of
@@ -36,6 +38,8 @@ from privkd.secure import certificates
 from privkd.secure.authority import Authority, approve
 from privkd.secure.certificates import Role, fingerprint, load_certificate, load_request, request, role_of
 from privkd.secure.client import ClientTls, ServiceLink, service_links
+from privkd.secure.enrolment import approve_shown
+from privkd.secure.inventory import inventory
 from privkd.secure.party import load_party
 from privkd.secure.revocation import RevocationList
 
@@ -448,6 +452,56 @@ def test_a_request_that_was_altered_or_is_no_member_s_is_refused(authority: Path
     assert Authority(authority).issued == []
 
 
+def test_the_approver_may_say_no(authority: Path, tmp_path: Path) -> None:
+    asked, said = request("box", tmp_path), []
+    with pytest.raises(ConfigError, match="not approved"):
+        approve_shown(asked, authority, ask=lambda words: bool(said.append(words)))
+    (words,) = said
+    assert fingerprint(load_request(asked).key) in words
+    assert Authority(authority).issued == []
+    assert str(authority / "issued" / "box.pem") in approve_shown(asked, authority, ask=lambda _: True)
+
+
+def test_a_list_that_a_crash_left_behind_is_written_again(authority: Path, tmp_path: Path) -> None:
+    shown = approve(request("box", tmp_path), authority).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Authority, "_write_revoked", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Authority(authority).revoke("box")
+    assert not RevocationList(authority / "crl.pem", authority / "ca.pem").revoked(shown)
+    refused("no certificate", "keys", "revoke", "box", "--authority", authority)
+    assert RevocationList(authority / "crl.pem", authority / "ca.pem").revoked(shown)
+
+
+def interrupted(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["request", "certificate", "list"])
+def test_damaged_files_are_refused_in_words(authority: Path, tmp_path: Path, kind: str) -> None:
+    """Whatever is wrong with one, it is said in one line, and nothing else is raised."""
+    asked = request("party-0", tmp_path, ["a.example", "10.0.0.1"])
+    made = approve(asked, authority, role=Role.PARTY)
+    Authority(authority).revoke("party-0")
+    source, damaged_file = {
+        "request": (asked, tmp_path / "damaged.csr"),
+        "certificate": (made, tmp_path / "damaged.pem"),
+        "list": (authority / "crl.pem", tmp_path / "damaged.pem"),
+    }[kind]
+    first, *body, last = source.read_text().splitlines()
+
+    @fuzzed()
+    @given(damaged(base64.b64decode("".join(body))))
+    def damage(content: bytes) -> None:
+        damaged_file.write_text(f"{first}\n{base64.encodebytes(content).decode()}{last}\n")
+        (shown,) = inventory(damaged_file)
+        assert shown.line.isprintable()
+        if kind == "list":
+            or_refused(lambda _: RevocationList(damaged_file, authority / "ca.pem"), "")
+
+    damage()
+
+
 def test_a_certificate_ends_no_later_than_its_authority(tmp_path: Path) -> None:
     done("keys", "authority", "--out", tmp_path / "ca", "--days", 40)
     asked = request("box", tmp_path)
@@ -502,6 +556,7 @@ BAD = [
     (["party", "--rank", "0", "--host", "0.0.0.0"], "by which others reach"),
     (["party", "--rank", "0"], "hosts"),
     (["party", "--rank", "0", "--host", "a", "--port", "0"], "port=0"),
+    (["party", "--rank", "0", "--host", "a", "--listen", "everywhere"], "expected host:port"),
     (["party", "--rank", "2", "--host", "a"], "add --third-party"),
     (["party", "--rank", "3", "--host", "a", "--third-party"], "rank=3"),
     (["party", "--rank", "-1", "--host", "a"], "rank"),
@@ -539,12 +594,16 @@ def test_the_options_of_one_machine_go_with_no_command(tmp_path: Path) -> None:
     assert "Usage: " in done("keys")
     refused("missing option --out", "keys", "--parties", 3)
     refused("options stand after 'device'", "keys", "--out", tmp_path, "device", "box", "--out", tmp_path)
-    refused("never overwritten", "keys", "party", "--rank", 0, "--host", "a", "--out", again(tmp_path))
 
 
-def again(folder: Path) -> Path:
-    done("keys", "party", "--rank", 0, "--host", "a", "--out", folder / "party")
-    return folder / "party"
+def test_a_party_is_made_once(tmp_path: Path) -> None:
+    party = ("keys", "party", "--rank", 0, "--host", "a", "--out", tmp_path)
+    done(*party)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused("exists already", *party)
+    (tmp_path / "party.toml").unlink()
+    refused("never overwritten", *party)
+    assert {path: path.read_bytes() for path in before if path.exists()}.items() <= before.items()
 
 
 def test_secrets_that_others_may_read_are_refused_wherever_they_are_loaded(

@@ -1,5 +1,6 @@
 """The secure channel through real processes, and its parts against plain numpy."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from privkd.secure.shares import Form, Share, fitting_encoding, reconstruct, spl
 from privkd.secure.terms import RoundTerms, combine, set_digest
 from privkd.secure.upload import Header, seal, seal_integers, unseal, upload_identifier
 from privkd.secure.uploads import UploadsInMemory
+from privkd.secure.worker import RecordsInMemory
 
 ROOT = NoiseRoot.from_seed(8)
 RHO = 0.5
@@ -142,7 +144,7 @@ def test_what_one_aggregator_receives_is_uniform_noise(parties: int) -> None:
     received: list[list[NDArray[np.uint32]]] = [[] for _ in range(parties)]
     for device in device_names(20):
         for party, (share, key) in enumerate(zip(split(integers, parties), keys, strict=True)):
-            header = Header(0, device, bytes(16), party, parties, 1000, share.form)
+            header = Header(0, 1, device, bytes(16), party, parties, 1000, share.form)
             _, opened = unseal(seal(header, share, key.public_key().public_bytes_raw()), key)
             received[party].append(opened.expand(1000))
     for elements in received:
@@ -164,7 +166,7 @@ def test_shares_of_the_same_answers_never_repeat() -> None:
 
 def envelope(key: X25519PrivateKey, **changes: object) -> bytes:
     fields: dict[str, object] = {
-        "round": 3, "device": "device-0001", "upload_id": bytes(16), "party": 0, "parties": 2,
+        "round": 3, "expires": 1, "device": "device-0001", "upload_id": bytes(16), "party": 0, "parties": 2,
         "entries": 4, "form": Form.VECTOR,
     }  # fmt: skip
     header = Header(**(fields | changes))  # type: ignore[arg-type]
@@ -199,6 +201,9 @@ class NumpySupervisor:
         root = NoiseRoot(ROOT.subkey("party", rank))
         self.protocol = AggregatorProtocol(RingBackend(rank, group), key, root, "session")
 
+    def closing(self, session: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def ask(self, session: str, kind: Kind, body: bytes, uploads: Sequence[bytes] = ()) -> bytes:
         for upload in uploads:
             assert self.protocol.step(Frame(Kind.UPLOAD, upload)) is None
@@ -215,11 +220,11 @@ def run_parties(
     results: Results = [ChannelError("did not run")] * len(keys)
 
     def run(rank: int) -> None:
-        party = Party(
-            rank=rank, parties=len(keys), members=terms.keys, limits=LimitsConfig(minimum_devices=1)
-        )
-        supervisor = NumpySupervisor(rank, group, keys[rank])
-        rounds = Rounds(party, supervisor, journal=[], create=UploadsInMemory, sealing_key=keys[rank])  # type: ignore[arg-type]
+        limits = LimitsConfig(minimum_devices=1)
+        party = Party(rank=rank, parties=len(keys), members=terms.keys, limits=limits)
+        supervisor, key = NumpySupervisor(rank, group, keys[rank]), keys[rank]
+        journal = RecordsInMemory()
+        rounds = Rounds(party, supervisor, journal=journal, create=UploadsInMemory, sealing_key=key)  # type: ignore[arg-type]
         rounds.open(terms)
         rounds.upload_all(terms.label, uploads[rank])
         try:

@@ -31,7 +31,7 @@ from rig import LIMITS, Rig, block, services_inside, soon, sum_over, uploads_of
 from privkd.errors import ChannelError, ConfigError, RefusalError
 from privkd.secure import aggregator_pb2
 from privkd.secure.authority import Authority
-from privkd.secure.callers import BusyError, ByteBudget, Callers
+from privkd.secure.callers import ByteBudget, Callers, TooManyCallsError
 from privkd.secure.client import ClientTls, ServiceLink, send, service_links
 from privkd.secure.frames import Kind
 from privkd.secure.group import PartyGroup, UnreachableError
@@ -88,14 +88,15 @@ def test_the_protocol_says_how_long_an_envelope_is_and_what_lies_where(tmp_path:
     upload = seal_integers(np.zeros(7, np.int64), terms, "dévice")
     forms = set()
     for rank, envelope in enumerate(upload.envelopes):
-        assert envelope[:8] == b"PKDU" + bytes([1, rank, 2, 32])
+        assert envelope[:8] == b"PKDU" + bytes([2, rank, 2, 32])
         forms.add(envelope[8])
         assert int.from_bytes(envelope[9:13], "little") == 7
         assert int.from_bytes(envelope[13:21], "little") == terms.label
-        assert envelope[21:37] == upload.upload_id
-        size = int.from_bytes(envelope[37:39], "little")
-        assert envelope[39 : 39 + size].decode() == "dévice"
-        assert len(envelope) == 39 + size + 32 + {0: 4 * 7, 1: 32}[envelope[8]] + 16
+        assert int.from_bytes(envelope[21:29], "little") == terms.expires
+        assert envelope[29:45] == upload.upload_id
+        size = int.from_bytes(envelope[45:47], "little")
+        assert envelope[47 : 47 + size].decode() == "dévice"
+        assert len(envelope) == 47 + size + 32 + 32 + {0: 4 * 7, 1: 32}[envelope[8]] + 16
     assert forms == {0, 1}
 
 
@@ -350,14 +351,14 @@ def test_the_listener_for_operators_is_for_this_machine_alone(tmp_path: Path) ->
 def test_a_caller_is_held_to_its_part_and_others_are_not() -> None:
     callers = Callers(LimitsConfig(calls_per_caller=2, calls_per_second=0.5))
     with callers.admitted("a"), callers.admitted("a"):
-        with pytest.raises(BusyError, match="'a' has 2 calls on"), callers.admitted("a"):
+        with pytest.raises(TooManyCallsError, match="'a' has 2 calls on"), callers.admitted("a"):
             pass
         with callers.admitted("b"), callers.admitted(None), callers.admitted("cloud"):
             pass
     for _ in range(3):
         with callers.admitted("a"):
             pass
-    with pytest.raises(BusyError, match=r"more than 0\.5 times a second"), callers.admitted("a"):
+    with pytest.raises(TooManyCallsError, match=r"more than 0\.5 times a second"), callers.admitted("a"):
         pass
     for _ in range(100):
         with callers.admitted("cloud"), callers.admitted(None):
@@ -385,7 +386,10 @@ def test_bytes_are_given_out_in_order_and_come_back() -> None:
             await given_up
         await asyncio.gather(first, large, small)
         assert order == ["first", "larger than all", "small"]
-        assert budget._free == 10
+        budget.resize(4)
+        async with budget.taken(4):
+            assert budget._free == 0
+        assert budget._free == 4
 
     asyncio.run(play())
 
@@ -477,3 +481,17 @@ def test_an_error_tells_nothing_of_where_files_lie(tmp_path: Path) -> None:
             assert str(folder) not in str(caught.value)
             assert "\n" not in str(caught.value)
         link.close()
+
+
+def test_each_attempt_is_given_twice_the_time_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, given = ServiceLink("grpc://127.0.0.1:1"), []
+
+    def late(name: str, request: object, deadline: float) -> None:
+        given.append(deadline - time.monotonic())
+        if len(given) < 4:
+            raise UnreachableError("late")
+
+    monkeypatch.setattr(link, "call", late)
+    link.upload(1, "device-0", b"", soon(100))
+    assert given[:3] == pytest.approx([15, 30, 60], abs=1)
+    assert given[3] < 100, "none is longer than the deadline"

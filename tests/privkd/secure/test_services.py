@@ -206,6 +206,14 @@ def test_below_the_minimum_nothing_is_released_ever(rig: Rig) -> None:
     assert not rig.journal(0, "agreed", terms)
 
 
+def test_a_reason_as_long_as_a_crowd_is_told_in_part(rig: Rig) -> None:
+    """Whole, it would not fit where gRPC carries it, and the round look as if it could be closed yet."""
+    terms = rig.open(devices=2000, minimum=2)
+    with pytest.raises(RefusalError, match=r"0 uploads agreed, fewer than 2.*device-0: no upload.* \.\.\.$"):
+        rig.close(terms)
+    assert "device-1999: no upload" in rig.service(0).status(terms.label, soon())["failure"]
+
+
 def test_an_expired_round_takes_and_releases_nothing(rig: Rig) -> None:
     terms = rig.open(expires=int(time.time()) + 2)
     uploads = uploads_of(terms)
@@ -697,7 +705,7 @@ def test_a_service_stopped_while_starting_keeps_nobody_waiting(monkeypatch: pyte
 
     monkeypatch.setattr(local_module, "_launch", stopped)
     with pytest.raises(ChannelError, match="aggregator-1 is stopped or stuck"):
-        LocalParties(2, start_seconds=5.0)
+        LocalParties(2, start_seconds=20.0)
     for pid in launched:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
