@@ -108,8 +108,8 @@ class Agreement:
 
 
 class Cost(Record):
-    """What a run costs one unit, at the owner's delta: ``epsilon`` of the run, what was ``before``, what all
-    comes to ``after``, and the ``budget`` for good."""
+    """What a run costs one unit, at the owner's delta: ``epsilon`` of all its rounds, what other runs cost
+    ``before``, what all comes to ``after``, and the ``budget`` for good."""
 
     unit: Unit
     epsilon: Real
@@ -205,8 +205,8 @@ def agree(owner: Owner, folder: Path, digest: str) -> Proposal:
 def _proposal(owner: Owner, agreement: Agreement) -> Proposal:
     published, plan = agreement.published, agreement.plan
     costs = (
-        _cost(owner, Unit.RECORD, [plan.record_event] * plan.rounds),
-        _cost(owner, Unit.DEVICE, [plan.device_event] * plan.rounds),
+        _cost(owner, agreement.run, Unit.RECORD, [plan.record_event] * plan.rounds),
+        _cost(owner, agreement.run, Unit.DEVICE, [plan.device_event] * plan.rounds),
     )
     return Proposal(
         run=agreement.run,
@@ -219,9 +219,10 @@ def _proposal(owner: Owner, agreement: Agreement) -> Proposal:
     )
 
 
-def _cost(owner: Owner, unit: Unit, events: list[PrivacyEvent]) -> Cost:
+def _cost(owner: Owner, run: str, unit: Unit, events: list[PrivacyEvent]) -> Cost:
     ledger, delta = read_ledger(owner), owner.budget.delta
-    before = () if ledger is None else ledger.events(unit, owner.name)
+    booked = () if ledger is None else ledger.charges(unit, owner.name)
+    before = [charge.event for charge in booked if not charge.label.startswith(run)]
     budgets = owner.budget.budgets if ledger is None else ledger.budgets
     return Cost(
         unit=unit,

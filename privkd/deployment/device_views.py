@@ -19,7 +19,6 @@ from privkd.deployment.device_state import (
     Seen,
     Trained,
     agreed_runs,
-    private_folder,
     read_ledger,
     round_file,
     run_folder,
@@ -123,7 +122,6 @@ class Status(Record, Value):
 
 def status(owner: Owner) -> Status:
     """How the device fares. Raises `RunError` where its state is damaged."""
-    private_folder(owner.state)
     kept = owner.state / STATUS_FILE
     seen = Seen.read(kept) if kept.exists() else Seen()
     ledger, now = read_ledger(owner), time.time()
@@ -137,7 +135,7 @@ def status(owner: Owner) -> Status:
         refusals=seen.refusals,
         spent=() if ledger is None else tuple(_spent(owner, ledger, unit) for unit in Unit),
         clock=now,
-        free_bytes=shutil.disk_usage(owner.state).free,
+        free_bytes=shutil.disk_usage(owner.state if owner.state.exists() else owner.state.parent).free,
         certificate_days=days,
         warnings=tuple(_warnings(seen, now, days)),
     )

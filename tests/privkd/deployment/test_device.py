@@ -398,6 +398,15 @@ class TestAgreeing:
         assert (record.before, record.budget, found.refused) == (0.0, 3.0, None)
         assert not device.owner.state.exists()
 
+    def test_says_what_other_runs_cost_before(self, device: Box, cloud: Clouds) -> None:
+        device(cloud.ask())
+        other = clouds("reverse.trust=1.9")
+        found = show(device.owner, other.write(device.folder / "other"))
+        assert found.costs[0].before == pytest.approx(2.03, abs=0.01)
+        assert "for good" in str(found.refused)
+        again = agree(device.owner, device.folder / "plan", cloud.published.digest)
+        assert again.costs[0].before == 0.0, "its own rounds are not counted twice"
+
     @pytest.mark.parametrize(
         ("bounds", "named"),
         [
