@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from privkd.deployment.desk import Desk
-from privkd.deployment.kits import COURIER_CLASS, ROUNDS_CLASS, nvflare
+from privkd.deployment.kits import COURIER_CLASS, ROUNDS_CLASS, enforce, nvflare
 from privkd.errors import ConfigError, RunError
 from privkd.privacy.events import PartyId
 
@@ -150,10 +150,13 @@ def run_courier(kit: Path, socket: Path) -> NoReturn:
 
     Raises:
         ConfigError: it is no kit, or NVFlare is not installed.
+        RunError: the kit is damaged, or another user's.
     """
     command, own = courier_command(kit, socket)
     if find_spec("nvflare") is None:
         raise ConfigError("the courier is NVFlare, which is not installed: pip install 'privkd[nvflare]'")
+    # It may have been moved, edited, or written by an older version.
+    enforce(kit)
     # NVFlare leaves the folder of each job that it ran.
     for old in kit.iterdir():
         if _JOB.fullmatch(old.name):
