@@ -224,12 +224,16 @@ class TestCarrier:
         carrier = FlareCarrier(Path(engine.path), operator)
         engine.online = [[], ["a"]]
         assert carrier.ask({"a": b"x"}, 30.0) == {"a": b"X"}
+        assert engine.removed == ["1"], "a device that comes back finds one job, not all of them"
         carrier.close()
 
-    def test_a_server_that_is_away_is_tried_again(self, operator: Path, engine: Engine) -> None:
+    def test_a_server_that_is_away_is_tried_again(
+        self, operator: Path, engine: Engine, caplog: pytest.LogCaptureFixture
+    ) -> None:
         carrier = FlareCarrier(Path(engine.path), operator)
         engine.refusals, engine.online = 2, [["a"]]
         assert carrier.ask({"a": b"x"}, 30.0) == {"a": b"X"}
+        assert "the server is away" in caplog.text
         carrier.close()
 
     def test_time_brings_what_came_and_takes_the_job_back(self, operator: Path, engine: Engine) -> None:

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 def rig() -> Iterator[FlareRig]:
     running = FlareRig()
     try:
+        running.start_all()
         yield running
     finally:
         running.close()

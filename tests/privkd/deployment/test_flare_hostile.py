@@ -65,8 +65,8 @@ def hostile() -> Iterator[FlareRig]:
         (policy / "authorization.json").write_text(json.dumps(rights))
         for ours in (rig.kit(OPEN) / "local").glob("*.json"):
             ours.unlink()
-        for name in ("cloud", OPEN):
-            rig.restart(name)
+        rig.start_all("cloud", OPEN)
+        assert all(rig.until("cloud", f"New client {name}@") for name in DEVICES)
         yield rig
     finally:
         rig.close()
@@ -93,7 +93,7 @@ def submit(rig: FlareRig, folder: Path, executor: str, arguments: dict[str, Any]
     nvflare("job", "submit", "-j", str(folder), "--startup-kit", startup)
 
 
-def soon(found: Callable[[], bool], seconds: float = 90.0) -> bool:
+def soon(found: Callable[[], bool], seconds: float = 120.0) -> bool:
     """Whether it comes true within ``seconds``."""
     end = time.monotonic() + seconds
     while not found() and time.monotonic() < end:
@@ -101,18 +101,13 @@ def soon(found: Callable[[], bool], seconds: float = 90.0) -> bool:
     return found()
 
 
-def connected(rig: FlareRig) -> None:
-    for name in DEVICES:
-        assert rig.until(name, "Successfully registered client"), rig.log(name)[-2000:]
-
-
 def test_code_of_a_job_runs_on_no_device_that_has_our_policy(hostile: FlareRig) -> None:
-    connected(hostile)
     stolen = hostile.base / "stolen"
     stolen.mkdir()
     stolen.chmod(0o777)
     submit(hostile, hostile.base / "job-code", "thief.Thief", {"folder": str(stolen)}, code=CODE)
     assert soon(lambda: (stolen / OPEN).exists()), "the attack is none"
+    assert hostile.until("cloud", f"to be deployed to the clients: {','.join(DEVICES)} ")
     assert hostile.until("cloud", f"for clients: {OPEN}\n")
     assert hostile.until("cloud", "Server app stopped")
     assert [path.name for path in stolen.iterdir()] == [OPEN]
