@@ -5,6 +5,7 @@ a client that restarts does not rejoin one that runs; so whoever was away is in 
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from privkd.deployment.desk import Desk
-from privkd.deployment.kits import COURIER_CLASS, ROUNDS_CLASS, nvflare
+from privkd.deployment.kits import COURIER_CLASS, ROUNDS_CLASS, enforce, nvflare
 from privkd.errors import ConfigError, RunError
 from privkd.privacy.events import PartyId
 
+_LOG = logging.getLogger(__name__)
 _QUIET = 60.0
 """Jobs that are quiet for so long were lost with their server, or found no device: there is another."""
 _GRACE = 10.0
@@ -59,9 +61,13 @@ class FlareCarrier:
         jobs: list[str] = []
         ticket = ""
         while not self._desk.wait(min(_PAUSE, until - time.monotonic())) and time.monotonic() < until:
-            wanted = self._wanted(ticket)
+            lost = self._desk.quiet() > _QUIET
+            wanted = self._desk.missing() if lost or not ticket else self._left_out(ticket)
             if not wanted:
                 continue
+            if lost:
+                self._remove(jobs, running=True)
+                jobs = []
             ticket = self._desk.ticket()
             jobs += self._submit(ticket, wanted, until)
             # Those of the ask before have ended by now, and the devices are at work.
@@ -74,10 +80,8 @@ class FlareCarrier:
             self._ended += jobs
         return answers
 
-    def _wanted(self, ticket: str) -> list[PartyId]:
-        """Whom the next job is for: nobody, while the last one may still find them."""
-        if not ticket or self._desk.quiet() > _QUIET:
-            return self._desk.missing()
+    def _left_out(self, ticket: str) -> list[PartyId]:
+        """Whom the last job began without; nobody, while it may still find them."""
         shown = self._desk.shown(ticket)
         return self._desk.uncollected() if shown is not None and shown > _GRACE else []
 
@@ -94,7 +98,8 @@ class FlareCarrier:
             while (left := until - time.monotonic()) > 0:
                 try:
                     return [str(nvflare("job", "submit", *words, seconds=left)["job_id"])]
-                except RunError:
+                except RunError as error:
+                    _LOG.warning("no job could be submitted: %s", error)
                     if self._desk.wait(min(_PAUSE, left)):
                         break
         return []
@@ -150,10 +155,13 @@ def run_courier(kit: Path, socket: Path) -> NoReturn:
 
     Raises:
         ConfigError: it is no kit, or NVFlare is not installed.
+        RunError: the kit is damaged, or another user's.
     """
     command, own = courier_command(kit, socket)
     if find_spec("nvflare") is None:
         raise ConfigError("the courier is NVFlare, which is not installed: pip install 'privkd[nvflare]'")
+    # It may have been moved, edited, or written by an older version.
+    enforce(kit)
     # NVFlare leaves the folder of each job that it ran.
     for old in kit.iterdir():
         if _JOB.fullmatch(old.name):

@@ -120,7 +120,7 @@ def make_authority(folder: Path, host: str, port: int) -> Authority:
             request = _request(participant, Path(own) / kit)
             signed = _approve(request, new, Path(own) / f"{kit}.signed.zip")
             _package(signed, request.parent, fingerprint, folder / kit)
-        write_policy(folder / SERVER_KIT, server_policy(folder / SERVER_KIT))
+        enforce(folder / SERVER_KIT)
         new.rename(authority)
     return Authority(folder, fingerprint)
 
@@ -161,8 +161,24 @@ def package(signed: Path, requested: Path, fingerprint: str, out: Path) -> Path:
     """
     out = out.absolute()
     _package(signed.absolute(), requested.absolute(), fingerprint, out)
-    write_policy(out, device_policy(out))
+    enforce(out)
     return out
+
+
+def enforce(kit: Path) -> None:
+    """Write a device's or the server's policy into its kit, if it is not what stands there.
+
+    Raises:
+        RunError: the kit is not NVFlare's, or is not this user's.
+    """
+    server = (kit / "startup" / "fed_server.json").is_file()
+    for name, content in (server_policy if server else device_policy)(kit.absolute()).items():
+        path, text = kit / "local" / name, json.dumps(content, indent=1) + "\n"
+        try:
+            if not path.is_file() or path.read_text() != text:
+                path.write_text(text)
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror or error}") from None
 
 
 def device_policy(kit: Path) -> Mapping[str, Any]:
@@ -184,12 +200,6 @@ def server_policy(kit: Path) -> Mapping[str, Any]:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str(kit / "state" / "jobs")
     return _files(facts, {"submit_job": "any", "manage_job": "any", "view": "any"})
-
-
-def write_policy(kit: Path, files: Mapping[str, Any]) -> None:
-    """Write a policy where NVFlare reads it before its own defaults."""
-    for name, content in files.items():
-        (kit / "local" / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _files(resources: dict[str, Any], rights: Mapping[str, str]) -> dict[str, Any]:

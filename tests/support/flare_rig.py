@@ -43,7 +43,7 @@ def other_user() -> int | None:
 
 
 class FlareRig:
-    """One cloud and its devices; every device answers what ``handlers`` says, at first an echo."""
+    """One cloud and its devices, enrolled; every device answers what ``handlers`` says, at first an echo."""
 
     def __init__(self) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="flare"))
@@ -57,8 +57,6 @@ class FlareRig:
         for name in DEVICES:
             self._enrol(name)
         self.carrier = FlareCarrier(self.socket("cloud"), self.base / "cloud" / "operator")
-        for name in ("cloud", *DEVICES):
-            self.start(name)
 
     def _enrol(self, name: str) -> None:
         home = self.base / name
@@ -86,14 +84,26 @@ class FlareRig:
         path = self.base / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def start(self, name: str, kit: Path | None = None, **environment: str) -> None:
-        """Start a courier: a device's as another user, if this one may choose."""
-        command, own = courier_command(kit or self.kit(name), self.socket(name))
+    def start_all(self, *as_they_are: str) -> None:
+        """Start every courier."""
+        for name in ("cloud", *DEVICES):
+            self.start(name, as_it_is=name in as_they_are)
+
+    def start(self, name: str, kit: Path | None = None, *, as_it_is: bool = False) -> None:
+        """Start a courier: a device's as another user, if this one may choose.
+
+        As an operator does; or a kit ``as_it_is``, with whatever policy stands in it.
+        """
+        kit = kit or self.kit(name)
+        command = [sys.executable, "-m", "privkd", "courier", "run", str(kit), "--socket"]
+        command, own = [*command, str(self.socket(name))], {}
+        if as_it_is:
+            command, own = courier_command(kit, self.socket(name))
         user = None if name == "cloud" else self.user
         with (self.base / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command,
-                env=os.environ | own | environment,
+                env=os.environ | own,
                 stdout=log,
                 stderr=log,
                 user=user,
@@ -123,7 +133,7 @@ class FlareRig:
         """What the devices answer to one question each."""
         return self.carrier.ask(dict.fromkeys(DEVICES, content), seconds)
 
-    def until(self, name: str, words: str, seconds: float = 60.0) -> bool:
+    def until(self, name: str, words: str, seconds: float = 120.0) -> bool:
         """Whether a courier's log says ``words`` within ``seconds``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

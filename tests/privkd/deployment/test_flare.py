@@ -1,21 +1,22 @@
-"""Questions over the real engine: an NVFlare server, three clients as another user, mutual TLS on loopback."""
+"""Questions over the real engine: an NVFlare server, three clients, mutual TLS on loopback."""
 
-import json
+import socket
+import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("nvflare")
 pytest.importorskip("psutil")
 
-from flare_rig import DEVICES, FlareRig
+import psutil
+from flare_rig import DEVICES, FlareRig, other_user
 
-from privkd.deployment.kits import COURIER_CLASS, ROUNDS_CLASS, approve, make_authority, nvflare, package
-from privkd.deployment.kits import device_policy as policy_of
-from privkd.errors import RunError
+from privkd.deployment.kits import approve, make_authority, package, request
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 def rig() -> Iterator[FlareRig]:
     running = FlareRig()
     try:
+        running.start_all()
         yield running
     finally:
         running.close()
@@ -85,3 +87,64 @@ def test_a_server_killed_with_its_job_costs_time_alone(rig: FlareRig) -> None:
     assert struck.is_set()
     assert found.items() <= everybody(b"c").items()
     assert rig.ask(240.0, b"d") == everybody(b"d")
+
+
+@pytest.fixture(scope="module")
+def impostor(rig: FlareRig) -> Path:
+    """The kit of a device that another authority named."""
+    foreign = make_authority(rig.base / "foreign", "localhost", rig.port)
+    home = rig.base / "impostor"
+    home.mkdir()
+    signed = approve(request("impostor", home / "request"), foreign.folder)
+    kit = package(signed, home / "request", foreign.fingerprint, home / "kit")
+    rig.give(kit)
+    return kit
+
+
+def test_a_client_of_another_authority_never_joins(rig: FlareRig, impostor: Path) -> None:
+    rig.start("impostor", impostor)
+    try:
+        assert rig.until("impostor", "CERTIFICATE_VERIFY_FAILED")
+    finally:
+        rig.kill("impostor")
+    assert f"client {DEVICES[0]}" in rig.log("cloud")
+    assert "impostor" not in rig.log("cloud")
+
+
+def greeted(rig: FlareRig, certificate: Path | None) -> bool:
+    """Whether the server speaks to whoever shows a certificate, believing all that the caller should."""
+    context = ssl.create_default_context(cafile=str(rig.kit("cloud") / "startup" / "rootCA.pem"))
+    context.set_alpn_protocols(["h2"])
+    if certificate is not None:
+        context.load_cert_chain(certificate / "client.crt", certificate / "client.key")
+    try:
+        with (
+            socket.create_connection(("localhost", rig.port), timeout=30) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as link,
+        ):
+            link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+            return link.recv(9) != b""
+    except (ssl.SSLError, ConnectionError):
+        return False
+
+
+def test_the_server_speaks_to_nobody_of_another_authority(rig: FlareRig, impostor: Path) -> None:
+    assert greeted(rig, rig.kit(DEVICES[0]) / "startup")
+    assert not greeted(rig, impostor / "startup")
+    assert not greeted(rig, None)
+
+
+@pytest.mark.skipif(other_user() is None, reason="needs root, and an interpreter that another user may run")
+def test_the_couriers_user_reaches_the_socket_and_nothing_else_of_a_device(rig: FlareRig) -> None:
+    assert rig.user is not None
+    secret = rig.base / DEVICES[0] / "device"
+    secret.mkdir(mode=0o700)
+    (secret / "ledger.jsonl").write_text("{}")
+    for name in DEVICES:
+        process = psutil.Process(rig.processes[name].pid)
+        assert set(process.uids()) == {rig.user}
+        assert set(process.gids()) == {rig.user}
+    look = f"open({str(secret / 'ledger.jsonl')!r})"
+    as_courier = {"user": rig.user, "group": rig.user, "extra_groups": []}
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, **as_courier)
+    assert "PermissionError" in found.stderr
