@@ -42,7 +42,7 @@ KEYS = [X25519PrivateKey.generate() for _ in range(2)]
 ROOTS = [NoiseRoot(bytes([rank]) * 32) for rank in range(2)]
 DEVICES = tuple(f"d{i}" for i in range(5))
 LIMITS = LimitsConfig(
-    minimum_devices=1, keep_rounds=1, keep_results=3, max_rho_total=1e9, max_round_days=0.01
+    minimum_devices=1, keep_rounds=1, keep_results=3, max_rho_total=1e12, max_round_days=0.01
 )
 WRITES = ("write", "pwrite")
 CALLS = (*WRITES, "fsync", "fdatasync", "link", "replace", "rename", "unlink", "truncate", "ftruncate")
