@@ -42,7 +42,7 @@ KEYS = [X25519PrivateKey.generate() for _ in range(2)]
 ROOTS = [NoiseRoot(bytes([rank]) * 32) for rank in range(2)]
 DEVICES = tuple(f"d{i}" for i in range(5))
 LIMITS = LimitsConfig(
-    minimum_devices=1, keep_rounds=1, keep_results=3, max_rho_total=1e12, max_round_days=0.01
+    minimum_devices=1, keep_rounds=1, keep_results=3, max_rho_total=1e9, max_round_days=0.01
 )
 WRITES = ("write", "pwrite")
 CALLS = (*WRITES, "fsync", "fdatasync", "link", "replace", "rename", "unlink", "truncate", "ftruncate")
@@ -223,7 +223,7 @@ def test_whatever_strikes_a_sum_is_exact_and_made_once(
 def _terms(number: int, expires: int, draw: random.Random) -> RoundTerms:
     return RoundTerms(
         round=number, run="ab" * 32, keys=tuple(public_hex(key) for key in KEYS), entries=6,
-        minimum=draw.randrange(1, 5), fraction_bits=0, bound=10_000, sigma2=draw.choice(["50", "1000/3"]),
+        minimum=draw.randrange(1, 5), fraction_bits=0, bound=10_000, sigma2=draw.choice(["50000", "1000000/3"]),
         roster=DEVICES, expires=expires,
     )  # fmt: skip
 
