@@ -56,6 +56,7 @@ class Journal:
         self._digests: list[str] = []
         self._size = 0  # of the whole lines
         self._size_with_tail = 0
+        self._renamed = False  # and the new name is not durable yet
         with suppress(FileNotFoundError):
             self._read()
 
@@ -141,7 +142,8 @@ class Journal:
             Path(name).replace(self.path)
         finally:
             Path(name).unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
+        # Either file will do after a crash, until something is added to this one.
+        self._renamed = True
 
     def _read(self) -> None:
         try:
@@ -181,6 +183,9 @@ class Journal:
         _sync_folder(self.path.parent)
 
     def _extend(self, line: bytes) -> None:
+        if self._renamed:
+            _sync_folder(self.path.parent)
+            self._renamed = False
         descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -13,7 +13,7 @@ from sites import NAMES, Site, site
 
 from cli import app
 from privkd.deployment.cloud import is_running
-from privkd.secure.keys import TestAuthority
+from privkd.secure.authority import Authority
 
 SAYS_NOTHING = "patience_seconds = 600"
 
@@ -76,7 +76,7 @@ def test_mistakes_are_one_line(
 
 def test_status_says_which_certificates_end_soon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stem, days in (("soon", 10), ("late", 300)):
-        TestAuthority(days=days).issue(tmp_path, stem, name=stem)
+        Authority.create(tmp_path / stem, days=days).issue(tmp_path, stem, name=stem)
     found = site(tmp_path)
     for name, stem in (("ada", "soon"), ("bob", "late"), ("cy", "nowhere")):
         typed(capsys, "enrol", name, "--certificate", f"{tmp_path / stem}.pem", "--config", f"{found.config}")
