@@ -74,12 +74,17 @@ class _RefusedError(Exception):
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is about to leave, kept already, and over what; ``seconds`` are those that it may take."""
+    """What is about to leave, kept already, and over what.
 
+    ``waited`` says whether its moment has come: it has for what was made just now.
+    """
+
+    agreement: Agreement
+    asked: Asked
     channel: Channel
     upload: Upload
-    seconds: float
     witness: str
+    waited: bool
 
 
 class DeviceProgram:
@@ -110,6 +115,8 @@ class DeviceProgram:
             head, tensors, invitation = _parsed(message, self._owner.name)
             with self._lock:
                 ready = self._ready(head, substance(message), tensors, invitation)
+            if not ready.waited:
+                self._wait(ready.agreement, ready.asked)
             given = _delivered(ready)
             answer = self._answer(head, None, ready.witness)
             self._note(head, None, "")
@@ -150,14 +157,15 @@ class DeviceProgram:
             self._check_start(agreement, task)
             asked = Asked(run=head.run, round=head.round, substance=digest, arrived=self._now())
             self._state.add(asked)
-        # Held until the moment has come: who knocks meanwhile cannot tell how long a training takes.
-        try:
-            if answered is None:
-                answered = self._make(agreement, task, channel, attempt, terms)
-        finally:
-            self._wait(agreement, asked)
+        fresh = answered is None
+        if answered is None:
+            # Held until the moment has come: who knocks meanwhile cannot tell how long a training takes.
+            try:
+                answered = self._make(agreement, task, asked, channel, attempt, terms)
+            finally:
+                self._wait(agreement, asked)
         upload = Upload(self._owner.name, head.round, self._state.kept_upload(answered))
-        return _Ready(channel, upload, agreement.published.config.channel.deadline, answered.witness)
+        return _Ready(agreement, asked, channel, upload, answered.witness, waited=fresh)
 
     def _agreed(self, run: str) -> Agreement:
         """The run, if the owner agreed and it still lies within the bounds."""
@@ -220,14 +228,16 @@ class DeviceProgram:
             if not math.isinf(most) and (cost := upper_bound(tuple(own.values()), delta)) > most:
                 raise BudgetError(f"run {agreement.run} would cost {cost:.4g} per {unit} of {most:g}")
 
-    def _make(self, agreement: Agreement, task: Task, channel: Channel, attempt: int, terms: str) -> Answered:
+    def _make(
+        self, agreement: Agreement, task: Task, asked: Asked, channel: Channel, attempt: int, terms: str
+    ) -> Answered:
         """Charge an attempt, train unless the round was trained, encode, and keep what may leave."""
         state, run, round = self._state, agreement.run, task.question.round
         if not self._owner.hours.allow(datetime.fromtimestamp(self._now()).astimezone()):
             raise _RefusedError(Reason.LATER, "outside of the hours in which this device may train")
         self._check_run_bounds(agreement, round, attempt)
         state.ledger.debit_all(self._charges(agreement, round, attempt))
-        trained = state.last(Trained, run, round=round) or self._train(agreement, task)
+        trained = state.last(Trained, run, round=round) or self._train(agreement, task, asked)
         block = state.kept_round(trained)[_BLOCK].numpy()
         payload = channel.encode(task.question, block, self._owner.name).payload
         state.write_bytes(upload_file(run, round, attempt), payload)
@@ -244,7 +254,7 @@ class DeviceProgram:
         state.forget_before(run, round, attempt)
         return answered
 
-    def _train(self, agreement: Agreement, task: Task) -> Trained:
+    def _train(self, agreement: Agreement, task: Task, asked: Asked) -> Trained:
         """This round's student and block, kept."""
         from privkd.deployment.own_records import own_records
         from privkd.device import Draws, answer
@@ -253,11 +263,13 @@ class DeviceProgram:
         records = own_records(self._owner.records, agreement.published)
         before = self._student_before(agreement)
         root, name = state.run_root(run), self._owner.name
-        batches = torch.Generator().manual_seed(_seed(root.subkey("batches", name, round)))
-        draws = Draws(SystemRandomness(root, name, round), batches)
+        # Of the substance too: were the state restored, another question would not meet the same noise.
+        labels = (name, round, asked.substance)
+        batches = torch.Generator().manual_seed(_seed(root.subkey("batches", *labels)))
+        draws = Draws(SystemRandomness(root, *labels), batches)
         student = task.start(agreement.number, before)
         shape = (1, *task.question.prior.shape)
-        with seeded_layers(_seed(root.subkey("layers", name, round))):
+        with seeded_layers(_seed(root.subkey("layers", *labels))):
             try:
                 made = answer(task, agreement.number, records, draws, before)
                 student, answers = made.student, made.block[None]
@@ -337,8 +349,9 @@ def kept_student(kept: Mapping[str, Tensor], agreement: Agreement) -> torch.nn.M
 
 def _delivered(ready: _Ready) -> bytes:
     """Bring an upload to the aggregators; what is left for the cloud."""
+    until = time.monotonic() + ready.agreement.published.config.channel.deadline
     with ready.channel as channel:
-        return channel.deliver(ready.upload, time.monotonic() + ready.seconds)
+        return channel.deliver(ready.upload, until)
 
 
 def _parsed(message: bytes, device: str) -> tuple[Question, dict[str, Tensor], bytes]:

@@ -23,7 +23,7 @@ from privkd.deployment.device_views import change_budget, ledger, status
 from privkd.deployment.own_records import own_records
 from privkd.deployment.owner import RecordsConfig
 from privkd.deployment.published import PublishedPlan
-from privkd.deployment.wire import ANSWER_BYTES, Reason, unpack_answer
+from privkd.deployment.wire import ANSWER_BYTES, Reason, substance, unpack_answer
 from privkd.device import Draws
 from privkd.device import answer as simulated_answer
 from privkd.errors import BudgetError, ConfigError, DataError, RunError
@@ -57,7 +57,7 @@ class TestAnswers:
         assert head.refused is None
         root = NoiseRoot(device.state.root.subkey("run", cloud.published.digest))
         task = cloud.tasks[0]
-        draws = Draws(SystemRandomness(root, NAME, 0), torch.Generator())
+        draws = Draws(SystemRandomness(root, NAME, 0, substance(cloud.ask())), torch.Generator())
         expected = simulated_answer(task, 0, cloud.shard, draws)
         block = contributions(expected.block[None], [NAME], 0)[0]
         trained = device.state.last(Trained, cloud.published.digest)
@@ -117,7 +117,7 @@ class TestAnswers:
         assert after is not None
         moved = device.state.kept_round(after)
         root = device.state.run_root(cloud.published.digest)
-        draws = Draws(SystemRandomness(root, NAME, 1), torch.Generator())
+        draws = Draws(SystemRandomness(root, NAME, 1, substance(asked)), torch.Generator())
         model = cloud.prepared.cloud.untrained_students()[0]
         model.load_state_dict({k.removeprefix("student."): v for k, v in student.items() if k != "block"})
         first = replace(cloud.tasks[0], question=replace(cloud.tasks[0].question, round=1))
@@ -275,6 +275,24 @@ class TestState:
         assert refusal(device(cloud.ask(1, witness=second.ledger))) is Reason.WITNESS
         assert "old copy" in str(status(device.owner).alarm)
         assert refusal(device(cloud.ask(1, witness=first.ledger))) is None
+
+    def test_a_restored_state_meets_other_noise_on_other_content(self, device: Box, cloud: Clouds) -> None:
+        """Even for a cloud that shows no witness: the noise of a training is of the question too."""
+        device.start()
+        device.stop()
+        shutil.copytree(device.owner.state, device.folder / "copy")
+        drawn = []
+        for moved in (0.0, 1e-6):
+            shutil.rmtree(device.owner.state)
+            shutil.copytree(device.folder / "copy", device.owner.state)
+            tensors = cloud.tensors(0)
+            tensors["start.head.bias"] = tensors["start.head.bias"] + moved
+            assert refusal(device(cloud.ask(tensors=tensors))) is None
+            trained = device.state.last(Trained, cloud.published.digest)
+            assert trained is not None
+            drawn.append(device.state.kept_round(trained)["student.head.weight"])
+            device.stop()
+        assert (drawn[0] - drawn[1]).abs().max() > 1e-2
 
     def test_the_witness_tells_two_clouds_nothing_in_common(self, device: Box, cloud: Clouds) -> None:
         device(cloud.ask())
