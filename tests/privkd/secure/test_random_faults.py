@@ -224,8 +224,8 @@ def test_whatever_strikes_a_sum_is_exact_and_made_once(
 def _terms(number: int, expires: int, draw: random.Random) -> RoundTerms:
     return RoundTerms(
         round=number, run="ab" * 32, keys=tuple(public_hex(key) for key in KEYS), entries=6,
-        minimum=draw.randrange(1, 5), fraction_bits=0, bound=10_000, sigma2=draw.choice(["50000", "1000000/3"]),
-        roster=DEVICES, expires=expires,
+        minimum=draw.randrange(1, 5), fraction_bits=0, bound=10_000,
+        sigma2=draw.choice(["50000", "1000000/3"]), roster=DEVICES, expires=expires,
     )  # fmt: skip
 
 
