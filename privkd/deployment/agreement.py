@@ -4,6 +4,7 @@ Nothing that a cloud wrote is believed where it can be computed: noise, price, e
 from the plan's settings, by this machine's own code.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from privkd.channels.registry import KINDS, known
 from privkd.config import ModelConfig
-from privkd.deployment.device_state import agree_to, private_folder, read_ledger, run_folder
+from privkd.deployment.device_state import agree_to, agreed_runs, private_folder, read_ledger, run_folder
 from privkd.deployment.owner import Owner
 from privkd.deployment.published import PublishedPlan
 from privkd.errors import BudgetError, ConfigError, RunError
-from privkd.models.zoo import build
+from privkd.models.zoo import build, named
 from privkd.plan import Plan
 from privkd.privacy.accounting import upper_bound
 from privkd.privacy.events import PartyId, PrivacyEvent, Unit
@@ -128,6 +129,7 @@ class Proposal(Record, Value):
         delta: of all of them.
         asks: what is asked, by what it is called.
         refused: why the owner's settings do not allow it; ``None`` where they do.
+        agreed: whether the owner has agreed to it.
         warnings: what must be said beside the plan's figures.
     """
 
@@ -137,6 +139,7 @@ class Proposal(Record, Value):
     delta: Real
     asks: Mapping[str, Plain]
     refused: str | None
+    agreed: bool
     warnings: tuple[str, ...]
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -155,11 +158,15 @@ class Proposal(Record, Value):
             table.add_row(f"epsilon per {cost.unit} (delta {self.delta:g})", _cost_text(cost))
         for name, value in self.asks.items():
             table.add_row(name, str(value))
-        no = f"Not allowed by device.toml: {self.refused}"
-        verdict = "Within the bounds of device.toml." if self.refused is None else no
-        agree = f"To agree: privkd device agree FOLDER --digest {self.run}"
-        said = [Text(verdict), *map(Text, self.warnings), *([] if self.refused else [Text(agree)])]
-        return Group(table, *said)
+        return Group(table, *map(Text, (self._verdict, *self.warnings)))
+
+    @property
+    def _verdict(self) -> str:
+        if self.refused is not None:
+            return f"Not allowed by device.toml: {self.refused}"
+        if self.agreed:
+            return "Agreed: this device answers the run."
+        return f"Within the bounds of device.toml. To agree: privkd device agree FOLDER --digest {self.run}"
 
 
 def show(owner: Owner, folder: Path) -> Proposal:
@@ -199,7 +206,7 @@ def agree(owner: Owner, folder: Path, digest: str) -> Proposal:
     copied.mkdir(mode=0o700, parents=True, exist_ok=True)
     agreement.published.write(copied, agreement.proxy)
     agree_to(owner, digest)
-    return proposal
+    return proposal.model_copy(update={"agreed": True})
 
 
 def _proposal(owner: Owner, agreement: Agreement) -> Proposal:
@@ -215,6 +222,7 @@ def _proposal(owner: Owner, agreement: Agreement) -> Proposal:
         delta=owner.budget.delta,
         asks=_asks(published, plan, agreement.number),
         refused=_refusal(owner, published, costs),
+        agreed=agreement.run in agreed_runs(owner),
         warnings=plan.warnings,
     )
 
@@ -251,6 +259,8 @@ def _refusal(owner: Owner, published: PublishedPlan, costs: Sequence[Cost]) -> s
 
 
 def _cost_text(cost: Cost) -> str:
+    if math.isinf(cost.budget):
+        return f"{cost.epsilon:.4g}, without a limit; {cost.before:.4g} spent before"
     left = max(0.0, cost.budget - cost.after)
     spent = f"{cost.before:.4g} spent before, {left:.4g} left then"
     return f"{cost.epsilon:.4g} of {cost.budget:g} for good; {spent}"
@@ -265,8 +275,10 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         "noise on the answers": "none" if plan.rho is None else f"rho {plan.rho:.4g} a release",
         "noise of the training": f"multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps a round",
         "answers a round": f"{plan.queries} of {len(published.classes)} classes, {config.channel.sends}",
-        "student": models[number % len(models)].name,
-        "teacher on this device": config.teacher.model.name if config.student.alpha else "not needed",
+        "student": named(models[number % len(models)], published.input_shape),
+        "teacher on this device": named(config.teacher.model, published.input_shape)
+        if config.student.alpha
+        else "not needed",
         "devices on the roster": len(published.roster),
         "nominal records a device": published.records_per_device,
         "classes": ", ".join(published.classes),

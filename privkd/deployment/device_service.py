@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -55,8 +56,9 @@ def run(config: Path) -> None:
 
 
 def write_log(what: Mapping[str, Any]) -> None:
-    """One line of JSON on stderr."""
-    sys.stderr.write(json.dumps(dict(what)) + "\n")
+    """One line of JSON on stderr; ``time`` is Unix time."""
+    moment = datetime.fromtimestamp(what["time"], UTC).isoformat(timespec="milliseconds")
+    sys.stderr.write(json.dumps({**what, "time": moment}) + "\n")
     sys.stderr.flush()
 
 

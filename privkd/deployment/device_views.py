@@ -102,8 +102,12 @@ class Status(Record, Value):
 
         table = _table(f"Device {self.device}", "what", "value")
         for each in self.spent:
-            left = f"{each.epsilon:.4g} of {each.budget:g}, {each.left:.4g} left"
-            table.add_row(f"epsilon per {each.unit}", left)
+            limit = f"of {each.budget:g}, {each.left:.4g} left"
+            without = "without a limit"
+            table.add_row(
+                f"epsilon per {each.unit}",
+                f"{each.epsilon:.4g} {without if math.isinf(each.budget) else limit}",
+            )
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refusals.items() if count)
         days = self.certificate_days
         rows = {

@@ -125,9 +125,7 @@ def build(config: ModelConfig, *, input_shape: Shape, classes: int, seed: int) -
         ConfigError: the name is unknown.
         ModelError: the model cannot be built, or does not map inputs to ``classes`` logits.
     """
-    if config.name == "auto":
-        is_image = len(input_shape) == 3 and min(input_shape[1:]) >= _SMALLEST
-        config = config.model_copy(update={"name": "cnn" if is_image else "mlp"})
+    config = config.model_copy(update={"name": named(config, input_shape)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name in _NAMED:
@@ -139,6 +137,13 @@ def build(config: ModelConfig, *, input_shape: Shape, classes: int, seed: int) -
         # Lazy layers draw their weights in this first pass, so it is seeded too.
         _check_logits(config.name, model, input_shape, classes)
     return model
+
+
+def named(config: ModelConfig, input_shape: Shape) -> str:
+    """The architecture's name; ``auto`` is told apart by the inputs."""
+    if config.name != "auto":
+        return config.name
+    return "cnn" if len(input_shape) == 3 and min(input_shape[1:]) >= _SMALLEST else "mlp"
 
 
 def trained_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:
