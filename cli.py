@@ -235,6 +235,9 @@ app.add_typer(keys, name="keys")
 
 KeysOut = Annotated[str, typer.Option("--out", help="Folder of this member alone.")]
 AuthorityFolder = Annotated[str, typer.Option("--authority", help="The authority's folder.")]
+Fingerprint = Annotated[
+    Text, typer.Option(help="Refuse another key than that of this fingerprint; ask nothing.")
+]
 PartyFile = Annotated[str, typer.Option("--config", help="The party's settings, as TOML.")]
 Days = Annotated[int | None, typer.Option(help="Days that the certificate holds. [365]")]
 Hosts = Annotated[
@@ -351,9 +354,7 @@ def keys_approve(
     renew: Annotated[
         bool, typer.Option("--renew", help="It may have a certificate already, for the same key.")
     ] = False,
-    fingerprint: Annotated[
-        Text, typer.Option(help="Refuse another key than that of this fingerprint; ask nothing.")
-    ] = None,
+    fingerprint: Fingerprint = None,
 ) -> None:
     """Show who asks for what, and give it its certificate."""
     from privkd.secure.enrolment import approve_shown
@@ -551,12 +552,20 @@ def cloud_enrol(
     certificate: Annotated[
         Text, typer.Option(help="A copy of that certificate, so that status says when it ends.")
     ] = None,
+    request: Annotated[
+        Text,
+        typer.Option(help="Its request, NAME.csr, to be approved as by `privkd keys approve`."),
+    ] = None,
+    authority: Annotated[str, typer.Option(help="With --request: the authority's folder.")] = "authority",
+    fingerprint: Fingerprint = None,
     config: CloudConfig = "cloud.toml",
 ) -> None:
     """Put a device on the roster, before the plan is published."""
-    from privkd.deployment.cloud import enrol
+    from privkd.deployment.cloud import Approval, enrol
 
-    typer.echo(enrol(Path(config), name, _path(certificate)))
+    ask = typer.confirm if sys.stdin.isatty() and fingerprint is None else None
+    approval = Approval(Path(request), Path(authority), fingerprint, ask) if request is not None else None
+    typer.echo(enrol(Path(config), name, _path(certificate), approval))
 
 
 @cloud.command("publish")

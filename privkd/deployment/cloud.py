@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from privkd.channels.registry import known
 from privkd.config import Config
 from privkd.deployment.carriers import Carrier
 from privkd.deployment.cloud_settings import TEMPLATE, CloudSettings, Roster
+from privkd.deployment.kits import check_name
 from privkd.deployment.published import PLAN_FILE, PublishedPlan, public_settings
 from privkd.deployment.remote import Patience, RemoteFleet
 from privkd.errors import ConfigError, InterruptError, RunError
@@ -27,18 +29,56 @@ from privkd.federation import advance
 from privkd.fleet import Fleet
 from privkd.plugins import load_plugins
 from privkd.prepared import Prepared, prepare, reopen
+from privkd.privacy.events import PartyId
 from privkd.progress import Progress
 from privkd.records import plain
 from privkd.run import Run, train_in
 from privkd.runs.checkpoint import State
 from privkd.runs.elsewhere import Elsewhere
 from privkd.runs.folder import RunFolder
+from privkd.secure.certificates import load_request
+from privkd.secure.enrolment import approve_shown
 
 _STOP = "stop"
 """File in a run's folder that asks the cloud to end after the round at hand."""
 
 Carry: TypeAlias = Callable[[CloudSettings, Roster], Carrier]
 """Opens what carries questions: `CloudSettings.carrier`, or a test's own."""
+
+
+@dataclass(frozen=True)
+class Approval:
+    """The authority's side of an enrolment, where its folder is at hand.
+
+    Attributes:
+        request: a device's, ``NAME.csr``.
+        authority: the folder.
+        fingerprint: as the device told it by another way; not compared unless given.
+        ask: is shown who asks for what, and says whether it shall be.
+    """
+
+    request: Path
+    authority: Path
+    fingerprint: str | None = None
+    ask: Callable[[str], bool] | None = None
+
+    def certificate(self, name: PartyId) -> Path:
+        """Where the authority keeps a device's newest one."""
+        return self.authority / "issued" / f"{name}.pem"
+
+    def given_to(self, name: PartyId) -> str:
+        """Approve the request, if it is of that name; what to hand back, in words.
+
+        Raises:
+            ConfigError: it is another's, or the authority refuses.
+        """
+        asked = load_request(self.request).name
+        if asked != name:
+            raise ConfigError(f"{self.request} is the request of {asked}, not of {name}")
+        # Anew too, for the same key alone: an enrolment that was cut short is repeated.
+        return approve_shown(
+            self.request, self.authority, renew=True, expected=self.fingerprint, ask=self.ask
+        )
 
 
 def init(path: Path) -> str:
@@ -58,11 +98,17 @@ def init(path: Path) -> str:
     return f"{path}: say there what to run; then `privkd cloud enrol NAME` for each device, and publish"
 
 
-def enrol(path: Path, name: str, certificate: Path | None = None) -> str:
+def enrol(path: Path, name: str, certificate: Path | None = None, approval: Approval | None = None) -> str:
     """Put a device on the roster, or replace its ``certificate`` there; what was done, in words.
 
+    Args:
+        path: of ``cloud.toml``.
+        name: the device's.
+        certificate: a copy of its certificate.
+        approval: give it its certificate first, or one anew for the same key; recorded for ``certificate``.
+
     Raises:
-        ConfigError: the name is none for a device.
+        ConfigError: the name is none for a device or for the engine, or its request is another's or refused.
         RunError: a plan is published whose roster lacks it.
     """
     settings = CloudSettings.read(path)
@@ -72,10 +118,15 @@ def enrol(path: Path, name: str, certificate: Path | None = None) -> str:
             f"{settings.published} is published for a roster without {name}, and the roster is part of "
             f"the plan: finish run {standing.digest[:12]}, or remove that folder and publish anew"
         )
-    roster = roster.joined(name, certificate)
+    if settings.engine == "nvflare":
+        check_name(name)
+    roster, said = roster.joined(name, certificate), ""
+    if approval is not None:
+        said = approval.given_to(name) + "\n"
+        roster = roster.joined(name, approval.certificate(name))
     _write(settings.roster, roster.model_dump_json(indent=2) + "\n")
     number = roster.names.index(name)
-    return f"{name} is device {number} of {len(roster.names)}, counted from 0, on {settings.roster}"
+    return f"{said}{name} is device {number} of {len(roster.names)}, counted from 0, on {settings.roster}"
 
 
 def publish(path: Path) -> str:

@@ -125,6 +125,14 @@ def make_authority(folder: Path, host: str, port: int) -> Authority:
     return Authority(folder, fingerprint)
 
 
+def check_name(name: PartyId) -> None:
+    """Raise `ConfigError` where NVFlare takes no device of that ``name``."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"device {name!r}: over NVFlare, letters, digits, - and _ alone, at most 63 of them"
+        )
+
+
 def request(name: PartyId, folder: Path) -> Path:
     """A device's key in ``folder``, which stays there, and the request that goes to the cloud.
 
@@ -132,8 +140,7 @@ def request(name: PartyId, folder: Path) -> Path:
         ConfigError: NVFlare takes no such name, or is not installed.
         RunError: NVFlare refuses.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"device {name!r}: letters, digits, - and _ alone, at most 63 of them")
+    check_name(name)
     return _request({"name": name, "type": "client", "org": "devices"}, folder.absolute())
 
 

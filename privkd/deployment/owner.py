@@ -277,7 +277,7 @@ def write_owner(folder: Path, name: str, source: str) -> Path:
 _TEMPLATE = """\
 # Settings of this device. They are its owner's: no cloud can change them. Paths are relative to this file.
 
-name = {name}              # as on the roster of a plan, for good
+name = {name}              # as on the roster of a plan, for good; over NVFlare without dots
 state = "state"                # root key, ledger, student: for this device's user alone
 socket = "device.sock"         # where the courier brings questions
 threads = 1                    # of a training

@@ -13,7 +13,9 @@ from sites import NAMES, Site, site
 
 from cli import app
 from privkd.deployment.cloud import is_running
+from privkd.deployment.cloud_settings import Roster
 from privkd.secure.authority import Authority
+from privkd.secure.certificates import fingerprint, load_certificate, load_request, name_of, request
 
 SAYS_NOTHING = "patience_seconds = 600"
 
@@ -85,6 +87,47 @@ def test_status_says_which_certificates_end_soon(tmp_path: Path, capsys: pytest.
     assert set(ending) == {"ada", "cy"}
     assert 9 < ending["ada"] < 10
     assert ending["cy"] is None
+
+
+def test_a_request_is_approved_and_enrolled_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed(capsys, "init")
+    Authority.create(tmp_path / "authority")
+    asked = str(request("ada", tmp_path / "ada"))
+    for words, said in (
+        (("bob", "--request", asked), "the request of ada, not of bob"),
+        (("ada", "--request", asked, "--fingerprint", "00"), "not 00"),
+        (("ada", "--request", asked, "--authority", "nowhere"), "nowhere"),
+    ):
+        code, _, err = typed(capsys, "enrol", *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+    assert not Path("roster.json").exists(), "who is refused is not enrolled"
+    told = fingerprint(load_request(Path(asked)).key)
+    for _ in range(2):
+        code, out, _ = typed(capsys, "enrol", "ada", "--request", asked, "--fingerprint", told)
+        assert (code, told in out, "ada is device 0 of 1" in out) == (0, True, True)
+    (enrolled,) = Roster.at(Path("roster.json")).devices
+    assert enrolled.certificate == tmp_path / "authority" / "issued" / "ada.pem"
+    assert name_of(load_certificate(enrolled.certificate)) == "ada"
+    other = str(request("ada", tmp_path / "other"))
+    assert "another key" in typed(capsys, "enrol", "ada", "--request", other)[2]
+
+
+def test_over_nvflare_a_name_has_no_dot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed(capsys, "init")
+    assert typed(capsys, "enrol", "ward.7")[0] == 0
+    text = Path("cloud.toml").read_text().replace('engine = "socket"', 'engine = "nvflare"')
+    Path("cloud.toml").write_text(text)
+    code, _, err = typed(capsys, "enrol", "ward.8")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "over NVFlare, letters, digits, - and _ alone" in err
+    assert typed(capsys, "enrol", "ward-8")[0] == 0
 
 
 @pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -5,7 +5,6 @@ Each member has a folder of its own, and only what is public is copied from one 
 
 import base64
 import contextlib
-import io
 import json
 import re
 import shutil
@@ -16,7 +15,6 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -27,11 +25,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from fuzzing import damaged, fuzzed
+from hosts import PARTIES, Hosts, done, enrolled, free_ports, privkd, secret_places
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import ROOT, commands_of
 
-from cli import app
 from privkd.errors import ChannelError, ConfigError
 from privkd.journal import Journal
 from privkd.secure import certificates
@@ -55,42 +52,12 @@ SECRETS = (".key", ".noise")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-def privkd(*arguments: object) -> Answer:
-    """The command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-        app([str(argument) for argument in arguments])
-    code = left.value.code
-    return Answer(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
-
-
-def done(*arguments: object) -> str:
-    answer = privkd(*arguments)
-    assert answer.code == 0, answer.err
-    return answer.out
-
-
 def refused(words: str, *arguments: object) -> None:
     """One line, exit code 2, no traceback."""
     answer = privkd(*arguments)
     assert answer.code == 2, answer
     assert len(answer.err.splitlines()) == 1, answer.err
     assert re.search(words, answer.err), answer.err
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def enrol(base: Path) -> Path:
@@ -194,20 +161,11 @@ def test_the_members_of_an_enrolled_group_answer_each_other(group: Path) -> None
 
 
 def test_no_private_key_leaves_its_folder(group: Path) -> None:
-    """Nor does a part of one: any 32 bytes of it, in PEM or as they are, would do."""
-    secrets = [path for path in group.rglob("*") if path.suffix in SECRETS and path.is_file()]
+    """Nor does a part of one."""
+    places = secret_places(group)
     # An authority's; a sealing, a noise and a TLS key of each party; one of each other member.
-    assert len(secrets) == 1 + 3 * 3 + 3
-    held = {path: path.read_bytes() for path in group.rglob("*") if path.is_file()}
-    for secret in secrets:
-        text = secret.read_bytes()
-        core = b"".join(text.splitlines()[1:-1])[30:62] if text.startswith(b"-----") else text
-        assert len(core) == 32
-        assert secret.stat().st_mode & 0o777 == 0o600
-        found = {
-            path.parent for path, data in held.items() if core in data.replace(b"\n", b"") or core in data
-        }
-        assert found == {secret.parent}
+    assert len(places) == 1 + 3 * 3 + 3
+    assert all(found == {secret.parent} for secret, found in places.items())
 
 
 def test_a_device_is_added_and_no_party_is_touched(group: Path, tmp_path: Path) -> None:
@@ -299,69 +257,16 @@ def test_a_revoked_device_is_refused_at_once(group: Path, tmp_path: Path) -> Non
     refused("no certificate of .* that holds", "keys", "revoke", "lost", "--authority", group / "ca")
 
 
-class Hosts:
-    """Folders that stand for hosts; commands are run in them, and files carried from one to another."""
-
-    def __init__(self, base: Path, patch: pytest.MonkeyPatch) -> None:
-        self.base, self.patch = base, patch
-
-    def run(self, host: str, words: list[str]) -> str:
-        assert words[0] == "privkd"
-        (self.base / host).mkdir(exist_ok=True)
-        self.patch.chdir(self.base / host)
-        return done(*words[1:])
-
-    def carry(self, source: str, target: str) -> None:
-        """To a file, or into a folder that ends in a slash."""
-        file = self.base / target / (Path(source).name if target.endswith("/") else "")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.base / source, file)
-
-
-def test_the_page_for_three_hosts_is_followed_to_the_letter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (ROOT / "docs" / "deployment.md").read_text()
-    parts = {part[0]: part for part in re.split(r"^## (?=\d\.)", page, flags=re.MULTILINE)}
-    hosts = Hosts(tmp_path, monkeypatch)
-    for command in commands_of(parts["1"]):
-        hosts.run("home", command)
-    (first,) = commands_of(parts["2"])
-    assert "`--rank 1 --host b.example` and `--rank 2 --host t.example`" in parts["2"]
-    for rank, letter in enumerate("abt"):
-        hosts.run(
-            letter, [{"0": str(rank), "a.example": f"{letter}.example"}.get(word, word) for word in first]
-        )
-    cloud, device = commands_of(parts["3"])
-    hosts.run("cloud", cloud)
-    boxes = [f"device-{i}" for i in range(5)]
-    for box in boxes:
-        hosts.run(box, [box if word == "device-0" else word for word in device])
-    members = {f"party-{rank}": f"{letter}/party" for rank, letter in enumerate("abt")}
-    members |= {"cloud": "cloud/cloud"} | {box: f"{box}/device" for box in boxes}
-    role = dict(zip(Role, reversed(commands_of(parts["4"])), strict=True))
-    for name, folder in members.items():
-        hosts.carry(f"{folder}/{name}.csr", "home/")
-        asked = role[role_of(name)]
-        hosts.run("home", [*asked[:3], f"{name}.csr", *asked[4:]])
-        for file in (f"issued/{name}.pem", "ca.pem", *(["crl.pem"] if name.startswith("party") else [])):
-            hosts.carry(f"home/authority/{file}", f"{folder}/")
-    fill, table = commands_of(parts["5"])
-    for host in ("a", "b", "t", "cloud", *boxes):
-        for rank, letter in enumerate("abt"):
-            hosts.carry(f"{letter}/party/member-{rank}.toml", f"{host}/")
-    for letter in "abt":
-        hosts.run(letter, fill)
-        settings = tmp_path / letter / "party" / "party.toml"
-        settings.write_text(settings.read_text() + re.findall(r"```toml\n(.*?)```", parts["5"], re.DOTALL)[0])
-    parties = [load_party(tmp_path / letter / "party" / "party.toml") for letter in "abt"]
+def test_the_page_for_three_hosts_is_followed_to_the_letter(tmp_path: Path) -> None:
+    """Its sections 1 to 5; the rest of it takes processes, and is followed in a test of its own."""
+    found = enrolled(Hosts(tmp_path), lambda letter: ("--host", f"{letter}.example"), {})["aggregators"]
+    parties = [load_party(tmp_path / letter / "party" / "party.toml") for letter in PARTIES]
     assert len({party.members for party in parties}) == 1
-    assert [(party.rank, party.limits.max_rho_total, party.peers.port) for party in parties] == [
-        (rank, 2.0, 8450) for rank in range(3)
+    assert [(party.rank, party.limits.minimum_devices, party.peers.port) for party in parties] == [
+        (rank, 4, 8450) for rank in range(3)
     ]
-    found = tomllib.loads(hosts.run("cloud", table))["aggregators"]
     assert tuple(found["keys"]) == parties[0].members[:2]
-    assert found["urls"] == [f"https://{letter}.example:8440" for letter in "abt"]
+    assert found["urls"] == [f"https://{letter}.example:8440" for letter in PARTIES]
 
 
 # ---- the authority -----------------------------------------------------------------------------------
