@@ -329,7 +329,8 @@ class DeviceProgram:
             counts = dict(self._seen.refusals)
             if refused is not None:
                 counts[refused] = counts.get(refused, 0) + 1
-            self._seen = Seen(last_question=now, run=run, round=round, refusals=counts)
+            said = None if refused is None else f"{refused}: {words}"
+            self._seen = Seen(last_question=now, run=run, round=round, refusals=counts, words=said)
             with contextlib.suppress(PrivkdError):
                 self._state.write_json(STATUS_FILE, self._seen.tree())
         happened = "answered" if refused is None else "refused"

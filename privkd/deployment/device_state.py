@@ -74,12 +74,14 @@ class Seen(FileRecord):
         run: of that question, if it could be read.
         round: likewise.
         refusals: how many there were for each reason, over all starts.
+        words: why that question was refused; none where it was answered.
     """
 
     last_question: Real | None = None
     run: str | None = None
     round: Count | None = None
     refusals: Mapping[Reason, Count] = Field(default_factory=dict)
+    words: str | None = None
 
 
 class DeviceState(HeldFolder):

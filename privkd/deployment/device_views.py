@@ -63,6 +63,7 @@ class Status(Record, Value):
         run: of that question.
         round: likewise.
         refusals: how many there were for each reason.
+        words: why that question was refused; ``None`` where it was answered.
         spent: for each unit, over all runs; none before the first start.
         clock: Unix time of this machine.
         free_bytes: on the disk of the state.
@@ -76,6 +77,7 @@ class Status(Record, Value):
     run: str | None
     round: Count | None
     refusals: Mapping[Reason, Count]
+    words: str | None
     spent: tuple[Spent, ...]
     clock: Real
     free_bytes: Count
@@ -98,6 +100,7 @@ class Status(Record, Value):
 
     def __rich__(self) -> "RenderableType":
         from rich.console import Group
+        from rich.markup import escape
         from rich.text import Text
 
         table = _table(f"Device {self.device}", "what", "value")
@@ -114,6 +117,7 @@ class Status(Record, Value):
             "runs agreed to": str(len(self.runs)),
             "last question": "none" if self.last_question is None else _moment(self.last_question),
             "of run and round": "-" if self.run is None else f"{self.run[:12]}, {self.round}",
+            "refused, as": escape(self.words or "-"),
             "refusals": refused or "none",
             "clock": _moment(self.clock),
             "free on the disk": f"{self.free_bytes / 1e9:.1f} GB",
@@ -137,6 +141,7 @@ def status(owner: Owner) -> Status:
         run=seen.run,
         round=seen.round,
         refusals=seen.refusals,
+        words=seen.words,
         spent=() if ledger is None else tuple(_spent(owner, ledger, unit) for unit in Unit),
         clock=now,
         free_bytes=shutil.disk_usage(owner.state if owner.state.exists() else owner.state.parent).free,

@@ -1,7 +1,8 @@
 """``privkd`` as it is typed, in processes that can be struck at any durable step.
 
 One server process loads the libraries once and forks a process for each command. In it, every call that makes
-something durable, and every release, is a numbered point of a trace; a strike hits one of them.
+something durable, every release, every envelope that a device brings to an aggregator and every answer that
+it gives is a numbered point of a trace; a strike hits one of them.
 """
 
 import errno
@@ -24,8 +25,8 @@ Kind = Literal["none", "before", "within", "after", "pause", "full", "read-only"
 """``before``, ``within`` and ``after`` are SIGKILL around the call (``within`` cuts a write in half), and
 ``pause`` is SIGSTOP before it; from the call on, the disk is ``full``, or ``read-only``."""
 
-RUN = "run"
-"""Name of the run folders in which points are counted."""
+KEPT = frozenset({"run", "runs", "state"})
+"""Names of the folders in which points are counted: a run's, a cloud's runs, a device's state."""
 
 _ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 _TEMPORARY = re.compile(r"^\.(.+)\.[^.]+\.part$")
@@ -37,6 +38,10 @@ class Strike:
 
     kind: Kind = "none"
     at: int = -1
+
+
+NOTHING = Strike()
+"""Hits at no point."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,11 @@ class Commands:
         self._server.stdin.close()
         self._server.wait(timeout=60)
 
-    def run(self, *arguments: object, strike: Strike = Strike(), cwd: Path | None = None) -> Answer:
+    def run(self, *arguments: object, strike: Strike = NOTHING, cwd: Path | None = None) -> Answer:
         """Run a command to its end."""
         return self.wait(self.start(*arguments, strike=strike, cwd=cwd))
 
-    def start(self, *arguments: object, strike: Strike = Strike(), cwd: Path | None = None) -> "Started":
+    def start(self, *arguments: object, strike: Strike = NOTHING, cwd: Path | None = None) -> "Started":
         """Start a command, and go on."""
         self._count += 1
         place = self._scratch / f"command-{self._count}"
@@ -128,9 +133,27 @@ class Started:
         trace = self.place / "trace"
         return len(trace.read_text().splitlines()) if trace.exists() else 0
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has; its server reaps it in `Commands.wait`."""
+        try:
+            return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    @property
+    def said(self) -> str:
+        """What it wrote to stderr so far."""
+        path = self.place / "err"
+        return path.read_text() if path.exists() else ""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.process, number)
+
     def go_on(self) -> None:
         """After a pause."""
-        os.kill(self.process, signal.SIGCONT)
+        self.signal(signal.SIGCONT)
 
 
 class _Tracer:
@@ -162,7 +185,7 @@ class _Tracer:
 
     def _before(self, name: str, number: int, arguments: Sequence[Any]) -> None:
         strike = self._strike
-        harmless = name == "release" or (strike.kind == "full" and name == "unlink")
+        harmless = name in ("release", "upload", "answer") or (strike.kind == "full" and name == "unlink")
         if strike.kind in _ERRORS and number >= strike.at and not harmless:
             code = _ERRORS[strike.kind]
             raise OSError(code, os.strerror(code))
@@ -173,6 +196,8 @@ class _Tracer:
         if strike.kind == "within":
             if name == "write":
                 self._write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            if name == "answer":
+                arguments[0].sendall(len(arguments[1]).to_bytes(8, "little") + arguments[1][:100])
             self._kill()
         if strike.kind == "pause":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -184,12 +209,13 @@ class _Tracer:
 
 
 def _named(path: object) -> str:
-    """A file of a run folder, as named in it, without what is random in the name of a temporary one."""
+    """A file of such a folder, as named in it, without what is random in the name of a temporary one."""
     found = Path(os.fsdecode(path)).absolute()  # type: ignore[arg-type]
-    if RUN not in found.parts:
+    start = next((number for number, part in enumerate(found.parts) if part in KEPT), None)
+    if start is None:
         return ""
     match = _TEMPORARY.match(found.name)
-    inside = found.parts[found.parts.index(RUN) + 1 : -1]
+    inside = found.parts[start + 1 : -1]
     return "/".join([*inside, match.group(1) if match else found.name])
 
 
@@ -209,6 +235,18 @@ def _arm(strike: Strike, trace: int) -> None:
     os.unlink = tracer.wrap("unlink", os.unlink, lambda path, **__: _named(path))
     for kind in (PlainChannel, NoisedChannel, SecureChannel):
         _arm_release(tracer, kind)
+    _arm_device(tracer)
+
+
+def _arm_device(tracer: _Tracer) -> None:
+    """What leaves a device: an envelope for an aggregator, and its answer, cut in half by ``within``."""
+    from privkd.deployment import sockets
+    from privkd.secure.client import ServiceLink
+
+    ServiceLink.upload = tracer.wrap(  # type: ignore[method-assign]
+        "upload", ServiceLink.upload, lambda link, *_: link.url
+    )
+    sockets.send = tracer.wrap("answer", sockets.send, lambda link, _: Path(link.getsockname()).name)
 
 
 def _arm_release(tracer: _Tracer, kind: Any) -> None:
@@ -261,6 +299,10 @@ def _warm_up() -> None:
         "audits.tables",
         "privkd.terminal",
         "privkd.prepared",
+        "privkd.deployment.device_service",
+        "privkd.deployment.own_records",
+        "privkd.deployment.cloud",
+        "opacus",
     ):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
