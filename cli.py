@@ -820,7 +820,7 @@ def device_export(
     config: OwnersFile = "device.toml",
     json_: Json = False,
 ) -> None:
-    """Write the student of the device's last round as one file that answers as it does."""
+    """Write the student that the device is left with as one file that answers as it does."""
     from privkd.deployment.device_views import export as write
     from privkd.deployment.owner import load_owner
     from privkd.terminal import show

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privkd.config import StudentConfig
 from privkd.data.scenario import LabelledSet
 from privkd.messages import Question, Task
 from privkd.privacy.randomness import Randomness
 from privkd.training.dpsgd import train_private, train_unprotected
 from privkd.training.fit import logits_of
+
+_LEAST_LOGIT = -100.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,55 @@ def train(task: Task, start: nn.Module, records: LabelledSet, draws: Draws) -> n
         alpha=training.alpha,
         temperature=training.temperature,
     )
+
+
+def merge(
+    student: nn.Module,
+    teacher: nn.Module,
+    start: nn.Module,
+    training: StudentConfig,
+    inputs: Tensor,
+    generator: torch.Generator,
+) -> nn.Module:
+    """The student that a device is left with: ``start``, distilled toward `between_both`.
+
+    Acts on public ``inputs`` ``[record, *shape]``: post-processing of what the student's DP-SGD paid for.
+
+    Args:
+        student: the device's own.
+        teacher: the last one.
+        start: a student freshly distilled from it.
+        training: the weights of both, and how to distil.
+        inputs: public.
+        generator: of the batches.
+
+    Raises:
+        TrainingError: the student's weights are not finite, before or after.
+    """
+    targets = between_both(logits_of(student, inputs), logits_of(teacher, inputs), training.own_weight)
+    return train_unprotected(
+        start,
+        unlabelled(inputs),
+        targets,
+        training.delivery_fit,
+        generator,
+        alpha=1.0,
+        temperature=1.0,
+    )
+
+
+def between_both(student: Tensor, teacher: Tensor, own_weight: float) -> Tensor:
+    """Logits of the mean of two models' probabilities, in which the student's weigh ``own_weight``.
+
+    ``student`` and ``teacher`` are logits ``[record, class]``.
+    """
+    mean = own_weight * F.softmax(student, dim=-1) + (1 - own_weight) * F.softmax(teacher, dim=-1)
+    return mean.log().clamp(min=_LEAST_LOGIT)
+
+
+def unlabelled(inputs: Tensor) -> LabelledSet:
+    """Public ``inputs`` for a training with all weight on soft targets, in which no label counts."""
+    return LabelledSet(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
 
 
 def responses(logits: Tensor, question: Question) -> Tensor:

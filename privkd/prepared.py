@@ -117,6 +117,10 @@ class Prepared:
                 students = self.simulation.train(task, starts, self.draws(round), lambda done: None)
         return tuple(students)
 
+    def last_students(self, state: State) -> tuple[nn.Module, ...]:
+        """A student of each architecture, freshly distilled from the last teacher: see `personalised`."""
+        return self.cloud.public_students(state.teacher, round=state.round)
+
     def personalised(
         self, finished: "Finished", numbers: Sequence[int], progress: Progress
     ) -> list[nn.Module]:
@@ -136,7 +140,7 @@ class Prepared:
             return own
         progress.stage("students: learning from the last teacher")
         with seeded_layers(self.config.seed, "deliver"):
-            shared = self.cloud.public_students(state.teacher, round=state.round)
+            shared = self.last_students(state)
             starts = [dealt(shared, number) for number in numbers]
             if weight == 0:
                 return starts

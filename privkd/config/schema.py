@@ -311,6 +311,16 @@ class StudentConfig(Settings):
     delivery_fit: FitConfig = FitConfig(steps=200)
     engine: Literal["cohort", "opacus"] = "cohort"
 
+    @property
+    def delivers(self) -> bool:
+        """Whether a device is left with another student than the one that it trained."""
+        return self.own_weight < 1
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a device must have the teacher itself: to train by it, or to be left with part of it."""
+        return self.alpha > 0 or 0 < self.own_weight < 1
+
     @field_validator("models", mode="before")
     @classmethod
     def _by_commas(cls, value: Any) -> Any:

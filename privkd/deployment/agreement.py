@@ -277,14 +277,21 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         "answers a round": f"{plan.queries} of {len(published.classes)} classes, {config.channel.sends}",
         "student": named(models[number % len(models)], published.input_shape),
         "teacher on this device": named(config.teacher.model, published.input_shape)
-        if config.student.alpha
+        if config.student.needs_teacher
         else "not needed",
+        "student left here in the end": _left_here(config.student.own_weight),
         "devices on the roster": len(published.roster),
         "nominal records a device": published.records_per_device,
         "classes": ", ".join(published.classes),
         "inputs": f"{list(published.input_shape)}, {published.scale.constants.divisor:g} divides",
         "answers at multiples of": f"{published.answer_seconds:g} s",
     }
+
+
+def _left_here(own_weight: float) -> str:
+    if own_weight == 1:
+        return "its own"
+    return f"distilled from the last teacher, its own weighs {own_weight:g}; costs nothing"
 
 
 def _seen_by(published: PublishedPlan) -> str:

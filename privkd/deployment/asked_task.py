@@ -36,9 +36,9 @@ def asked_task(agreement: Agreement, round: int, tensors: Mapping[str, Tensor]) 
     expected = {"teacher"} if training.alpha else set[str]()
     if groups - {"start"} != expected or (must_start and "start" not in groups):
         raise ChannelError(f"weights of {sorted(groups)}: not those that the plan needs")
-    starts = (_loaded(agreement.student(), tensors, "start"),) if "start" in groups else ()
+    starts = (loaded(agreement.student(), tensors, "start"),) if "start" in groups else ()
     # No student learns from a teacher that is not sent.
-    teacher = _loaded(agreement.teacher(), tensors, "teacher") if training.alpha else nn.Identity()
+    teacher = loaded(agreement.teacher(), tensors, "teacher") if training.alpha else nn.Identity()
     task = Task(teacher, starts, training, agreement.mechanism, question)
     _check_apart(agreement, task)
     return task
@@ -66,8 +66,12 @@ def _are_probabilities(rows: Tensor) -> bool:
     return finite and bool(((rows.sum(-1) - 1).abs() <= _SUM).all())
 
 
-def _loaded(model: nn.Module, tensors: Mapping[str, Tensor], group: str) -> nn.Module:
-    """``model`` with the weights of ``group``, in evaluation mode."""
+def loaded(model: nn.Module, tensors: Mapping[str, Tensor], group: str) -> nn.Module:
+    """``model`` with the weights of ``group``, in evaluation mode.
+
+    Raises:
+        ChannelError: weights are missing, superfluous, of another architecture or not finite.
+    """
     prefix = f"{group}."
     given = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
     own = model.state_dict()

@@ -1,6 +1,6 @@
 """READ FIRST: the program of a real cloud. It holds public data and what was released to it, and no device.
 
-    init -> enrol -> publish -> (owners agree) -> run, stopped and gone on with at will -> report
+    init -> enrol -> publish -> (owners agree) -> run, stopped and gone on with at will -> deliver -> report
 
 A run's folder is that of any run (`privkd.runs.folder`), and its rounds are `privkd.federation`'s; what is
 other is the fleet: `privkd.deployment.remote`. Killed at any moment, ``run`` asks the interrupted round
@@ -26,7 +26,6 @@ from privkd.deployment.published import PLAN_FILE, PublishedPlan, public_setting
 from privkd.deployment.remote import Patience, RemoteFleet
 from privkd.errors import ConfigError, InterruptError, RunError
 from privkd.federation import advance
-from privkd.fleet import Fleet
 from privkd.plugins import load_plugins
 from privkd.prepared import Prepared, prepare, reopen
 from privkd.privacy.events import PartyId
@@ -36,6 +35,7 @@ from privkd.run import Run, train_in
 from privkd.runs.checkpoint import State
 from privkd.runs.elsewhere import Elsewhere
 from privkd.runs.folder import RunFolder
+from privkd.runs.result import Result
 from privkd.secure.certificates import load_request
 from privkd.secure.enrolment import approve_shown
 
@@ -170,6 +170,8 @@ def run(
 ) -> Run | None:
     """Play all rounds that are left, or at most ``rounds``; the finished run, or ``None`` before its end.
 
+    After the last one each device is brought the last teacher, or those who lack it; nobody must take it.
+
     Args:
         path: of ``cloud.toml``.
         progress: told of every stage.
@@ -194,10 +196,22 @@ def run(
             muster = _muster(settings, carrier)
             enough = _until(folder, rounds)
             state = advance(prepared, folder, progress, muster, resumed=resumed, enough=enough)
-        if state.round < prepared.plan.rounds:
-            return None
-        result = train_in(folder.config, folder, progress, resumed=True, prepared=prepared)
+            if state.round < prepared.plan.rounds:
+                return None
+            result = _result(folder, prepared, progress)
+            if prepared.config.student.delivers:
+                fleet = muster(prepared, folder, progress)
+                starts = prepared.last_students(state)
+                fleet.deliver(state.teacher, starts, prepared.config.student.own_weight)
         return Run(folder.path, folder.config, result)
+
+
+def _result(folder: RunFolder, prepared: Prepared, progress: Progress) -> Result:
+    """That of the run, all of whose rounds are played."""
+    written = folder.path / "result.json"
+    if written.exists():
+        return Result.read(written)
+    return train_in(folder.config, folder, progress, resumed=True, prepared=prepared)
 
 
 def _until(folder: RunFolder, rounds: int | None) -> Callable[[State], bool]:
@@ -303,14 +317,16 @@ def _run_folder(settings: CloudSettings, plan: PublishedPlan) -> Iterator[tuple[
         yield folder, prepared, resumed
 
 
-def _muster(settings: CloudSettings, carrier: Carrier) -> Callable[[Prepared, RunFolder, Progress], Fleet]:
+def _muster(
+    settings: CloudSettings, carrier: Carrier
+) -> Callable[[Prepared, RunFolder, Progress], RemoteFleet]:
     patience = Patience(
         settings.patience_seconds,
         settings.again_seconds,
         min(settings.answer_seconds, settings.again_seconds),
     )
 
-    def muster(prepared: Prepared, folder: RunFolder, progress: Progress) -> Fleet:
+    def muster(prepared: Prepared, folder: RunFolder, progress: Progress) -> RemoteFleet:
         where, channel = prepared.elsewhere, prepared.config.channel
         assert where is not None
         everybody = len(where.roster) if known(channel.kind).has_parties else 1

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from privkd.deployment.cloud import is_running, published_in, run_folder
 from privkd.deployment.cloud_settings import CloudSettings, Roster
-from privkd.deployment.remote import asked_in, witnesses_in
+from privkd.deployment.remote import asked_in, delivered_in, witnesses_in
 from privkd.deployment.wire import Reason
 from privkd.journal import Journal
 from privkd.privacy.events import PartyId
@@ -46,6 +46,7 @@ class CloudStatus(FileRecord, Value):
         refused: who refused, and why.
         missing: from whom nothing came.
         witnesses: the digest of each device's own ledger that it told last.
+        delivered: who has taken the last teacher.
         ending: certificates that end within 30 days.
     """
 
@@ -61,6 +62,7 @@ class CloudStatus(FileRecord, Value):
     refused: dict[PartyId, Reason]
     missing: tuple[PartyId, ...]
     witnesses: dict[PartyId, str]
+    delivered: tuple[PartyId, ...]
     ending: tuple[Ending, ...]
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -71,6 +73,7 @@ class CloudStatus(FileRecord, Value):
                 "device": name,
                 "last": self._last(name),
                 "witness": self.witnesses.get(name),
+                "delivered": name in self.delivered,
                 "certificate_days": days.get(name),
             }
             for name in self.enrolled
@@ -82,10 +85,11 @@ class CloudStatus(FileRecord, Value):
         title = f"{where}, {self.done} of {self.rounds} rounds, over {self.engine}: {state}"
         table = Table(title=title, title_justify="left")
         last = "last round" if self.asked is None else f"round {self.asked}"
-        for name in ("device", last, "ledger seen"):
+        for name in ("device", last, "ledger seen", "last teacher"):
             table.add_column(name)
         for row in self.rows():
-            table.add_row(row["device"], row["last"], (row["witness"] or "-")[:20])
+            delivered = "delivered" if row["delivered"] else "-"
+            table.add_row(row["device"], row["last"], (row["witness"] or "-")[:20], delivered)
         return Group(table, *map(_ending, self.ending))
 
     def _last(self, name: PartyId) -> str:
@@ -123,6 +127,7 @@ def status(path: Path) -> CloudStatus:
         refused=last.refused if last else {},
         missing=last.missing if last else (),
         witnesses={} if journal is None else witnesses_in(journal),
+        delivered=() if journal is None else tuple(sorted(delivered_in(journal))),
         ending=tuple(_ending_soon(settings, roster)),
     )
 

@@ -7,7 +7,9 @@ the next, so that a crash anywhere replays the same randomness:
           -> wait for the moment -> deliver
 
 An answer leaves at a whole multiple of the plan's ``answer_seconds`` after the question first arrived, and a
-repeated question gets the same bytes. What goes wrong is a `Reason` for the cloud; words are the owner's.
+repeated question gets the same bytes. What goes wrong is a `Reason` for the cloud; words are the owner's. One
+past the last round the cloud delivers the last teacher: the device makes of it and of its own student the one
+that it is left with, and says that it came.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -28,10 +31,12 @@ from privkd.channels.registry import known, open_channel
 from privkd.config import ChannelConfig
 from privkd.deployment.agreement import Agreement
 from privkd.deployment.asked_task import asked_task
+from privkd.deployment.delivery import delivered_models, left_with
 from privkd.deployment.device_state import (
     STATUS_FILE,
     Answered,
     Asked,
+    Delivered,
     DeviceState,
     Seen,
     Trained,
@@ -74,16 +79,16 @@ class _RefusedError(Exception):
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is about to leave, kept already, and over what.
+    """What is about to be answered, kept already.
 
-    ``waited`` says whether its moment has come: it has for what was made just now.
+    ``leave`` brings away what is to leave, and gives what of it is for the cloud. ``waited`` says whether its
+    moment has come: it has for what was made just now.
     """
 
     agreement: Agreement
     asked: Asked
-    channel: Channel
-    upload: Upload
-    witness: str
+    leave: Callable[[], bytes]
+    witness: str | None
     waited: bool
 
 
@@ -117,7 +122,7 @@ class DeviceProgram:
                 ready = self._ready(head, substance(message), tensors, invitation)
             if not ready.waited:
                 self._wait(ready.agreement, ready.asked)
-            given = _delivered(ready)
+            given = ready.leave()
             answer = self._answer(head, None, ready.witness)
             self._note(head, None, "")
             return pack_answer(answer, given)
@@ -146,6 +151,8 @@ class DeviceProgram:
             words = "the cloud was told of charges that this ledger lacks: was it restored from a copy?"
             raise _RefusedError(Reason.WITNESS, words)
         asked = self._asked_before(agreement, head.round, digest)
+        if head.round == agreement.plan.rounds:
+            return self._delivery(agreement, head, digest, tensors, invitation, asked)
         with _as(Reason.QUESTION):
             task = asked_task(agreement, head.round, tensors)
         channel = self._channel(agreement)
@@ -155,8 +162,7 @@ class DeviceProgram:
         answered = self._answered_before(head, attempt, terms)
         if asked is None:
             self._check_start(agreement, task)
-            asked = Asked(run=head.run, round=head.round, substance=digest, arrived=self._now())
-            self._state.add(asked)
+            asked = self._asked_now(head, digest)
         fresh = answered is None
         if answered is None:
             # Held until the moment has come: who knocks meanwhile cannot tell how long a training takes.
@@ -165,7 +171,43 @@ class DeviceProgram:
             finally:
                 self._wait(agreement, asked)
         upload = Upload(self._owner.name, head.round, self._state.kept_upload(answered))
-        return _Ready(agreement, asked, channel, upload, answered.witness, waited=fresh)
+        leave = partial(_brought, agreement, channel, upload)
+        return _Ready(agreement, asked, leave, answered.witness, waited=fresh)
+
+    def _delivery(
+        self,
+        agreement: Agreement,
+        head: Question,
+        digest: str,
+        tensors: Mapping[str, Tensor],
+        invitation: bytes,
+        asked: Asked | None,
+    ) -> _Ready:
+        """The student that the device is left with, kept. Nothing leaves, not even a witness of the ledger:
+        no charge was made, so that it would show whether another run's was."""
+        with _as(Reason.QUESTION):
+            start, teacher = delivered_models(agreement, tensors, invitation)
+        asked = asked or self._asked_now(head, digest)
+        fresh = self._state.last(Delivered, head.run) is None
+        if fresh:
+            try:
+                self._take(agreement, asked, start, teacher)
+            finally:
+                self._wait(agreement, asked)
+        return _Ready(agreement, asked, bytes, None, waited=fresh)
+
+    def _take(
+        self, agreement: Agreement, asked: Asked, start: torch.nn.Module, teacher: torch.nn.Module | None
+    ) -> None:
+        """Make the student that the device is left with, and keep it."""
+        self._check_hours()
+        state, run, labels = self._state, agreement.run, (self._owner.name, asked.substance)
+        root, own = state.run_root(run), self._last_student(agreement)
+        batches = torch.Generator().manual_seed(_seed(root.subkey("deliver", *labels)))
+        with seeded_layers(_seed(root.subkey("deliver layers", *labels))):
+            student = left_with(agreement, own, start, teacher, batches)
+        file = state.save(round_file(run, asked.round), _named(student))
+        state.add(Delivered(run=run, round=asked.round, file=file))
 
     def _agreed(self, run: str) -> Agreement:
         """The run, if the owner agreed and it still lies within the bounds."""
@@ -183,13 +225,19 @@ class DeviceProgram:
 
     def _asked_before(self, agreement: Agreement, round: int, digest: str) -> Asked | None:
         last = self._state.last(Asked, agreement.run)
-        if round >= agreement.plan.rounds or (last is not None and round < last.round):
+        end = agreement.plan.rounds + agreement.published.config.student.delivers
+        if round >= end or (last is not None and round < last.round):
             raise _RefusedError(Reason.ROUND_OVER, f"round {round} is over, or beyond the plan's")
         if last is None or last.round != round:
             return None
         if last.substance != digest:
             raise _RefusedError(Reason.CHANGED, f"round {round} was asked before otherwise")
         return last
+
+    def _asked_now(self, head: Question, digest: str) -> Asked:
+        asked = Asked(run=head.run, round=head.round, substance=digest, arrived=self._now())
+        self._state.add(asked)
+        return asked
 
     def _answered_before(self, head: Question, attempt: int, terms: str) -> Answered | None:
         last = self._state.last(Answered, head.run, round=head.round)
@@ -228,13 +276,16 @@ class DeviceProgram:
             if not math.isinf(most) and (cost := upper_bound(tuple(own.values()), delta)) > most:
                 raise BudgetError(f"run {agreement.run} would cost {cost:.4g} per {unit} of {most:g}")
 
+    def _check_hours(self) -> None:
+        if not self._owner.hours.allow(datetime.fromtimestamp(self._now()).astimezone()):
+            raise _RefusedError(Reason.LATER, "outside of the hours in which this device may train")
+
     def _make(
         self, agreement: Agreement, task: Task, asked: Asked, channel: Channel, attempt: int, terms: str
     ) -> Answered:
         """Charge an attempt, train unless the round was trained, encode, and keep what may leave."""
         state, run, round = self._state, agreement.run, task.question.round
-        if not self._owner.hours.allow(datetime.fromtimestamp(self._now()).astimezone()):
-            raise _RefusedError(Reason.LATER, "outside of the hours in which this device may train")
+        self._check_hours()
         self._check_run_bounds(agreement, round, attempt)
         state.ledger.debit_all(self._charges(agreement, round, attempt))
         trained = state.last(Trained, run, round=round) or self._train(agreement, task, asked)
@@ -261,7 +312,8 @@ class DeviceProgram:
 
         state, run, round = self._state, agreement.run, task.question.round
         records = own_records(self._owner.records, agreement.published)
-        before = self._student_before(agreement)
+        own = agreement.published.config.student.start == "own"
+        before = self._last_student(agreement) if own else None
         root, name = state.run_root(run), self._owner.name
         # Of the substance too: were the state restored, another question would not meet the same noise.
         labels = (name, round, asked.substance)
@@ -277,18 +329,15 @@ class DeviceProgram:
                 answers = torch.full(shape, math.nan)
         # What is not finite is sent as zeros: nobody is told that a training failed.
         block = torch.from_numpy(contributions(answers, [name], round)[0])
-        weights = {f"{_STUDENT}{key}": value for key, value in student.state_dict().items()}
-        file = state.save(round_file(run, round), {_BLOCK: block, **weights})
+        file = state.save(round_file(run, round), {_BLOCK: block, **_named(student)})
         trained = Trained(run=run, round=round, file=file, ledger=state.paid)
         state.add(trained)
         return trained
 
-    def _student_before(self, agreement: Agreement) -> torch.nn.Module | None:
-        """The student of the last round that this device trained in, where it goes on with its own."""
+    def _last_student(self, agreement: Agreement) -> torch.nn.Module | None:
+        """The student of the last round that this device trained in, if there was any."""
         last = self._state.last(Trained, agreement.run)
-        if last is None or agreement.published.config.student.start != "own":
-            return None
-        return kept_student(self._state.kept_round(last), agreement)
+        return None if last is None else kept_student(self._state.kept_round(last), agreement)
 
     def _channel(self, agreement: Agreement) -> Channel:
         config, plan, own = agreement.published.config, agreement.plan, self._owner.aggregators
@@ -340,7 +389,7 @@ class DeviceProgram:
 
 
 def kept_student(kept: Mapping[str, Tensor], agreement: Agreement) -> torch.nn.Module:
-    """The student in a file of `DeviceState.kept_round`, in evaluation mode."""
+    """The student in what `DeviceState.kept_round` gives, in evaluation mode."""
     student = agreement.student()
     student.load_state_dict(
         {name.removeprefix(_STUDENT): value for name, value in kept.items() if name.startswith(_STUDENT)}
@@ -348,11 +397,15 @@ def kept_student(kept: Mapping[str, Tensor], agreement: Agreement) -> torch.nn.M
     return student.eval()
 
 
-def _delivered(ready: _Ready) -> bytes:
+def _named(student: torch.nn.Module) -> dict[str, Tensor]:
+    return {f"{_STUDENT}{key}": value for key, value in student.state_dict().items()}
+
+
+def _brought(agreement: Agreement, channel: Channel, upload: Upload) -> bytes:
     """Bring an upload to the aggregators; what is left for the cloud."""
-    until = time.monotonic() + ready.agreement.published.config.channel.deadline
-    with ready.channel as channel:
-        return channel.deliver(ready.upload, until)
+    until = time.monotonic() + agreement.published.config.channel.deadline
+    with channel:
+        return channel.deliver(upload, until)
 
 
 def _parsed(message: bytes, device: str) -> tuple[Question, dict[str, Tensor], bytes]:

@@ -66,6 +66,14 @@ class Answered(_Step):
     ledger: Head
 
 
+class Delivered(_Step):
+    """The student that the device is left with lies in a file of digest ``file``; its round is one past the
+    last."""
+
+    step: Literal["delivered"] = "delivered"
+    file: str
+
+
 class Seen(FileRecord):
     """``status.json``: what came lately.
 
@@ -148,9 +156,10 @@ class DeviceState(HeldFolder):
         """Journal a step; it is durable when this returns. Raises `RunError`."""
         self.journal.append(step.tree())
 
-    def kept_round(self, trained: Trained) -> dict[str, Tensor]:
-        """Student and block of a round. Raises `RunError` where they are gone or changed."""
-        return self.load(round_file(trained.run, trained.round), trained.file)
+    def kept_round(self, step: Trained | Delivered) -> dict[str, Tensor]:
+        """Student and block of a round, or the student that was delivered. Raises `RunError` where they are
+        gone or changed."""
+        return self.load(round_file(step.run, step.round), step.file)
 
     def kept_upload(self, answered: Answered) -> bytes:
         """What left, or was about to. Raises `RunError` where it is gone or changed."""
@@ -199,7 +208,7 @@ def run_folder(state: Path, run: str) -> Path:
 
 
 def round_file(run: str, round: int) -> str:
-    """Student and block of a round, below the state's folder."""
+    """Student and block of a round, below the state's folder; the delivered student is one past the last."""
     return f"runs/{run}/round-{round:06d}.safetensors"
 
 

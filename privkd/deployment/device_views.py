@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from privkd.deployment.device_state import (
     LEDGER_FILE,
     STATUS_FILE,
+    Delivered,
     DeviceState,
     Seen,
     Trained,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _SOON = 30.0
 """Days before its end at which a certificate is called out."""
 _DAY = 86_400.0
+_STUDENTS: Mapping[str, type[Trained | Delivered]] = {"trained": Trained, "delivered": Delivered}
+"""Steps of the journal that leave a student."""
 
 
 class Spent(Record):
@@ -248,7 +251,9 @@ class _Standing(HeldFolder):
 
 
 def export(owner: Owner, run: str | None, form: str, out: Path | None) -> "Exported":
-    """Write the device's student of its last round in ``run``, or in the last run that trained, as a file.
+    """Write the student that the device is left with by ``run``, or by its last run, as a file.
+
+    Before the cloud has delivered it, that is the one of the last round that the device trained in.
 
     Raises:
         RunError: there is none, it was changed, or ``out`` cannot be written.
@@ -261,13 +266,20 @@ def export(owner: Owner, run: str | None, form: str, out: Path | None) -> "Expor
     from privkd.export.formats import suffix_of
     from privkd.export.record import Exported
 
-    trained = _last_trained(owner, run)
-    agreement = Agreement.read(run_folder(owner.state, trained.run), owner.name)
-    kept = _read(owner.state / round_file(trained.run, trained.round), trained.file)
+    last = _last_student(owner, run)
+    agreement = Agreement.read(run_folder(owner.state, last.run), owner.name)
+    kept = _read(owner.state / round_file(last.run, last.round), last.file)
     path = out or Path(f"{owner.name}{suffix_of(form)}")
     divisor = agreement.published.scale.constants.divisor
     artefact = export_model(kept_student(kept, agreement), agreement.proxy, divisor, form, path)
-    return Exported(run=trained.run, device=owner.name, round=trained.round + 1, **dict(artefact))
+    delivered = isinstance(last, Delivered)
+    return Exported(
+        run=last.run,
+        device=owner.name,
+        round=last.round + (not delivered),
+        delivered=delivered,
+        **dict(artefact),
+    )
 
 
 def _read(path: Path, digest: str) -> dict[str, "Tensor"]:
@@ -277,10 +289,11 @@ def _read(path: Path, digest: str) -> dict[str, "Tensor"]:
         raise RunError(f"{path}: {error.strerror or error}") from None
 
 
-def _last_trained(owner: Owner, run: str | None) -> Trained:
+def _last_student(owner: Owner, run: str | None) -> Trained | Delivered:
     for record in reversed(tuple(Journal(owner.state / "journal.jsonl"))):
-        if record.get("step") == "trained" and (run is None or record["run"].startswith(run)):
-            return Trained.model_validate(record)
+        kind = _STUDENTS.get(record.get("step", ""))
+        if kind is not None and (run is None or record["run"].startswith(run)):
+            return kind.model_validate(record)
     raise RunError(f"{owner.name} has trained no student{f' in run {run}' if run else ''} yet")
 
 

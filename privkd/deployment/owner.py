@@ -191,7 +191,7 @@ class Owner(Settings):
     def _check_models(self, plan: PublishedPlan, number: int) -> None:
         student = plan.config.student
         asked = [student.models[number % len(student.models)].name]
-        if student.alpha:
+        if student.needs_teacher:
             asked.append(plan.config.teacher.model.name)
         for name in asked:
             if ":" in name and name not in self.bounds.models:

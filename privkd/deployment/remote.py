@@ -1,8 +1,9 @@
 """The devices of a run, elsewhere: a question for each over a carrier, and a release of what came back."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -21,23 +22,16 @@ from privkd.runs.checkpoint import State
 from privkd.runs.elsewhere import Elsewhere
 
 
-class Asked(Record):
-    """What came of asking the devices once in a round; public.
+class _Unanswered(Record):
+    """Who did not answer when devices were asked; public.
 
     Attributes:
-        round: its number, from 0.
-        answered: who did.
         refused: who will not, and why.
         missing: from whom nothing came, or nothing but ``later``.
-        witnesses: the digest of its own ledger that each who answered told.
     """
 
-    step: Literal["asked"] = "asked"
-    round: Count
-    answered: tuple[PartyId, ...]
     refused: dict[PartyId, Reason]
     missing: tuple[PartyId, ...]
-    witnesses: dict[PartyId, str]
 
     @property
     def left_out(self) -> str:
@@ -48,6 +42,28 @@ class Asked(Record):
         if self.missing:
             whom["no answer"] = list(self.missing)
         return "; ".join(f"{why}: {', '.join(names)}" for why, names in whom.items())
+
+
+class Asked(_Unanswered):
+    """What came of asking the devices once in a round; public.
+
+    Attributes:
+        round: its number, from 0.
+        answered: who did.
+        witnesses: the digest of its own ledger that each who answered told.
+    """
+
+    step: Literal["asked"] = "asked"
+    round: Count
+    answered: tuple[PartyId, ...]
+    witnesses: dict[PartyId, str]
+
+
+class Delivered(_Unanswered):
+    """Who has taken the last teacher ``to`` itself; public."""
+
+    step: Literal["delivered"] = "delivered"
+    to: tuple[PartyId, ...]
 
 
 def asked_in(journal: Journal) -> list[Asked]:
@@ -64,6 +80,12 @@ def witnesses_in(journal: Journal) -> dict[PartyId, str]:
     return {name: digest for row in asked_in(journal) for name, digest in row.witnesses.items()}
 
 
+def delivered_in(journal: Journal) -> frozenset[PartyId]:
+    """Who has taken the last teacher. Raises as `asked_in`."""
+    rows = [record_of(Delivered, row, journal.path) for row in journal if row.get("step") == "delivered"]
+    return frozenset(name for row in rows for name in row.to)
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long a cloud waits, in seconds: ``round`` for all devices of one; after ``again`` it asks once more
@@ -74,39 +96,43 @@ class Patience:
     pause: float
 
 
+@dataclass(frozen=True)
 class Questions(Mapping[PartyId, bytes]):
-    """The questions of one round, each packed when it is sent: a thousand of them need no memory at once."""
+    """The questions of one round, each packed when it is sent: a thousand of them need no memory at once.
 
-    def __init__(
-        self, where: Elsewhere, task: Task, invitation: bytes, witnesses: Mapping[PartyId, str]
-    ) -> None:
-        self._where, self._task = where, task
-        self._invitation, self._witnesses = invitation, dict(witnesses)
-        self._names = where.roster
+    Attributes:
+        where: the run by name, and its roster.
+        names: whom they are for.
+        round: its number.
+        tensors: what a device is asked, by its number.
+        invitation: the channel's.
+        witnesses: of each device's ledger, as it told last.
+    """
+
+    where: Elsewhere
+    names: tuple[PartyId, ...]
+    round: int
+    tensors: Callable[[int], Mapping[str, Tensor]]
+    invitation: bytes
+    witnesses: Mapping[PartyId, str]
 
     def of(self, names: Iterable[PartyId]) -> "Questions":
         """Those to ``names`` alone."""
-        some = Questions(self._where, self._task, self._invitation, self._witnesses)
-        some._names = tuple(names)
-        return some
+        return replace(self, names=tuple(names))
 
     def __getitem__(self, device: PartyId) -> bytes:
-        if device not in self._names:
+        if device not in self.names:
             raise KeyError(device)
         head = Question(
-            run=self._where.run,
-            device=device,
-            round=self._task.question.round,
-            witness=self._witnesses.get(device),
+            run=self.where.run, device=device, round=self.round, witness=self.witnesses.get(device)
         )
-        number = self._where.roster.index(device)
-        return pack_question(head, tensors_of(self._task, number), self._invitation)
+        return pack_question(head, self.tensors(self.where.roster.index(device)), self.invitation)
 
     def __iter__(self) -> Iterator[PartyId]:
-        return iter(self._names)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
 
 def tensors_of(task: Task, number: int) -> dict[str, Tensor]:
@@ -122,6 +148,14 @@ def tensors_of(task: Task, number: int) -> dict[str, Tensor]:
     if task.training.alpha > 0:
         found |= _named("teacher", task.teacher)
     return found
+
+
+def delivery_of(
+    teacher: nn.Module, starts: Sequence[nn.Module], own_weight: float, number: int
+) -> dict[str, Tensor]:
+    """The public tensors of a delivery to the device of this number: see `privkd.deployment.delivery`."""
+    found = _named("start", dealt(starts, number))
+    return found | (_named("teacher", teacher) if own_weight > 0 else {})
 
 
 def _named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
@@ -179,8 +213,8 @@ class RemoteFleet:
         question = task.question
         self._stage(question.round, f"asking {len(self.names)} devices")
         channel.open(question, self.names)
-        asked = Questions(self.where, task, channel.invitation(), witnesses_in(self.journal))
-        heard = self._hear(asked, task, channel)
+        asked = self._questions(question.round, partial(tensors_of, task), channel.invitation())
+        heard = self._hear(asked, partial(_readable, channel, task))
         found = Asked(
             round=question.round,
             answered=tuple(name for name in self.names if name in heard.given),
@@ -195,30 +229,58 @@ class RemoteFleet:
         # Behind a channel with parties devices have brought their uploads to these.
         return channel.collected(question, () if known(channel.kind).has_parties else uploads), ()
 
-    def _hear(self, asked: Questions, task: Task, channel: Channel) -> _Heard:
+    def deliver(self, teacher: nn.Module, starts: Sequence[nn.Module], own_weight: float) -> None:
+        """Bring the last ``teacher`` to all who lack it, with one of ``starts``, as long as patience lasts.
+
+        Nobody must take it. What came of it is in the journal.
+        """
+        has = delivered_in(self.journal)
+        lacking = tuple(name for name in self.names if name not in has)
+        if not lacking:
+            return
+        self.progress.stage(f"delivering the last teacher to {len(lacking)} devices")
+        tensors = partial(delivery_of, teacher, starts, own_weight)
+        heard = self._hear(self._questions(self.rounds, tensors, b"").of(lacking), _is_empty)
+        found = Delivered(
+            to=tuple(name for name in lacking if name in heard.given),
+            refused=heard.refused,
+            missing=tuple(heard.missing(lacking)),
+        )
+        self.journal.append(found.tree())
+        if found.left_out:
+            self.progress.stage(f"not delivered ({found.left_out}): `privkd cloud run` tries again")
+
+    def _questions(
+        self, round: int, tensors: Callable[[int], Mapping[str, Tensor]], invitation: bytes
+    ) -> Questions:
+        return Questions(self.where, self.names, round, tensors, invitation, witnesses_in(self.journal))
+
+    def _hear(self, asked: Questions, readable: Callable[[Upload], bool]) -> _Heard:
         """Ask until all have answered or refused, or the patience is over."""
         heard, until = _Heard(), time.monotonic() + self.patience.round
-        while waiting := heard.missing(self.names):
+        while waiting := heard.missing(asked.names):
             left = until - time.monotonic()
             if left <= 0:
                 break
             answers = self.carrier.ask(asked.of(waiting), min(left, self.patience.again))
             for name, message in answers.items():
-                self._take(name, message, heard, task, channel)
-            self.progress.advance(len(heard.given), len(self.names))
-            if heard.missing(self.names):
+                self._take(name, message, heard, asked.round, readable)
+            self.progress.advance(len(heard.given), len(asked))
+            if heard.missing(asked.names):
                 time.sleep(max(0.0, min(self.patience.pause, until - time.monotonic())))
         return heard
 
-    def _take(self, name: PartyId, message: bytes, heard: _Heard, task: Task, channel: Channel) -> None:
+    def _take(
+        self, name: PartyId, message: bytes, heard: _Heard, round: int, readable: Callable[[Upload], bool]
+    ) -> None:
         """Note an answer; one that is malformed, or another's, is as good as none."""
         try:
             answer, given = unpack_answer(message)
         except ChannelError:
             return
-        if not self._fits(answer, name, task.question.round):
+        if not self._fits(answer, name, round):
             return
-        if answer.refused is None and _readable(channel, task, Upload(name, task.question.round, given)):
+        if answer.refused is None and readable(Upload(name, round, given)):
             heard.given[name] = given
             if answer.ledger is not None:
                 heard.witnesses[name] = answer.ledger
@@ -244,11 +306,15 @@ class RemoteFleet:
         self.progress.stage(f"round {round + 1} of {self.rounds}: {what}")
 
 
+def _is_empty(upload: Upload) -> bool:
+    return not upload.payload
+
+
 def _readable(channel: Channel, task: Task, upload: Upload) -> bool:
     """Whether the channel can make something of a device's ``upload`` by itself; of nothing, where devices
     bring uploads to its parties."""
     if known(channel.kind).has_parties:
-        return not upload.payload
+        return _is_empty(upload)
     try:
         channel.collect(task.question, (upload,))
     except (ChannelError, ValueError):

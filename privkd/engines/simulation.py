@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from privkd.config import FitConfig, StudentConfig
 from privkd.data.scenario import Device, LabelledSet
 from privkd.device import Draws as DeviceDraws
-from privkd.device import responses
+from privkd.device import between_both, responses, unlabelled
 from privkd.messages import Question, Task
 from privkd.models.architecture import group_by_architecture
 from privkd.privacy.events import PartyId
@@ -30,7 +29,6 @@ RandomnessOf = Callable[[PartyId], Randomness]
 Report = Callable[[int], None]
 """Told how many devices are done."""
 
-_LEAST_LOGIT = -100.0
 _COPIED = 256 << 20
 """Bytes of public inputs that a cohort may hold, which has a copy for each of its devices."""
 
@@ -201,9 +199,7 @@ class Simulation:
         seed: int,
         report: Report,
     ) -> list[nn.Module]:
-        """Each device's student and ``teacher`` in one student, distilled toward the weighted mean of both.
-
-        Acts on public ``inputs`` ``[record, *shape]``: post-processing of what the students' DP-SGD paid for.
+        """Each device's student and ``teacher`` in one student: see `device.merge`.
 
         Args:
             students: one for each device, with ``own_weight`` in the mean.
@@ -216,18 +212,14 @@ class Simulation:
         Raises:
             TrainingError: a student's weights are not finite.
         """
-        own = self.config.own_weight
-        known = (1 - own) * F.softmax(logits_of(teacher, inputs), dim=-1)
-        # With all weight on the soft targets no label counts.
-        unlabelled = LabelledSet(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
+        known, weight = logits_of(teacher, inputs), self.config.own_weight
         public = Simulation(
-            tuple(replace(device, train=unlabelled) for device in self.devices),
+            tuple(replace(device, train=unlabelled(inputs)) for device in self.devices),
             self.config.model_copy(update={"alpha": 1.0, "temperature": 1.0}),
         )
         merged: list[nn.Module] = []
         for some in _runs_of(len(students), max(1, _COPIED // max(1, inputs.nbytes))):
-            means = [own * F.softmax(logits_of(students[i], inputs), dim=-1) + known for i in some]
-            targets = [mean.log().clamp(min=_LEAST_LOGIT) for mean in means]
+            targets = [between_both(logits_of(students[i], inputs), known, weight) for i in some]
             merged += public.part(some).fit(
                 [starts[i] for i in some],
                 targets,

@@ -49,7 +49,13 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     path = out or folder.path / "export" / f"{name}{suffix}"
     student = prepared.personalised(done, [device], Silent())[0]
     artefact = export_model(student, scenario.public.inputs, scenario.constants.divisor, form, path)
-    exported = Exported(run=str(folder.path), device=name, round=done.state.round, **dict(artefact))
+    exported = Exported(
+        run=str(folder.path),
+        device=name,
+        round=done.state.round,
+        delivered=prepared.config.student.delivers,
+        **dict(artefact),
+    )
     folder.write_json(f"export/{name}-{form}.json", exported.tree())
     return exported
 

@@ -54,11 +54,16 @@ class Artefact(Record):
 
 
 class Exported(Artefact, FileRecord, Value):
-    """The artefact of the student that ``device`` is left with by ``run`` after ``round`` rounds."""
+    """The artefact of the student that ``device`` is left with by ``run`` after ``round`` rounds.
+
+    ``delivered`` says whether it learned from the last teacher in the end; else it is the one that the device
+    trained.
+    """
 
     run: str
     device: str
     round: Count
+    delivered: bool = True
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The one artefact."""
@@ -76,6 +81,10 @@ class Exported(Artefact, FileRecord, Value):
         shape = ", ".join(map(str, self.input_shape))
         check = self.check
         rows = (
+            (
+                "which",
+                "as delivered" if self.delivered else "as the device trained it, nothing was delivered",
+            ),
             ("input", f"raw float32 [record, {shape}]"),
             ("preprocessing inside", "none" if self.divisor == 1 else f"divided by {self.divisor:g}"),
             ("output", f"logits [record, {self.classes}]"),

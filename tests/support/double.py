@@ -56,7 +56,8 @@ def channel_of(plan: PublishedPlan, name: str, votes: VoteRule | None = None) ->
 class Double:
     """A device by name, with the folder that its owner was given, and its records.
 
-    ``refusing`` says for which round it refuses, and why; ``heard`` are all questions that reached it.
+    ``refusing`` says for which round it refuses, and why; ``heard`` are all questions that reached it, and
+    ``delivered`` what came after the last.
     """
 
     name: str
@@ -64,16 +65,18 @@ class Double:
     records: LabelledSet
     refusing: Callable[[int], Reason | None] = lambda round: None
     heard: list[bytes] = field(default_factory=list)
+    delivered: list[bytes] = field(default_factory=list)
     students: dict[int, nn.Module] = field(default_factory=dict)
     sent: dict[tuple[int, bytes], bytes] = field(default_factory=dict)
 
     def __call__(self, message: bytes) -> bytes:
-        self.heard.append(message)
         head, tensors, invitation = unpack_question(message)
         assert head.device == self.name
+        last = head.round == PublishedPlan.load(self.folder)[0].config.rounds
+        (self.delivered if last else self.heard).append(message)
         refused = self.refusing(head.round)
         answer = Answer(run=head.run, device=self.name, round=head.round, refused=refused)
-        if refused is not None:
+        if refused is not None or last:
             return pack_answer(answer)
         key = head.round, invitation
         if key not in self.sent:

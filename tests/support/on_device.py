@@ -64,6 +64,14 @@ class Clouds:
             Question(**fields), self.tensors(round) if tensors is None else tensors, invitation
         )
 
+    def delivered(self) -> dict[str, Tensor]:
+        """What is delivered after the last round."""
+        return {name: each for name, each in self.tensors(0).items() if "." in name}
+
+    def delivery(self, **more: Any) -> bytes:
+        """That as a question."""
+        return self.ask(self.prepared.plan.rounds, **{"tensors": self.delivered()} | more)
+
     def write(self, folder: Path) -> Path:
         """The published plan in a folder."""
         folder.mkdir(parents=True, exist_ok=True)

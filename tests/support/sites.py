@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from double import Double
+from on_device import Box, write_records
 
 from privkd.data import build_scenario
 from privkd.deployment import cloud
+from privkd.deployment.agreement import agree
 from privkd.deployment.carriers import Carrier, InProcessCarrier
 from privkd.deployment.cloud_settings import CloudSettings
+from privkd.deployment.owner import Owner
 from privkd.deployment.published import PublishedPlan
 from privkd.deployment.wire import unpack_question
 from privkd.messages import Release
@@ -99,6 +102,25 @@ def doubles(config: Path) -> dict[str, Double]:
     return {name: Double(name, published, owner.train) for name, owner in zip(NAMES, owners, strict=True)}
 
 
+def real_devices(found: Site, **owner: Any) -> dict[str, Box]:
+    """Programs in place of the doubles, with the same records; ``owner`` are settings of all their owners."""
+    boxes = {}
+    for name, double in found.doubles.items():
+        folder = found.config.parent / f"{name}.device"
+        folder.mkdir()
+        records = write_records(folder / "records.npz", double.records)
+        fields = {
+            "name": name,
+            "state": folder / "state",
+            "socket": folder / "device.sock",
+            "records": {"source": str(records)},
+            "bounds": {"minimum_devices": 1},
+        }
+        boxes[name] = Box(folder, Owner.model_validate(fields | owner))
+        agree(boxes[name].owner, found.config.parent / "published", found.plan.digest)
+    return boxes
+
+
 def same_releases(one: Site, other: Site) -> bool:
     pairs = list(zip(one.releases(), other.releases(), strict=True))
     return all(
@@ -110,8 +132,8 @@ def same_releases(one: Site, other: Site) -> bool:
 class Picky:
     """Carries nothing to some devices in some rounds."""
 
-    def __init__(self, doubles: Mapping[str, Double], away: Mapping[int, set[str]]) -> None:
-        self._inner, self._away = InProcessCarrier(doubles), away
+    def __init__(self, devices: Mapping[str, Callable[[bytes], bytes]], away: Mapping[int, set[str]]) -> None:
+        self._inner, self._away = InProcessCarrier(devices), away
 
     def ask(self, questions: Mapping[str, bytes], seconds: float) -> Mapping[str, bytes]:
         round = unpack_question(next(iter(questions.values())))[0].round

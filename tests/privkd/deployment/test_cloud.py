@@ -84,7 +84,7 @@ class TestOnePath:
                 return super().ask(questions, seconds)
 
         result = found.run(Looking(found.doubles)).result
-        assert seen == [NAMES, NAMES]
+        assert seen == [NAMES, NAMES, NAMES], "two rounds, and what is delivered after them"
         assert result.statement(Unit.RECORD).high == found.plan.epsilon_record
         assert result.statement(Unit.DEVICE).high == found.plan.epsilon_device
 

@@ -161,7 +161,7 @@ class TestRefuses:
         assert ledger(device.owner).charges == ()
 
     def test_a_round_beyond_the_plan_or_behind_the_last(self, device: Box, cloud: Clouds) -> None:
-        assert refusal(device(cloud.ask(2, tensors=cloud.tensors(1)))) is Reason.ROUND_OVER
+        assert refusal(device(cloud.ask(3, tensors=cloud.tensors(1)))) is Reason.ROUND_OVER
         assert refusal(device(cloud.ask(1))) is None
         assert refusal(device(cloud.ask(0))) is Reason.ROUND_OVER
 

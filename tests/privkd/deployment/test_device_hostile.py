@@ -16,7 +16,7 @@ from on_device import NAME, Box, Clouds, box, clouds
 
 from privkd.deployment.agreement import agree
 from privkd.deployment.device import DeviceProgram
-from privkd.deployment.device_state import read_ledger
+from privkd.deployment.device_state import Delivered, read_ledger
 from privkd.deployment.wire import ANSWER_BYTES, Reason, unpack_answer
 from privkd.folder import HeldFolder
 from privkd.journal import Journal
@@ -89,11 +89,13 @@ def _hostile(draw: random.Random) -> dict[str, Any] | None:
 
 def _moved(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """Other content that the plan allows just as well."""
+    if name not in tensors:
+        return tensors
     if name == "queries":
         return tensors | {"queries": tensors["queries"] + (1 if int(tensors["queries"][-1]) < 39 else -1)}
     if name == "prior":
         return tensors | {"prior": tensors["prior"].flip(1)}
-    return tensors | ({name: tensors[name] + 0.01} if name else {})
+    return tensors | {name: tensors[name] + 0.01}
 
 
 @pytest.mark.parametrize("seed", range(max(24, EXAMPLES // 2)))
@@ -111,16 +113,18 @@ def test_no_order_of_questions_buys_a_second_noise_or_a_second_charge(
             device.start()
             continue
         cloud = two[step["cloud"]]
-        tensors = _moved(cloud.tensors(min(step["round"], 1)), step["moved"])
+        last_one = step["round"] == cloud.prepared.plan.rounds
+        tensors = _moved(cloud.delivered() if last_one else cloud.tensors(step["round"]), step["moved"])
         witness = last if step["witness"] == "last" else step["witness"]
         head = {"witness": witness} | step["head"]
-        asked = cloud.ask(step["round"], tensors=tensors, invitation=step["terms"], **head)
+        invitation = b"" if last_one else step["terms"]
+        asked = cloud.ask(step["round"], tensors=tensors, invitation=invitation, **head)
         answer = device.raw(asked)
         said, given = unpack_answer(answer)
         if said.refused is None:
             assert device.raw(asked) == answer
-            last = said.ledger if step["cloud"] == 0 else last
-            answers.setdefault((cloud.published.digest, said.round or 0, step["terms"]), set()).add(answer)
+            last = said.ledger or last if step["cloud"] == 0 else last
+            answers.setdefault((cloud.published.digest, said.round or 0, invitation), set()).add(answer)
         else:
             assert (given, said.ledger) == (b"", None)
             assert len(answer) == ANSWER_BYTES
@@ -214,8 +218,8 @@ class Strike:
         return struck
 
 
-DURABLE = 7
-"""Asked, charged, round kept, trained, upload kept, answered, status."""
+DURABLE, DURABLE_DELIVERY = 7, 4
+"""Asked, charged, round kept, trained, upload kept, answered, status; and asked, kept, delivered, status."""
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -246,6 +250,35 @@ def test_a_crash_at_a_durable_step_changes_nothing(
     assert len(kept.charges(Unit.DEVICE, NAME)) == 1
     assert len({block for *_, block in ENCODED}) == 1
     device.stop()
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", range(DURABLE_DELIVERY + 1))
+def test_a_crash_in_a_delivery_changes_nothing(
+    tmp_path: Path, template: Box, two: tuple[Clouds, Clouds], at: int, after: bool
+) -> None:
+    told, asked = two[0].ask(invitation=terms(0)), two[0].delivery()
+    unharmed, device = copied(template, tmp_path / "unharmed"), copied(template, tmp_path / "struck")
+    expected = [unharmed.raw(each) for each in (told, asked)]
+    assert device.raw(told) == expected[0]
+    with pytest.MonkeyPatch.context() as patch:
+        strike = Strike(patch, at, after=after)
+        if at < DURABLE_DELIVERY:
+            with pytest.raises(_KilledError):
+                device.raw(asked)
+        else:
+            device.raw(asked)
+            assert strike.seen == DURABLE_DELIVERY, "the list of durable steps is whole"
+    device.start()
+    assert device.raw(asked) == expected[1]
+    run = two[0].published.digest
+    found = [each.state.last(Delivered, run) for each in (unharmed, device)]
+    assert found[0] == found[1] is not None, "the same student"
+    kept = read_ledger(device.owner)
+    assert kept is not None
+    assert len(kept.charges(Unit.RECORD, NAME)) == 2
+    for each in (unharmed, device):
+        each.stop()
 
 
 @pytest.mark.parametrize("at", range(4))
