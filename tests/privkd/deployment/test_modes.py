@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from privkd import device
 from privkd.channels.channel import NoisedChannel
 from privkd.channels.secure import OpenSum
-from privkd.deployment.agreement import Agreement
+from privkd.deployment.agreement import Agreement, show
 from privkd.deployment.asked_task import asked_task
 from privkd.deployment.carriers import InProcessCarrier
 from privkd.deployment.device import kept_student
@@ -227,6 +227,8 @@ class TestOverAggregators:
         (release,) = made.found.releases()
         noise = (release.answers - made.blocks(0).mean(0)).double()
         assert release.noise_std > 0
+        asks = show(made.devices["ada"].owner, made.found.config.parent / "published").asks
+        assert str(asks["noise on the answers"]).endswith("if 3 devices add their parts honestly")
         # Each of 400 entries is beyond 6 standard deviations with 2e-9; their spread is 6 of its own off.
         assert noise.abs().max() < 6 * release.noise_std
         assert noise.std().item() == pytest.approx(release.noise_std, rel=0.22)
