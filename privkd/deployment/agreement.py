@@ -93,8 +93,9 @@ class Agreement:
         from privkd.training.proof import check_apart
 
         student = self.published.config.student
-        if student.alpha and self.mechanism is not None:
-            check_apart(self.teacher().eval(), self.probe, "teacher")
+        teacher = self.teacher().eval() if student.needs_teacher else None
+        if teacher is not None and student.alpha and self.mechanism is not None:
+            check_apart(teacher, self.probe, "teacher")
         check_trainable(
             self.student(),
             input_shape=self.published.input_shape,
@@ -272,7 +273,9 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
     return {
         "rounds": plan.rounds,
         "who sees the answers": _seen_by(published),
-        "noise on the answers": "none" if plan.rho is None else f"rho {plan.rho:.4g} a release",
+        "noise on the answers": "none"
+        if plan.rho is None
+        else f"rho {plan.rho:.4g} a release{_by(published)}",
         "noise of the training": f"multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps a round",
         "answers a round": f"{plan.queries} of {len(published.classes)} classes, {config.channel.sends}",
         "student": named(models[number % len(models)], published.input_shape),
@@ -286,6 +289,16 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         "inputs": f"{list(published.input_shape)}, {published.scale.constants.divisor:g} divides",
         "answers at multiples of": f"{published.answer_seconds:g} s",
     }
+
+
+def _by(published: PublishedPlan) -> str:
+    channel = published.config.channel
+    if not known(channel.kind).has_parties:
+        return ""
+    if channel.noise_from == "aggregators":
+        return ", by each aggregator"
+    fewest = channel.minimum_devices or len(published.roster)
+    return f", if {fewest} devices add their parts honestly"
 
 
 def _left_here(own_weight: float) -> str:

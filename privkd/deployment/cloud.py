@@ -199,10 +199,9 @@ def run(
             if state.round < prepared.plan.rounds:
                 return None
             result = _result(folder, prepared, progress)
-            if prepared.config.student.delivers:
-                fleet = muster(prepared, folder, progress)
-                starts = prepared.last_students(state)
-                fleet.deliver(state.teacher, starts, prepared.config.student.own_weight)
+            fleet, student = muster(prepared, folder, progress), prepared.config.student
+            if student.delivers and fleet.lacking:
+                fleet.deliver(state.teacher, prepared.last_students(state), student.own_weight)
         return Run(folder.path, folder.config, result)
 
 

@@ -229,15 +229,18 @@ class RemoteFleet:
         # Behind a channel with parties devices have brought their uploads to these.
         return channel.collected(question, () if known(channel.kind).has_parties else uploads), ()
 
+    @property
+    def lacking(self) -> tuple[PartyId, ...]:
+        """Who has not taken the last teacher yet."""
+        has = delivered_in(self.journal)
+        return tuple(name for name in self.names if name not in has)
+
     def deliver(self, teacher: nn.Module, starts: Sequence[nn.Module], own_weight: float) -> None:
         """Bring the last ``teacher`` to all who lack it, with one of ``starts``, as long as patience lasts.
 
         Nobody must take it. What came of it is in the journal.
         """
-        has = delivered_in(self.journal)
-        lacking = tuple(name for name in self.names if name not in has)
-        if not lacking:
-            return
+        lacking = self.lacking
         self.progress.stage(f"delivering the last teacher to {len(lacking)} devices")
         tensors = partial(delivery_of, teacher, starts, own_weight)
         heard = self._hear(self._questions(self.rounds, tensors, b"").of(lacking), _is_empty)

@@ -65,7 +65,7 @@ class Question(Record):
         protocol: `PROTOCOL`.
         run: the run's name.
         device: whom it is for.
-        round: its number, from 0.
+        round: its number, from 0; one past the plan's last brings the last teacher.
         witness: the digest of the device's ledger that the cloud saw last; ``None`` before the first answer.
     """
 
@@ -85,7 +85,8 @@ class Answer(Record):
         device: who answers.
         round: as of the question.
         refused: why not; ``None`` where it did answer.
-        ledger: digest of the device's ledger, for the cloud to keep as a witness.
+        ledger: digest of the device's ledger, for the cloud to keep as a witness; ``None`` where nothing was
+            charged.
     """
 
     protocol: Count = PROTOCOL

@@ -7,7 +7,8 @@ import pytest
 import torch
 from double import draws_of
 from running import StopAt, charges
-from sites import NAMES, Picky, Site, impatient, site
+from secured import running_aggregators, secured
+from sites import NAMES, Picky, Site
 
 from privkd import device
 from privkd.channels.secure import OpenSum
@@ -20,32 +21,12 @@ from privkd.messages import Task
 from privkd.prepared import reopen
 from privkd.privacy.noise import NoiseRoot
 from privkd.runs.folder import RunFolder
-from privkd.secure.client import service_links
-from privkd.secure.group import PartyGroup
-from privkd.secure.local import LocalParties
-
-LIMITS = {"minimum_devices": 1, "request_seconds": 10.0}
 
 
 @pytest.fixture(scope="module")
 def aggregators() -> Iterator[str]:
-    """The table of a running group with a third party."""
-    with LocalParties(2, third_party=True, tls=False, limits=LIMITS) as parties:
-        group = PartyGroup(service_links(parties.urls))
-        keys = group.keys(float("inf"))
-        group.disconnect()
-        yield f"[aggregators]\nurls = {list(parties.urls)}\nkeys = {list(keys)}\n[run]\n"
-
-
-def secured(folder: Path, aggregators: str, *more: str, text: str = "") -> Site:
-    """A site over it; ``more`` are settings of its channel."""
-    channel = "\n".join(["[run.channel]", 'kind = "secure"', *more])
-
-    def change(given: str) -> str:
-        rest, _, _ = given.partition("[run.channel]")
-        return impatient(rest.replace("[run]\n", aggregators)) + channel + text
-
-    return site(folder, "plain", change)
+    with running_aggregators() as table:
+        yield table
 
 
 def task_of(found: Site) -> Task:
