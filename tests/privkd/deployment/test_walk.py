@@ -1,7 +1,7 @@
 """The page for three hosts and five devices, followed to its end: from nothing to a better teacher.
 
 Real processes, mutual TLS. A folder stands for each host. Sections 1 to 10 are done as they are written, but
-for the names of hosts, ports and sockets, which are this machine's, and fewer seconds. A device of the five
+for the names of hosts, ports and sockets, which are this machine's, fewer seconds and a round less. One device
 holds records that are nowhere else, and more of them than the others; what passes between the cloud and the
 devices is looked at.
 """
