@@ -1,6 +1,7 @@
 """The same devices in the cloud's process and over its engine: equal releases, ledgers and teachers."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -64,7 +65,11 @@ def test_the_same_root_keys_give_the_same_in_process_and_over_the_engine(tmp_pat
     with hosts.ended():
         for name in NAMES:
             hosts.start(name, ["privkd", "device", "run"])
-        other.run(SocketCarrier({name: tmp_path / "two" / name / "device.sock" for name in NAMES}))
+        sockets = {name: tmp_path / "two" / name / "device.sock" for name in NAMES}
+        while not all(path.exists() for path in sockets.values()):
+            assert all(process.poll() is None for process in hosts.running)
+            time.sleep(0.05)
+        other.run(SocketCarrier(sockets))
     assert one.plan.digest == other.plan.digest
     assert one.releases()[0].devices == NAMES
     assert one.releases()[0].noise_std > 0

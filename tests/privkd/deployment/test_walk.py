@@ -1,9 +1,9 @@
 """The page for three hosts and five devices, followed to its end: from nothing to a better teacher.
 
 Real processes, mutual TLS. A folder stands for each host. Sections 1 to 10 are done as they are written, but
-for the names of hosts, ports and sockets, which are this machine's, and fewer seconds. A device of the five
-holds records that are nowhere else, and more of them than the others; what passes between the cloud and the
-devices is looked at.
+for the names of hosts, ports and sockets, which are this machine's, fewer seconds and a round less. One
+device holds records that are nowhere else, and more of them than the others; what passes between the cloud
+and the devices is looked at.
 """
 
 import contextlib
@@ -109,12 +109,6 @@ class Walk:
         """Of the run."""
         return self.hosts.base / "cloud" / "cloud" / "runs" / self.run[:12]
 
-    def forms(self, record: torch.Tensor) -> list[bytes]:
-        """One record as bytes: as the owner has it, and scaled."""
-        raw = (record * 16).round()
-        whole = [raw.numpy().astype(kind).tobytes() for kind in (np.uint8, np.float32, np.float64)]
-        return [*whole, record.numpy().tobytes(), record.double().numpy().tobytes()]
-
     def keep_block(self, device: str, round: int) -> None:
         """Look up what the device answered, which it alone has."""
         state = self.hosts.base / device / "device" / "state"
@@ -122,19 +116,26 @@ class Walk:
         plan = PublishedPlan.load(run_folder(state, self.run))[0]
         encoding = fitting_encoding(plan.clip_norm, devices=len(plan.roster), parties=2, rho=plan.rho)
         whole = encoding.encode(block.double().numpy().reshape(1, -1))[0]
-        forms = [block.float(), block.double(), torch.from_numpy(whole), torch.from_numpy(whole).int()]
+        spelt = [block.float(), block.double(), torch.from_numpy(whole), torch.from_numpy(whole).int()]
         middle = block.numel() // 2
-        rows = [form.reshape(-1)[middle : middle + 20].numpy() for form in forms]
+        rows = [form.reshape(-1)[middle : middle + 20].numpy() for form in spelt]
         assert all(len(np.unique(row)) > 2 for row in rows)
         self.blocks[device, round] = [row.tobytes() for row in rows]
 
     def look_into_the_cloud(self, round: int) -> None:
         """Search its memory, once it has what devices answered in the first round."""
         if round == ROUNDS - 1 and self.cloud is not None:
-            marked = [form for record in self.records.inputs[:3] for form in self.forms(record)]
+            marked = [form for record in self.records.inputs[:3] for form in forms(record)]
             answers = [form for (_, asked), block in self.blocks.items() if asked == 0 for form in block]
             sought = {"a record": marked, "an answer": answers, "the run's name": [self.run.encode()]}
             self.memory = searched(self.cloud.pid, sought)
+
+
+def forms(record: torch.Tensor) -> list[bytes]:
+    """One record as bytes: as the owner has it, and scaled."""
+    raw = (record * 16).round()
+    whole = [raw.numpy().astype(kind).tobytes() for kind in (np.uint8, np.float32, np.float64)]
+    return [*whole, record.numpy().tobytes(), record.double().numpy().tobytes()]
 
 
 def searched(process: int, sought: Mapping[str, list[bytes]]) -> dict[str, bool] | None:
@@ -356,7 +357,7 @@ def test_no_private_key_is_in_another_folder(walk: Walk) -> None:
 
 def test_no_record_and_no_clear_answer_is_with_anybody_else(walk: Walk) -> None:
     base, own = walk.hosts.base, walk.hosts.base / walk.marked
-    records = [form for record in walk.records.inputs for form in walk.forms(record)]
+    records = [form for record in walk.records.inputs for form in forms(record)]
     answers = [form for block in walk.blocks.values() for form in block]
     assert len(walk.blocks) == ROUNDS * len(walk.hosts.boxes)
     assert below(own, records), "the twin: its owner has them"
