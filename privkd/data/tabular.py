@@ -63,6 +63,8 @@ def _counts(cells: Sequence[str]) -> bool:
 _INPUT_NAMES = ("x", "inputs", "input", "features", "data")
 _TRAIN_KEYS, _TEST_KEYS = ("x_train", "y_train"), ("x_test", "y_test")
 _DEFLATE_MAX_RATIO = 1032
+_FREELY, _LIKELY_RATIO = 1 << 30, 200
+"""Bytes that an array may unpack to however small it was packed, and how many times its size beyond that."""
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _ARCHIVE_ERRORS = (
     zipfile.BadZipFile,
@@ -159,6 +161,11 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Ar
     """One array, its header checked against the bytes that are really there before memory is taken."""
     if info.file_size > min(8 * MAX_VALUES, max(info.compress_size, 1) * _DEFLATE_MAX_RATIO):
         raise DataError(f"{path}: array {info.filename} claims {info.file_size} bytes, more than it can hold")
+    if info.file_size > max(_FREELY, info.compress_size * _LIKELY_RATIO):
+        raise DataError(
+            f"{path}: array {info.filename} unpacks from {info.compress_size} bytes to {info.file_size}, "
+            "which looks like a trap; save it with numpy.savez, unpacked"
+        )
     with archive.open(info) as member:
         _check_npy_header(member, info, path)
     with archive.open(info) as member:

@@ -176,10 +176,11 @@ class _Tracer:
             number, self._count = self._count, self._count + 1
             self.note(f"{name} {place}")
             self._before(name, number, arguments)
-            result = call(*arguments, **named)
-            if self._strike == Strike("after", number):
-                self._kill()
-            return result
+            try:
+                return call(*arguments, **named)
+            finally:
+                if self._strike == Strike("after", number):
+                    self._kill()
 
         return wrapped
 

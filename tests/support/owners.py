@@ -25,6 +25,7 @@ from privkd.deployment.sockets import call
 from privkd.privacy.noise import NoiseRoot
 
 SECONDS = 90.0
+_BLOW_SECONDS = 10.0
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Home:
     commands: Commands
     ended: list[Answer] = field(default_factory=list)
     _running: Started | None = None
+    _doomed: bool = False
 
     @property
     def owner(self) -> Owner:
@@ -55,6 +57,7 @@ class Home:
         """Run it; whether it lives until it listens."""
         assert self._running is None
         self._running = self.commands.start("device", "run", strike=strike, cwd=self.folder)
+        self._doomed = strike != NOTHING
         while not self._running.ended:
             if '"listening"' in self._running.said:
                 return True
@@ -69,9 +72,12 @@ class Home:
             return None
 
     def stop(self) -> Answer | None:
-        """End it, unless it has; how it ended."""
+        """End it, unless it has or a blow is about to; how it ended."""
         if self._running is None:
             return None
+        until = time.monotonic() + _BLOW_SECONDS
+        while self._doomed and not self._running.ended and time.monotonic() < until:
+            time.sleep(0.01)
         if not self._running.ended:
             self._running.signal(SIGTERM)
         self.ended.append(self.commands.wait(self._running))

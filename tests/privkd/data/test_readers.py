@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cli import app
 from privkd.config import DataConfig, load_config
 from privkd.config.spelling import config_tree, parse_config
-from privkd.data import load
+from privkd.data import load, tabular
 from privkd.data.constants import find_constants
 from privkd.data.dataset import RawSet, make_source
 from privkd.data.images import decode_images
@@ -192,6 +192,20 @@ class TestHeader:
     def test_is_for_csv_alone(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", x=np.ones((2, 2)), y=[0, 1])
         asks(tmp_path / "a.npz", "data.header", header="no")
+
+
+def test_an_archive_that_unpacks_to_hundreds_of_times_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before memory is taken; beyond a gigabyte, which stands at a megabyte here."""
+    monkeypatch.setattr(tabular, "_FREELY", 1 << 20)
+    x, y = np.zeros((8, 1 << 15)), np.arange(8) % 2
+    np.savez_compressed(tmp_path / "trap.npz", x=x, y=y)
+    asks(tmp_path / "trap.npz", "looks like a trap", "numpy.savez")
+    np.savez(tmp_path / "plain.npz", x=x, y=y)
+    assert read(tmp_path / "plain.npz").inputs.shape == x.shape
+    np.savez_compressed(tmp_path / "small.npz", x=x[:, :100], y=y)
+    assert read(tmp_path / "small.npz").inputs.shape == (8, 100)
 
 
 class TestMissingLabels:
