@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NoReturn
 
 from privkd.deployment.device import DeviceProgram
 from privkd.deployment.device_state import DeviceState
@@ -21,8 +21,8 @@ from privkd.errors import RunError
 _LONGEST = 3600.0
 
 
-def run(config: Path) -> None:
-    """Answer questions at the socket of ``config`` until SIGTERM or SIGINT.
+def run(config: Path) -> NoReturn:
+    """Answer questions at the socket of ``config`` until SIGTERM or SIGINT, and end the process.
 
     What is durable stays so however it ends, and a question that was cut short is answered when it comes
     again.
@@ -53,6 +53,8 @@ def run(config: Path) -> None:
         _notify("STOPPING=1")
         door.close()
     write_log({"time": time.time(), "event": "ended"})
+    # What is durable is kept. A thread that is in the middle of a training would abort the interpreter's end.
+    os._exit(0)
 
 
 def write_log(what: Mapping[str, Any]) -> None:
