@@ -136,7 +136,11 @@ def test_a_process_that_is_ended_while_it_waits_goes_on_later(deserted: Site, bl
     code = "import sys; from privkd.__main__ import main; sys.exit(main())"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", code, "cloud", "run", "--config", str(deserted.config)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment,
+        # A shell has what it runs in the background ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if "asking 3 devices" in line:
