@@ -205,9 +205,6 @@ def sweep(
         ConfigError: a bad value, in any trial, before the first is started.
         RunError: the folder holds something else, is in use, or its data or code changed since.
     """
-    # What draws the figures in the end is loaded first, so that nothing is played where it is not installed.
-    from audits.sweeps import figures as _  # noqa: F401
-
     limits = Limits.given(jobs, memory)
     path = Path(out) if out is not None else latest(RUNS, "curve") if resume else None
     grid = read_record(path).request if resume and path else Grid()
@@ -227,6 +224,9 @@ def sweep(
     if path and not resume:
         _check_unused(path)
     path = path or RUNS / datetime.now().astimezone().strftime("curve-%Y%m%d-%H%M%S")
+    # What draws the figures in the end is loaded first, so that nothing is played where it is not installed.
+    from audits.sweeps import figures as _  # noqa: F401
+
     with on_stderr(path, len(unfinished(path, grid)), quiet=not progress) as watcher:
         play(path, grid, limits, watcher)
     found = read_sweep(path)
