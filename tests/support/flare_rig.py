@@ -133,7 +133,7 @@ class FlareRig:
         """What the devices answer to one question each."""
         return self.carrier.ask(dict.fromkeys(DEVICES, content), seconds)
 
-    def until(self, name: str, words: str, seconds: float = 120.0) -> bool:
+    def until(self, name: str, words: str, seconds: float = 240.0) -> bool:
         """Whether a courier's log says ``words`` within ``seconds``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
