@@ -16,7 +16,7 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from privkd.errors import RunError
-from privkd.journal import Journal
+from privkd.journal import Journal, sync_folder
 
 LOCK = ".lock"
 _HALF = ".part"
@@ -129,7 +129,7 @@ class HeldFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 Path(temporary).replace(target)
-            _sync(target.parent)
+            sync_folder(target.parent)
         except OSError as error:
             raise RunError(f"{target}: {error.strerror or error}; {self.when_kept}") from None
         return hashlib.sha256(data).hexdigest()
@@ -185,11 +185,3 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -130,18 +130,10 @@ class Journal:
 
     def _swap(self, content: bytes) -> None:
         """Put a file with ``content`` in the place of ours, at once."""
-        descriptor, name = tempfile.mkstemp(".part", f".{self.path.name}.", self.path.parent)
-        try:
-            try:
-                _write_all(descriptor, content)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with self._beside(content) as whole:
             if self.path.stat().st_size != self._size_with_tail:
                 raise RunError(f"{self.path} was changed by another process: use one process per run")
-            Path(name).replace(self.path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+            whole.replace(self.path)
         # Either file will do after a crash, until something is added to this one.
         self._renamed = True
 
@@ -170,21 +162,27 @@ class Journal:
 
     def _create(self, line: bytes) -> None:
         """Bring the file into being with its first line, at once: it is never seen empty."""
+        with self._beside(line) as whole:
+            os.link(whole, self.path)
+        sync_folder(self.path.parent)
+
+    @contextmanager
+    def _beside(self, content: bytes) -> Iterator[Path]:
+        """A file with ``content``, whole and durable beside ours; its name goes afterwards."""
         descriptor, name = tempfile.mkstemp(".part", f".{self.path.name}.", self.path.parent)
         try:
             try:
-                _write_all(descriptor, line)
+                _write_all(descriptor, content)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            os.link(name, self.path)
+            yield Path(name)
         finally:
             Path(name).unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
 
     def _extend(self, line: bytes) -> None:
         if self._renamed:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             self._renamed = False
         descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -237,8 +235,8 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is durable only once its folder is."""
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a new file's is only once its folder is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

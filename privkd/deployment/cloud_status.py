@@ -1,11 +1,9 @@
 """How a cloud is getting on: who is enrolled, who answered, who refused and why, and what ends soon."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +12,11 @@ from privkd.deployment.cloud import is_running, published_in, run_folder
 from privkd.deployment.cloud_settings import CloudSettings, Roster
 from privkd.deployment.remote import asked_in, delivered_in, witnesses_in
 from privkd.deployment.wire import Reason
+from privkd.errors import ConfigError
 from privkd.journal import Journal
 from privkd.privacy.events import PartyId
 from privkd.records import Count, FileRecord, Real, Record, Value
+from privkd.secure.certificates import days_left, load_certificate
 
 _SOON = 30.0
 """Days."""
@@ -142,10 +142,9 @@ def _ending_soon(settings: CloudSettings, roster: Roster) -> list[Ending]:
 
 def _days_left(path: Path) -> float | None:
     try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
+        return days_left(load_certificate(path))
+    except ConfigError:
         return None
-    return (certificate.not_valid_after_utc - datetime.now(UTC)).total_seconds() / 86_400
 
 
 def _ending(ending: Ending) -> Text:

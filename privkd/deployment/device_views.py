@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 _SOON = 30.0
 """Days before its end at which a certificate is called out."""
-_DAY = 86_400.0
 _STUDENTS: Mapping[str, type[Trained | Delivered]] = {"trained": Trained, "delivered": Delivered}
 """Steps of the journal that leave a student."""
 
@@ -132,11 +131,11 @@ class Status(Record, Value):
 
 
 def status(owner: Owner) -> Status:
-    """How the device fares. Raises `RunError` where its state is damaged."""
+    """How the device fares. Raises `RunError` where its state is damaged, `ConfigError` its certificate."""
     kept = owner.state / STATUS_FILE
     seen = Seen.read(kept) if kept.exists() else Seen()
     ledger, now = read_ledger(owner), time.time()
-    days = _days_left(owner.aggregators.certificate, now)
+    days = _days_left(owner.aggregators.certificate)
     return Status(
         device=owner.name,
         runs=agreed_runs(owner),
@@ -169,16 +168,12 @@ def _warnings(seen: Seen, now: float, days: float | None) -> list[str]:
     return found
 
 
-def _days_left(certificate: Path | None, now: float) -> float | None:
+def _days_left(certificate: Path | None) -> float | None:
     if certificate is None:
         return None
-    from cryptography.x509 import load_pem_x509_certificate
+    from privkd.secure.certificates import days_left, load_certificate
 
-    try:
-        ends = load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
-    except (OSError, ValueError) as error:
-        raise RunError(f"{certificate}: {error}") from None
-    return (ends.timestamp() - now) / _DAY
+    return days_left(load_certificate(certificate))
 
 
 class BookedCharge(Record):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from privkd.errors import ChannelError
+from privkd.journal import sync_folder
 from privkd.privacy.events import PartyId
 from privkd.secure.terms import RoundTerms
 from privkd.secure.upload import Header, header_of
@@ -358,12 +359,3 @@ def write_durably(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError.of(error) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
