@@ -213,13 +213,13 @@ def test_two_runs_on_one_group_both_finish_and_every_sum_is_exact() -> None:
 
 @pytest.fixture
 def stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Rig, Rounds, threading.Event]]:
-    """A group whose closings stop in the workers' first step until they are let go on."""
-    begun, go_on = threading.Event(), threading.Event()
+    """A group whose closings stop in each worker's first step until they are let go on."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
     call = Worker.call
 
     def held_up(self: Worker, frame: object, **seconds: float) -> bytes:
         if getattr(frame, "kind", None) is Kind.AGREE:
-            begun.set()
+            begun.release()
             assert go_on.wait(60)
         return call(self, frame, **seconds)  # type: ignore[arg-type]
 
@@ -246,8 +246,9 @@ def test_nobody_waits_for_a_round_that_is_being_closed(
     closing = threading.Thread(target=lambda: found.append(rig.close(terms)))
     closing.start()
     begun = rig.kept["begun"]
-    assert isinstance(begun, threading.Event)
-    assert begun.wait(60)
+    assert isinstance(begun, threading.Semaphore)
+    for _ in range(2):
+        assert begun.acquire(timeout=60), "either party is closing"
     start = time.monotonic()
     for device in terms.roster[4:]:
         with pytest.raises(RefusalError, match="is closed"):
