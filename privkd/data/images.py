@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from privkd.data.dataset import MAX_VALUES, RawSet, Source, make_source
+from privkd.data.folders import class_files, splits_of
 from privkd.errors import DataError, one_line
 
 Encoded: TypeAlias = bytes | Path
@@ -20,9 +20,6 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _GREY = {"1", "L", "LA"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
-_TRAIN, _TEST = ("train", "training"), ("test", "testing")
-_HELD_OUT = ("val", "valid", "validation", "dev")
-"""Names of folders that are splits: of records, of a test, and of what tests where there is none."""
 _GROUND = (255, 255, 255, 255)
 
 
@@ -36,10 +33,7 @@ def load_image_folder(folder: Path, name: str) -> Source:
         DataError: no class folders, an empty one, splits without class folders, or an image that is damaged
             or of another size.
     """
-    splits = _splits(_sub_folders(folder))
-    if splits is None:
-        records, names = _read_classes(folder)
-        return _source_of(name, records, None, names)
+    splits = splits_of(folder, "images")
     records, names = _read_classes(splits.train)
     test = None if splits.test is None else _read_classes(splits.test)[0]
     return _source_of(name, records, test, names, splits.said)
@@ -50,91 +44,19 @@ def _source_of(
     records: RawSet,
     test: RawSet | None,
     names: tuple[str, ...],
-    splits: Mapping[str, str] | None = None,
+    splits: Mapping[str, str],
 ) -> Source:
-    taken = {"label": "each image's folder", **(splits or {})}
+    taken = {"label": "each image's folder", **splits}
     classes = {*records.labels.tolist(), *(() if test is None else test.labels.tolist())}
     # A name without its folder, which is the label.
     return make_source(name, records, test, names=names, classes=classes, taken=taken)
 
 
-@dataclass(frozen=True)
-class _Splits:
-    """The folders of splits: what is said of them is under ``said``."""
-
-    train: Path
-    test: Path | None
-    said: Mapping[str, str]
-
-
-def _splits(folders: Sequence[Path]) -> _Splits | None:
-    """``folders`` as splits, where their names say that they are.
-
-    Raises:
-        DataError: some are called as splits are, and some are not.
-    """
-    by_name = {path.name.lower(): path for path in folders}
-    trains, tests, held = (
-        [by_name[name] for name in names if name in by_name] for names in (_TRAIN, _TEST, _HELD_OUT)
-    )
-    if len(trains) != 1 or not tests + held:
-        return None
-    root = trains[0].parent
-    if len(trains + tests + held) < len(folders):
-        other = next(path.name for path in folders if path not in trains + tests + held)
-        raise DataError(
-            f"{root}: {trains[0].name} and {(tests + held)[0].name} are called as splits are, {other} is "
-            "not; leave only splits or only classes in it"
-        )
-    if len(tests) > 1 or (not tests and len(held) > 1):
-        raise DataError(f"{root}: two folders could be the test split; remove one")
-    test = (tests + held)[0]
-    for split in (trains[0], test):
-        if not _sub_folders(split):
-            raise DataError(
-                f"{split}: a split, so its images belong in one sub-folder per class; there is none"
-            )
-    said = {"test split": f"folder {test.name!r}"}
-    passed_over = [path.name for path in held if path != test]
-    return _Splits(
-        trains[0], test, said | ({"left out": ", ".join(map(repr, passed_over))} if passed_over else {})
-    )
-
-
 def _read_classes(folder: Path) -> tuple[RawSet, tuple[str, ...]]:
     """The images of all class folders, and their files' names."""
-    classes = _sub_folders(folder)
-    if not classes:
-        raise DataError(
-            f"{folder}: no class folders and no IDX files; put images in one sub-folder per class"
-        )
-    members = {path: _image_files(path) for path in classes}
-    for path, files in members.items():
-        if not files:
-            raise DataError(f"{path}: holds no images; add some or remove the folder")
-    files = [file for path in classes for file in members[path]]
-    labels = np.array([path.name for path in classes for _ in members[path]])
+    files, labels = class_files(folder, _SUFFIXES, "images")
     pixels, colour = decode_images(files, map(str, files))
-    return RawSet(pixels, labels, colour), tuple(file.name for file in files)
-
-
-def _sub_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in _listed(folder) if path.is_dir() and not path.name.startswith("."))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in _listed(folder)
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({one_line(error)}); make it readable") from error
+    return RawSet(pixels, np.array(labels), colour), tuple(file.name for file in files)
 
 
 def decode_images(
