@@ -201,6 +201,7 @@ def report(
         Text, typer.Argument(help="Folder of a run or of a curve. [the latest under runs/]")
     ] = None,
     out: Annotated[Text, typer.Option(help="Folder for the report. [the run's or curve's own]")] = None,
+    sign: Annotated[Text, typer.Option(help="Your name: you sign today for what the report says.")] = None,
     plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
@@ -210,7 +211,7 @@ def report(
     from privkd.terminal import show
 
     load_plugins(plugin or ())
-    show(write(path, out), as_json=json_)
+    show(write(path, out, sign), as_json=json_)
 
 
 @app.command()

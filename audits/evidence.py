@@ -23,8 +23,9 @@ from privkd.errors import RunError
 from privkd.export.record import Exported
 from privkd.journal import Journal
 from privkd.privacy.bounds import Audited
-from privkd.privacy.events import Batch, TaggedEvent, Unit
+from privkd.privacy.events import Batch, PrivacyEvent, TaggedEvent, Unit
 from privkd.privacy.ledger import Ledger, Statement
+from privkd.privacy.robustness import reconstruction_ceiling
 from privkd.records import Count, Record, read_json, record_of
 from privkd.runs.binding import Binding, binding_of
 from privkd.runs.elsewhere import Elsewhere, elsewhere_of
@@ -129,6 +130,7 @@ class RunRecord:
         config: the settings it was started with.
         rounds: committed ones; the first is before any device.
         statements: the ledger by unit, empty before the first charge.
+        events: what each unit's statement is of, by unit: all that its worst party was charged with.
         charges: the ledger by unit and round.
         result: ``None`` before all rounds were played and the result was written.
         membership: ``None`` where no such audit was made; its bounds stand beside the ledger as it is now.
@@ -147,6 +149,7 @@ class RunRecord:
     config: Config
     rounds: tuple[RoundRecord, ...]
     statements: tuple[Statement, ...]
+    events: Mapping[Unit, tuple[PrivacyEvent, ...]]
     charges: tuple[BookedRecord, ...]
     result: Result | None
     membership: MembershipReport | None
@@ -203,6 +206,14 @@ class RunRecord:
         """The ledger's upper bound on one unit; infinite where nothing vouches for less."""
         row = self.statement(unit)
         return math.inf if row is None else row.high
+
+    def ceiling(self, unit: Unit, kappa: float) -> float:
+        """The most that anybody who guesses right with probability ``kappa`` without the run can do with it.
+
+        Of a test it is the most true positives at that rate of false ones: see `reconstruction_ceiling`.
+        """
+        events = self.events.get(unit)
+        return 1.0 if not events else reconstruction_ceiling(events, kappa)
 
     @property
     def alarms(self) -> tuple[Finding | ReconstructionFinding, ...]:
@@ -267,6 +278,7 @@ def read_run(path: Path) -> RunRecord:
         config=config,
         rounds=rounds,
         statements=statements,
+        events={row.unit: ledger.events(row.unit, row.party) for row in statements if ledger and row.party},
         charges=_charges(path / "ledger.jsonl"),
         result=result,
         membership=_membership(path / MEMBERSHIP, statements),

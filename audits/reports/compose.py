@@ -11,18 +11,22 @@ from pydantic import Field
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from audits.evidence import Accuracies, BookedRecord, RunRecord, Standing, read_run, write_whole
+from audits.evidence import Accuracies, BookedRecord, FileDigest, RunRecord, Standing, read_run, write_whole
 from audits.findings import Finding, LabelFinding, ReconstructionFinding
+from audits.reports import reading
 from audits.reports import run as chapters
 from audits.reports.page import Page, Verdict, as_html, as_markdown
 from audits.reports.registry import as_yaml
+from audits.reports.sign_off import About, Signature, about, digest_of, signature, signed_files
+from audits.reports.sign_off import sign as record
 from audits.reports.sweep import curve_sections
 from audits.reports.trust import Trust, trust_of
-from audits.reports.verdicts import verdict_on_curve, verdict_on_run
+from audits.reports.verdicts import verdict_on_curve, verdicts_on_run
 from audits.requests import RunLike, folder_of
 from audits.sweeps.grid import is_sweep
 from audits.sweeps.sweep import Sweep, read_sweep
 from audits.wording import counted, epsilon_text
+from privkd.errors import ConfigError
 from privkd.export.record import Exported
 from privkd.privacy.ledger import Statements
 from privkd.records import FileRecord, Plain, Record, Value
@@ -77,18 +81,24 @@ class ReconstructionRecord(Record):
 
 
 class _Report(FileRecord, Value):
-    """A written report: its verdict, and the files that were ``written``."""
+    """A written report: its verdicts, and the files that were ``written``."""
 
-    verdict: Verdict
+    verdicts: tuple[Verdict, ...]
     command: str
     alarm_words: tuple[str, ...] = Field(default=(), exclude=True)
     written: tuple[str, ...] = Field(default=(), exclude=True)
 
     def __rich__(self) -> RenderableType:
-        """The verdict, and where the files are."""
+        """The verdicts, and where the files are."""
         return Group(
-            Text(self.verdict.word, style="bold"),
-            *(Text(sentence) for sentence in self.verdict.sentences),
+            *(
+                line
+                for verdict in self.verdicts
+                for line in (
+                    Text(f"{verdict.question} {verdict.word}", style="bold"),
+                    *map(Text, verdict.sentences),
+                )
+            ),
             *(Text(file, no_wrap=True, overflow="ignore") for file in self.written),
         )
 
@@ -108,6 +118,9 @@ class RunReport(_Report):
 
     Attributes:
         trust: who trusts whom.
+        about: what people state of it.
+        signature: of it as it is, or as it was.
+        digest: of what is signed.
         taken: what in the data was taken for what.
         files: SHA-256 of what the report rests on, by name.
         command: that starts an equal run.
@@ -118,6 +131,9 @@ class RunReport(_Report):
     standing: Standing
     warnings: tuple[str, ...]
     trust: TrustRecord
+    about: About
+    signature: Signature | None
+    digest: str
     ledger: LedgerRecord
     membership: MembershipRecord | None
     reconstruction: ReconstructionRecord | None
@@ -153,18 +169,35 @@ class CurveReport(_Report):
         return list(self.cells)
 
 
-def report(run: RunLike = None, out: Path | str | None = None) -> RunReport | CurveReport:
+def report(
+    run: RunLike = None, out: Path | str | None = None, sign: str | None = None
+) -> RunReport | CurveReport:
     """Write the report of a run or curve, the latest by default, to ``out`` or its own folder.
 
+    Args:
+        run: see `folder_of`.
+        out: where the report goes, beside its ``about.toml`` and ``signature.toml``.
+        sign: who signs today for what the report says.
+
     Raises:
-        RunError: neither a run nor a curve, or damaged.
+        ConfigError: a curve was to be signed.
+        RunError: neither a run nor a curve, or damaged; or what lies beside the report is.
     """
     path = folder_of(run, "run", "curve")
+    folder = Path(out or path)
     if is_sweep(path):
+        if sign is not None:
+            raise ConfigError(
+                "sign: a curve compares simulations and is not for release; name the folder of a run"
+            )
         curve = read_sweep(path)
-        return _written(report_on_curve(curve), curve_page(curve), "", Path(out or path))
+        return _written(report_on_curve(curve), curve_page(curve), "", folder)
     facts = read_run(path)
-    return _written(report_on_run(facts), run_page(facts), as_yaml(facts), Path(out or path))
+    stated = about(folder)
+    files = signed_files(facts, folder)
+    signed = signature(folder) if sign is None else record(folder, sign, digest_of(files))
+    words = Words(stated, signed, files)
+    return _written(report_on_run(facts, words), run_page(facts, words), as_yaml(facts, stated), folder)
 
 
 def _written(value: One, page: Page, registry: str, folder: Path) -> One:
@@ -180,15 +213,27 @@ def _written(value: One, page: Page, registry: str, folder: Path) -> One:
     return value.model_copy(update={"written": tuple(str(folder / name) for name in files)})
 
 
-def report_on_run(facts: RunRecord) -> RunReport:
+@dataclass(frozen=True)
+class Words:
+    """What people add to a run's facts: what they state, who signed, and the ``files`` that one signs for."""
+
+    about: About
+    signed: Signature | None
+    files: tuple[FileDigest, ...]
+
+
+def report_on_run(facts: RunRecord, words: Words) -> RunReport:
     """The facts of one run."""
     found, rebuilt = facts.membership, facts.reconstruction
     return RunReport(
         run=str(facts.path),
-        verdict=verdict_on_run(facts),
+        verdicts=verdicts_on_run(facts, words.about),
         standing=facts.standing,
         warnings=facts.warnings,
         trust=_trust(trust_of(facts.config, facts.elsewhere)),
+        about=words.about,
+        signature=words.signed,
+        digest=digest_of(words.files),
         ledger=LedgerRecord(units=facts.statements, rounds=facts.charges),
         membership=found
         and MembershipRecord(target=found.target, findings=found.findings, label_distributions=found.labels),
@@ -208,7 +253,7 @@ def report_on_curve(curve: Sweep) -> CurveReport:
     """The facts of a curve."""
     return CurveReport(
         curve=str(curve.path),
-        verdict=verdict_on_curve(curve),
+        verdicts=(verdict_on_curve(curve),),
         request=curve.grid.model_dump(mode="json"),
         cells=tuple(curve.rows()),
         command=curve.grid.command,
@@ -221,7 +266,7 @@ def _trust(trust: Trust) -> TrustRecord:
     return TrustRecord(trust.channel, parties, trust.words)
 
 
-def run_page(facts: RunRecord) -> Page:
+def run_page(facts: RunRecord, words: Words) -> Page:
     """The report of one run."""
     config = facts.config
     subtitle = (
@@ -232,16 +277,20 @@ def run_page(facts: RunRecord) -> Page:
     return Page(
         title=f"Privacy report: {facts.path.name or facts.path}",
         subtitle=subtitle,
-        verdict=verdict_on_run(facts),
+        verdicts=verdicts_on_run(facts, words.about),
         sections=(
+            reading.stated(words.about),
             chapters.trust(facts),
             chapters.ledger(facts),
+            reading.meaning(facts),
             chapters.membership(facts),
             chapters.reconstruction(facts),
             chapters.gain(facts),
             *([chapters.exports(facts)] if facts.exports else []),
             chapters.unprotected(facts),
             chapters.provenance(facts),
+            reading.signing(words.files, words.signed),
+            reading.glossary(),
         ),
         footer=_FOOTER,
     )
@@ -258,7 +307,7 @@ def curve_page(curve: Sweep) -> Page:
     return Page(
         title=f"Privacy-utility curve: {curve.path.name or curve.path}",
         subtitle=subtitle,
-        verdict=verdict_on_curve(curve),
-        sections=curve_sections(curve),
+        verdicts=(verdict_on_curve(curve),),
+        sections=(*curve_sections(curve), reading.glossary()),
         footer=_FOOTER,
     )

@@ -16,7 +16,7 @@ from audits.reports.trust import Trust
 _MIME = {"svg": "image/svg+xml", "png": "image/png"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 
-Tone: TypeAlias = Literal["good", "warn", "bad"]
+Tone: TypeAlias = Literal["good", "plain", "warn", "bad"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter; all of its parts may be empty."""
+    """A chapter; all of its parts may be empty. ``commands`` follow the paragraphs, which lead up to them."""
 
     key: str
     title: str
@@ -62,8 +62,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The first thing on the page: one word or two, and what they mean."""
+    """The answer to a ``question``, at the head of the page: one word or two, and what they mean."""
 
+    question: str
     word: str
     tone: Tone
     sentences: tuple[str, ...]
@@ -76,7 +77,7 @@ class Page:
 
     title: str
     subtitle: str
-    verdict: Verdict
+    verdicts: tuple[Verdict, ...]
     sections: tuple[Section, ...]
     footer: str
 
@@ -105,10 +106,12 @@ def _embedded(figure: Figure) -> str:
 
 def as_markdown(page: Page) -> str:
     """The page; whatever a run's files say is text in it, never markup."""
-    lines = [f"# {_text(page.title)}", _text(page.subtitle), f"## {_text(page.verdict.word)}"]
-    lines += [_text(sentence) for sentence in page.verdict.sentences]
-    lines += ["What is left to do:"] * bool(page.verdict.commands)
-    lines += [_code(command) for command in page.verdict.commands]
+    lines = [f"# {_text(page.title)}", _text(page.subtitle)]
+    for verdict in page.verdicts:
+        lines += [f"## {_text(verdict.question)} {_text(verdict.word)}"]
+        lines += [_text(sentence) for sentence in verdict.sentences]
+        lines += ["What is left to do:"] * bool(verdict.commands)
+        lines += [_code(command) for command in verdict.commands]
     for section in page.sections:
         lines += _markdown(section)
     return "\n\n".join([*lines, _text(page.footer)]) + "\n"
@@ -117,11 +120,11 @@ def as_markdown(page: Page) -> str:
 def _markdown(section: Section) -> Iterator[str]:
     yield f"## {_text(section.title)}"
     yield from (_text(paragraph) for paragraph in section.paragraphs)
+    yield from (_code(command) for command in section.commands)
     if section.points:
         yield "\n".join(f"- {_text(point)}" for point in section.points)
     yield from (_markdown_table(table) for table in section.tables)
     yield from (f"![{_text(figure.alt)}](<{_target(figure.name)}>)" for figure in section.figures)
-    yield from (_code(command) for command in section.commands)
 
 
 def _markdown_table(table: Table) -> str:

@@ -296,7 +296,9 @@ def gain(facts: RunRecord) -> Section:
         "How well the students do was not measured: it is not the cloud's to know."
         if students is None
         else f"The students gained {points(students)} over public distillation alone.",
-        "All were measured on the same records; the intervals take them as independent, which widens them.",
+        "All were measured on the same records; the intervals take them as independent, which widens them. "
+        "They "
+        "vary over test records alone: another seed, or other devices, may differ by more.",
     )
     return Section("gain", title, words, tables=(table,))
 

@@ -24,6 +24,7 @@ class Trust:
         arrows: one fewer than boxes; lines of text each.
         words: the same for those who do not see the drawing.
         unprotected: what the channel protects from nobody.
+        played: who played all of them, where the drawing is of parties that did not run apart; else empty.
     """
 
     channel: str
@@ -31,6 +32,7 @@ class Trust:
     arrows: tuple[tuple[str, ...], ...]
     words: tuple[str, ...]
     unprotected: tuple[str, ...]
+    played: str = ""
 
 
 def trust_of(config: Config, elsewhere: Elsewhere | None = None) -> Trust:
@@ -41,7 +43,17 @@ def trust_of(config: Config, elsewhere: Elsewhere | None = None) -> Trust:
     said: ChannelTrust = known(kind).trust(config.channel, noise)
     devices = _devices(config, *said.device)
     if elsewhere is None:
-        return Trust(kind, (devices, *said.parties), said.arrows, said.words, said.unprotected)
+        played = "devices and cloud" if config.channel.aggregator_urls else "all parties"
+        words = (
+            f"One process of one owner played {played}, who saw every record: the drawing shows whom "
+            "devices would "
+            "have to trust if each party ran apart.",
+            *said.words,
+        )
+        boxes = (replace(devices, badge="would keep its own records"), *said.parties)
+        return Trust(
+            kind, boxes, said.arrows, words, said.unprotected, f"simulated: one owner played {played}"
+        )
     ran = (
         f"Who ran where: {elsewhere.words}. What carries questions is trusted with delivery alone.",
         "What each device did is known to it alone: the charges here are what the plan prices.",

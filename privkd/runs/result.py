@@ -253,7 +253,7 @@ def _remarks(result: Result) -> list[Text]:
             ]
     if result.noise == "seeded":
         remarks.append(
-            Text("Simulation: noise is drawn from the seed; --set privacy.noise=system deploys.", style="dim")
+            Text("Simulation: noise is drawn from the seed, for study and not for release.", style="dim")
         )
     if result.ran is not None:
         words = f"Who ran where: {result.ran.words}. Not audited here: the devices' records are elsewhere."

@@ -3,31 +3,70 @@
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from browser import measure
 from evidence import audited, finding, rebuilt
+from jsonschema import Draft7Validator
+from registry_schema import SCHEMA
 from running import SMALL, StopAt, play
 from typer.testing import CliRunner, Result
 
 from audits.evidence import read_run
-from audits.reports.compose import run_page
-from audits.reports.page import as_html, as_markdown
+from audits.reports.compose import Words, run_page
+from audits.reports.page import Page, Section, as_html, as_markdown
+from audits.reports.sign_off import ABOUT, About
+from audits.reports.verdicts import verdicts_on_run
 from audits.requests import latest
 from audits.sweeps.grid import DONE, TRIALS, Grid, Record
 from audits.wording import counted
 from cli import app
 from privkd.errors import RunError
+from privkd.privacy.accounting import compose
+from privkd.privacy.claims import certainty
 from privkd.privacy.events import Unit
 from privkd.progress import Silent
 from privkd.run import train_in
+from privkd.runs.elsewhere import Elsewhere
 from privkd.runs.folder import RunFolder
 
-ORDER = ["trust", "ledger", "membership", "reconstruction", "gain", "unprotected", "provenance"]
+ORDER = [
+    "stated",
+    "trust",
+    "ledger",
+    "meaning",
+    "membership",
+    "reconstruction",
+    "gain",
+    "unprotected",
+    "provenance",
+    "sign",
+    "glossary",
+]
+
+
+ABOUT_IT = About(
+    purpose="Reads handwriting.", curators=("The Office",), region="Everywhere", justification="A few units."
+)
+STATED = """
+purpose = "Reads handwriting."
+curators = ["The Office"]
+sector = "Education"
+published = "2026-12-01"
+authors = ["A. Person"]
+"""
+DEPLOYED = (
+    "privacy.noise=system",
+    "data.records_per_device=20",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +83,15 @@ def run(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "one"))
 
 
+def page_of(run: Path, about: About | None = None) -> Page:
+    facts = read_run(run)
+    return run_page(facts, Words(about or About(), None, facts.files))
+
+
+def section(page: Page, key: str) -> Section:
+    return next(section for section in page.sections if section.key == key)
+
+
 def report(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
@@ -53,7 +101,8 @@ def test_a_report_is_written_in_all_its_forms(run: Path) -> None:
     rebuilt(run)
     result = report(run)
     assert result.exit_code == 0, result.output
-    assert "Within bound" in result.stdout
+    assert "Is the evidence consistent? Yes" in result.stdout
+    assert "Is this fit for release? No" in result.stdout
     html = (run / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)">', html) == ORDER
     assert "≥ 2.80" in html
@@ -71,7 +120,7 @@ def test_a_report_is_written_in_all_its_forms(run: Path) -> None:
 
 def test_what_the_answers_tell_of_classes_is_a_matter_of_the_device(run: Path) -> None:
     audited(run, labels=True)
-    (table,) = run_page(read_run(run)).sections[2].tables
+    (table,) = section(page_of(run), "membership").tables
     told = ("secure_sum", "the classes show", "0.300 [0.200, 0.400] at 95 %", "0.900 nats", "16")
     assert table.rows[0][:-1] == told
     assert report(run).exit_code == 0
@@ -81,9 +130,7 @@ def test_exported_students_are_listed(run: Path) -> None:
     exported = CliRunner().invoke(app, ["export", str(run), "--device-index", "1", "--json"])
     assert exported.exit_code == 0, exported.output
     found = json.loads(exported.stdout)
-    section = run_page(read_run(run)).sections[5]
-    assert section.key == "exports"
-    (row,) = section.tables[0].rows
+    (row,) = section(page_of(run), "exports").tables[0].rows
     assert row[:3] == ("device-0001", "torch", f"{found['size_bytes']:,} bytes")
     assert row[4] == f"{found['check']['difference']:.1e} on {found['check']['records']} records"
     assert report(run).exit_code == 0
@@ -105,19 +152,22 @@ def test_it_needs_nothing_from_elsewhere(run: Path) -> None:
 
 
 def test_a_run_without_audits_says_so_and_names_the_commands(run: Path) -> None:
-    page = run_page(read_run(run))
-    assert page.verdict.word == "Not audited"
-    assert page.verdict.sentences[0].startswith("No attack was made")
-    assert page.verdict.commands == (f"privkd audit membership {run}", f"privkd audit reconstruction {run}")
+    _, evidence = page_of(run).verdicts
+    assert evidence.word == "Not audited"
+    assert evidence.sentences[0].startswith("No attack was made")
+    assert evidence.commands == (f"privkd audit membership {run}", f"privkd audit reconstruction {run}")
 
 
 def test_no_protection_is_said_to_be_none(tmp_path: Path) -> None:
     play(tmp_path / "open", "privacy.epsilon=inf")
     audited(tmp_path / "open", finding(lower=5.0))
-    page = run_page(read_run(tmp_path / "open"))
-    assert page.verdict.word == "No protection claimed"
+    page = page_of(tmp_path / "open")
+    release, evidence = page.verdicts
+    assert (evidence.word, evidence.tone) == ("Nothing is claimed", "warn")
+    assert (release.word, release.tone) == ("No", "bad")
+    assert any("No protection is claimed" in words for words in release.sentences)
     assert report(tmp_path / "open").exit_code == 0
-    assert any("a single record" in point for point in page.sections[5].points)
+    assert any("a single record" in point for point in section(page, "unprotected").points)
 
 
 def test_constants_read_from_private_records_are_said(run: Path, tmp_path: Path) -> None:
@@ -125,10 +175,10 @@ def test_constants_read_from_private_records_are_said(run: Path, tmp_path: Path)
     np.savez(tmp_path / "own.npz", x=rng.random((400, 6)), y=rng.integers(0, 3, 400))
     play(tmp_path / "own", f"data.source={tmp_path / 'own.npz'}", "rounds=1", "data.classes=0,1,2")
     (said,) = [
-        point for point in run_page(read_run(tmp_path / "own")).sections[5].points if "constants" in point
+        point for point in section(page_of(tmp_path / "own"), "unprotected").points if "constants" in point
     ]
     assert "private ones too: public records, validation records, test records (" in said
-    assert not any("constants" in point for point in run_page(read_run(run)).sections[5].points)
+    assert not any("constants" in point for point in section(page_of(run), "unprotected").points)
 
 
 @pytest.mark.parametrize("kind", ["membership", "reconstruction"])
@@ -144,13 +194,58 @@ def test_an_alarm_ends_in_exit_code_3_after_all_was_written(run: Path, kind: str
     assert "ALARM" in (run / "report.html").read_text()
 
 
-def test_a_simulation_is_called_one(run: Path) -> None:
-    assert any("simulation" in sentence for sentence in run_page(read_run(run)).verdict.sentences)
+def test_a_simulation_is_never_fit_for_release(run: Path, tmp_path: Path) -> None:
+    audited(run, finding())
+    release, evidence = page_of(run, ABOUT_IT).verdicts
+    assert (release.tone, evidence.tone, evidence.word) == ("bad", "plain", "Yes")
+    assert any("simulation" in words for words in release.sentences)
+    play(tmp_path / "drawn", *DEPLOYED)
+    release, _ = page_of(tmp_path / "drawn", ABOUT_IT).verdicts
+    assert release.tone == "bad"
+    assert any("One process played every party" in words for words in release.sentences)
+
+
+def test_devices_elsewhere_may_be_fit_for_release(run: Path) -> None:
+    audited(run, finding())
+    facts = read_run(run)
+    privacy = facts.config.privacy.model_copy(update={"noise": "system"})
+    config = facts.config.model_copy(update={"privacy": privacy})
+    apart = replace(facts, config=config, elsewhere=Elsewhere.model_construct(words="devices of their own"))
+    release, evidence = verdicts_on_run(apart, ABOUT_IT)
+    assert evidence.tone == "good"
+    assert (release.word, release.tone) == ("No objection", "good")
+    release, _ = verdicts_on_run(apart, About())
+    assert release.tone == "warn"
+    assert "purpose, curators, region, justification" in release.sentences[0]
+
+
+def test_whatever_shows_reaches_the_verdict(run: Path) -> None:
+    audited(run, finding(), labels=True)
+    rebuilt(run)
+    facts = read_run(run)
+    assert facts.reconstruction is not None
+    release, _ = page_of(run).verdicts
+    assert any("The classes show" in words and "secure_sum" in words for words in release.sentences)
+    picked = any(one.success.low > one.success.chance for one in facts.reconstruction.findings)
+    assert any("Secrets were rebuilt" in words for words in release.sentences) == picked
+
+
+def test_what_the_figures_are_worth(run: Path) -> None:
+    """Full batches under noise: the ceilings are those of the Gaussian mechanism, by the definition."""
+    audited(run, finding())
+    facts = read_run(run)
+    (table,) = section(page_of(run), "meaning").tables
+    assert [row[0] for row in table.rows] == ["record"] * 3 + ["device"] * 3
+    composed = compose(facts.events[Unit.RECORD])
+    assert composed.mu_squared
+    for row, kappa in zip(table.rows[1:3], (0.01, 0.1), strict=True):
+        most = NormalDist().cdf(NormalDist().inv_cdf(kappa) + composed.mu_squared**0.5)
+        assert row[2].startswith(f"{100 * most:.1f} %")
+    assert table.rows[0][2] == certainty(facts.spent(Unit.RECORD))
 
 
 def test_units_keep_apart_in_the_ledger(run: Path) -> None:
-    section = run_page(read_run(run)).sections[1]
-    by_unit, by_round = section.tables
+    by_unit, by_round = section(page_of(run), "ledger").tables
     assert [row[0] for row in by_unit.rows] == ["record", "device"]
     assert [row[5] for row in by_unit.rows] == [unit.neighbouring_relation for unit in Unit]
     assert len(by_round.rows) == 2 * 3
@@ -277,34 +372,105 @@ def test_what_a_run_says_of_itself_is_never_markup(original: Path, tmp_path: Pat
     assert "<img src=x" not in html
     assert "<svg onload" not in html
     assert "&lt;script&gt;alert(1)" in html
-    markdown = as_markdown(run_page(read_run(run)))
+    markdown = as_markdown(page_of(run))
     outside = re.sub(r"^(`{3,})sh\n.*?\n\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     assert not re.search(r"(?<!\\)<(?!audit)", outside)
+
+
+def registry(run: Path) -> list[dict[str, Any]]:
+    """The records, each valid as the registry's own check has it."""
+    records = list(yaml.safe_load_all((run / "registry.yaml").read_text()))
+    check = Draft7Validator(SCHEMA, format_checker=Draft7Validator.FORMAT_CHECKER)
+    assert [error.message for row in records for error in check.iter_errors(row)] == []
+    return [row["deployment"] for row in records]
 
 
 def test_the_registry_gets_one_record_a_unit(run: Path) -> None:
     audited(run, finding())
     report(run)
-    records = list(yaml.safe_load_all((run / "registry.yaml").read_text()))
-    assert [row["deployment"]["privacy_loss"]["privacy_unit"] for row in records] == [
-        "record-level",
-        "User-device-level",
-    ]
+    records = registry(run)
+    assert [row["privacy_loss"]["privacy_unit"] for row in records] == ["record level", "device level"]
     for row in records:
-        deployment = row["deployment"]
-        assert row["status"] == "Draft"
-        assert deployment["product"]["data_curators"] == ["unknown"]
-        assert deployment["dp_flavor"]["name"] == "Approximate DP"
-        assert deployment["privacy_loss"]["privacy_parameters"]["epsilon"] <= 8
-        assert deployment["model"]["model_name"] == "Local"
+        assert row["basic"]["data_curators"] == ["unknown"]
+        assert row["dp_variant"]["variant_name"] == "Approximate DP"
+        assert row["privacy_loss"]["privacy_parameters"]["epsilon"] <= 8
+        assert row["deployment_model"]["model_name"] == "Local"
+
+
+def test_the_registry_is_told_what_people_state(run: Path) -> None:
+    (run / ABOUT).write_text(STATED)
+    report(run)
+    for row in registry(run):
+        assert row["basic"]["data_curators"] == ["The Office"]
+        assert row["basic"]["publication_date"] == "2026-12-01"
+        assert row["basic"]["data_product_sector"] == "Education"
+        assert row["administrative"]["registry_authors"] == ["A. Person"]
+
+
+def test_the_schema_refuses_what_the_registry_renamed() -> None:
+    check = Draft7Validator(SCHEMA, format_checker=Draft7Validator.FORMAT_CHECKER)
+    old = {"url_slug": "a", "status": "Draft", "tier": 1, "deployment": {"product": {}}}
+    assert not check.is_valid(old)
+    assert not Draft7Validator({"format": "date"}, format_checker=check.format_checker).is_valid("1/1/2026")
 
 
 def test_the_registry_has_no_number_for_no_bound(tmp_path: Path) -> None:
     play(tmp_path / "plain")
     report(tmp_path / "plain")
-    records = list(yaml.safe_load_all((tmp_path / "plain" / "registry.yaml").read_text()))
-    assert records[1]["deployment"]["privacy_loss"]["privacy_parameters"] == {}
-    assert "No bound" in records[1]["deployment"]["privacy_loss"]["privacy_parameters_description"]
+    loss = registry(tmp_path / "plain")[1]["privacy_loss"]
+    assert loss["privacy_parameters"] == {}
+    assert "No bound" in loss["privacy_parameters_details"]
+
+
+def test_what_is_stated_survives(run: Path) -> None:
+    """The form is laid out once, read every time, and never written over."""
+    assert report(run).exit_code == 0
+    assert "purpose" in (run / ABOUT).read_text()
+    (run / ABOUT).write_text(STATED)
+    for _ in range(2):
+        assert report(run).exit_code == 0
+        assert (run / ABOUT).read_text() == STATED
+    assert "Reads handwriting." in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("purpose = 3", "purpose=3"),
+        ("purposes = 'x'", "did you mean 'purpose'?"),
+        ("published = '1/2/26'", "published="),
+        ("sector = 'Sports'", "sector='Sports'"),
+        ("= =", "is not TOML"),
+    ],
+)
+def test_a_bad_statement_is_refused_in_one_line(run: Path, text: str, said: str) -> None:
+    (run / ABOUT).write_text(text)
+    result = report(run)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_signature_holds_until_something_changes(run: Path, tmp_path: Path) -> None:
+    (run / ABOUT).write_text(STATED)
+    assert "Nobody has signed" in _signed(run)
+    assert report(run, "--sign", "B. Officer").exit_code == 0
+    assert "Signed by B. Officer" in _signed(run)
+    assert "nothing that it rests on has changed" in _signed(run)
+    moved = Path(shutil.copytree(run, tmp_path / "elsewhere"))
+    assert "nothing that it rests on has changed" in _signed(moved)
+    command = re.findall(r"<pre>(sha256sum [^<]*)</pre>", (run / "report.html").read_text())[0]
+    printed = subprocess.run(command, shell=True, cwd=run, capture_output=True, text=True, check=True)
+    assert printed.stdout.split()[0] == json.loads((run / "report.json").read_text())["digest"]
+    audited(run, finding(lower=1.0))
+    assert "does not hold for this report" in _signed(run)
+    (moved / ABOUT).write_text(STATED.replace("Reads", "Sells"))
+    assert "does not hold for this report" in _signed(moved)
+
+
+def _signed(run: Path) -> str:
+    assert report(run).exit_code == 0
+    return (run / "report.html").read_text()
 
 
 def test_the_report_goes_where_it_is_asked_to(run: Path, tmp_path: Path) -> None:
@@ -395,7 +561,7 @@ def test_the_browser_s_eye_is_good(pages: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_html_is_the_same_for_the_same_run(run: Path) -> None:
-    assert as_html(run_page(read_run(run))) == as_html(run_page(read_run(run)))
+    assert as_html(page_of(run)) == as_html(page_of(run))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 from running import play, small
 
 from audits.evidence import read_run
-from audits.reports.compose import report_on_run, run_page
+from audits.reports.compose import Words, report_on_run, run_page
 from audits.reports.page import as_markdown
+from audits.reports.sign_off import About
 from privkd.errors import ConfigError
 from privkd.plan import PublicFacts, make_plan
 from privkd.prepared import forecast
@@ -91,8 +92,9 @@ class TestShown:
         said = json.loads((warned / "result.json").read_text())["warnings"]
         assert ["delta" in said[0], "epsilon" in said[1], len(said)] == [True, True, 2]
         facts = read_run(warned)
-        assert list(facts.warnings) == said == report_on_run(facts).tree()["warnings"]
-        assert as_markdown(run_page(facts)).count("Warning: ") == 2
+        words = Words(About(), None, facts.files)
+        assert list(facts.warnings) == said == report_on_run(facts, words).tree()["warnings"]
+        assert as_markdown(run_page(facts, words)).count("Warning: ") == 2
 
     def test_on_the_terminal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         show(forecast(small(*LARGE)), as_json=False)
