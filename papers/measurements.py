@@ -113,7 +113,7 @@ class Latency:
 
     def measure(self, folder: "RunFolder", progress: "Progress", effort: Effort) -> Mapping[str, float]:
         """See `Measurement.measure`."""
-        from privkd.export.export import export_model, raw_of
+        from privkd.export.export import export_model
         from privkd.export.formats import format_named, suffix_of
         from privkd.models.latency import latencies_ms
         from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
@@ -122,16 +122,16 @@ class Latency:
         writer = format_named(self.form)
         run = reopen_simulation(folder, HELD_BY_DEVICES)
         done = finished(run, folder)
-        records, divisor = run.scenario.public.inputs, run.scenario.constants.divisor
+        records, constants = run.scenario.public.inputs, run.scenario.constants
         models = {"student": done.students[0], "teacher": done.state.teacher}
         with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
             artefacts = [
                 export_model(
-                    model, records, divisor, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
+                    model, records, constants, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
                 )
                 for name, model in models.items()
             ]
-            raw = raw_of(records[:1].cpu(), divisor)
+            raw = constants.raw(records[:1].cpu())
             times = latencies_ms(*((writer.load(Path(one.file)), raw) for one in artefacts), turns=_TURNS)
         figures: dict[str, float] = {}
         for name, milliseconds, artefact in zip(models, times, artefacts, strict=True):

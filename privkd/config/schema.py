@@ -109,6 +109,9 @@ class DataConfig(Settings):
         scale: what whole-number features are divided by. ``None``: bytes by 255, unless those of the public
             records are 0/1 flags; images in other whole numbers by 255 or 65535, as those of the public
             records reach; others are left as they are.
+        standardise: whether each feature of a table of numbers is brought to mean 0 and deviation 1 by the
+            public records, and clipped at 5 deviations; ``auto`` does so to CSV and Parquet files, and to
+            arrays ``[record, feature]`` that are no whole numbers by type. 0/1 flags stay.
         label: the column of a table, or the array of an npz archive, that holds the labels; a column without
             a name by its number from 1. ``None``: the one that is called like a label; without a header
             the last.
@@ -138,6 +141,7 @@ class DataConfig(Settings):
     test_records: Positive | None = None
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     scale: PositiveFloat | None = None
+    standardise: Literal["auto", "yes", "no"] = "auto"
     label: Annotated[str, Field(min_length=1)] | None = None
     drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     group: Annotated[str, Field(min_length=1)] | None = None

@@ -25,6 +25,7 @@ class Columns:
     Attributes:
         label: that of the label.
         features: those of all others, but for what was left out.
+        feature_names: their names.
         group: that which says whose record each is, if one does.
         by_place: no name spoke for the label: it is the last column of a table without a header.
         said: how they were chosen, in words.
@@ -32,6 +33,7 @@ class Columns:
 
     label: int
     features: tuple[int, ...]
+    feature_names: tuple[str, ...]
     group: int | None
     by_place: bool
     said: dict[str, str]
@@ -78,7 +80,7 @@ def choose_columns(
     if left_out:
         said["left out"] = _quoted(names, left_out)
     by_place = label == kept[-1] and not named and config.label is None
-    return Columns(label, features, group, by_place, said)
+    return Columns(label, features, tuple(names[number] for number in features), group, by_place, said)
 
 
 def _label(

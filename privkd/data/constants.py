@@ -5,16 +5,18 @@ private ones, of which one could then change what everybody sees. Only a simulat
 what is not set from all of its records, and says so.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from privkd.config import DataConfig
 from privkd.config.labels import in_order, is_fraction, is_number, numbers_of, same_number
 from privkd.data.dataset import Array, Indices, RawSet, Source
+from privkd.data.preprocessing import BOUND, Column, Pixels, Standardised, standards
 from privkd.errors import ConfigError, DataError
 
 PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
@@ -23,8 +25,10 @@ PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
 _BYTES, _WORDS = 255.0, 65535.0
 _FEW_CLASSES, _RECORDS_A_CLASS = 20, 10
 _SIZES = ("records_per_device", "public_records", "validation_records", "proxy_records")
-# ITU-R 601 in 16-bit fixed point, as Pillow turns colour into grey; a grey pixel stays what it is.
-_LUMA, _HALF, _SHIFT = (19595, 38470, 7471), 1 << 15, 16
+_PLACE = re.compile(r"(column|feature) [0-9]+")
+"""What a feature is called that has no name of its own."""
+_BLOCK = 512
+"""Records that are converted at once, so that memory holds little beside the inputs."""
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,53 @@ class Constants:
         largest: where features lie in ``0 .. largest``, and what lies beyond is taken for the nearer end, as
             1 of 0/1 flags; ``None``: they are not known to.
         channels: 1 or 3 of decoded images, ``None`` for anything else.
-        said: how the divisor was found, in words.
+        said: how they were found, in words.
+        columns: of a table, in the order of its features; none of anything else.
+        bound: what a table's inputs are clipped to, in absolute value; ``None``: they are not.
     """
 
     divisor: float
     largest: float | None
     channels: int | None
     said: str
+    columns: tuple[Column, ...] = ()
+    bound: float | None = None
 
+    def module(self) -> nn.Module:
+        """What makes inputs ``[record, *shape]`` of raw float32 features, each from its own record alone."""
+        if self.columns:
+            return Standardised(self.columns, self.bound)
+        return Pixels(self.divisor, self.largest, self.channels)
+
+    @torch.no_grad()
     def features(self, raw: Array) -> Tensor:
-        """Inputs float32 ``[record, *shape]`` from a ``RawSet``'s: each from its own record alone."""
-        if self.channels == 1 and raw.shape[1] == 3:
-            raw = grey(raw)
-        elif self.channels == 3 and raw.shape[1] == 1:
-            raw = np.repeat(raw, 3, axis=1)
-        if self.largest is not None:
-            raw = np.clip(raw, 0, int(self.largest))
-        features = torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
-        return features if self.divisor == 1 else features.div_(self.divisor)
+        """Inputs float32 ``[record, *shape]`` from a ``RawSet``'s, by `module`."""
+        module = self.module()
+
+        def made(block: Array) -> Tensor:
+            return module(torch.from_numpy(np.array(block, dtype=np.float32, order="C")))
+
+        inputs = torch.empty((len(raw), *made(raw[:0]).shape[1:]))
+        for first in range(0, len(raw), _BLOCK):
+            inputs[first : first + _BLOCK] = made(raw[first : first + _BLOCK])
+        return inputs
+
+    def raw(self, inputs: Tensor) -> Tensor:
+        """Raw features float32 of which `module` makes these ``inputs``, up to rounding.
+
+        Whole numbers come back exactly, and columns as far as they were not clipped.
+        """
+        if self.columns:
+            module = Standardised(self.columns, self.bound)
+            return inputs * module.scale + module.mean
+        return inputs if self.divisor == 1 else (inputs * self.divisor).round()
+
+    @property
+    def words(self) -> str:
+        """What they do to features, in words."""
+        if self.columns:
+            return _of_columns(self.columns, self.bound)
+        return "none" if self.divisor == 1 else f"divided by {self.divisor:g}"
 
 
 AS_THEY_CAME = Constants(1.0, None, None, "as they are")
@@ -65,17 +98,21 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
 
     Raises:
         ConfigError: ``data.scale`` is set for features that are no whole numbers, or must be set for images
-            in whole numbers that are neither flags nor of 8 or 16 bits.
+            in whole numbers that are neither flags nor of 8 or 16 bits; or ``data.standardise`` asks it of
+            what is no table of numbers.
     """
     if config.scale is not None and not source.whole:
         raise ConfigError(
             f"data.scale={config.scale:g}: the features of source {config.source!r} are no whole numbers by "
             "type, and are taken as they are; scale them in the data"
         )
+    table = _is_table(source, config)
     channels = _channels(source, public)
     divisor = source.divisor if config.scale is None else config.scale
     if divisor is not None:
         return Constants(divisor, None, channels, f"divided by {divisor:g}")
+    if table:
+        return _of_table(source, public)
     low, high = _range(source, public)
     bytes_ = source.records.inputs.dtype == np.uint8
     images = source.whole and source.records.inputs.ndim > 2
@@ -86,6 +123,59 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
     if images:
         return _of_whole_images(source, low, high, channels)
     return Constants(1.0, None, channels, f"as they are, {low:.4g} to {high:.4g} in the public records")
+
+
+def _is_table(source: Source, config: DataConfig) -> bool:
+    """Whether the features are standardised: as set, else those of a table, and fractions in an array."""
+    inputs = source.records.inputs
+    able = inputs.ndim == 2 and inputs.dtype == np.float32 and source.divisor is None
+    if config.standardise == "yes" and (not able or config.scale is not None):
+        why = "data.scale divides them already" if able else "they are no table of numbers"
+        raise ConfigError(
+            f"data.standardise='yes': the features of source {config.source!r} are not standardised, as {why}"
+        )
+    if config.standardise == "auto":
+        return able and config.scale is None and (bool(source.columns) or not source.whole)
+    return config.standardise == "yes"
+
+
+def _of_table(source: Source, public: Indices) -> Constants:
+    """Of columns by their public means and deviations; flags alone stay as they are."""
+    width = source.records.inputs.shape[1]
+    names = source.columns or tuple(f"feature {number}" for number in range(1, width + 1))
+    columns = standards(names, _parts(source, public))
+    if all(column.as_it_came for column in columns):
+        return Constants(1.0, None, None, "as they are, 0/1 flags in the public records")
+    return Constants(1.0, None, None, f"{_of_columns(columns, BOUND)}, by the public records", columns, BOUND)
+
+
+def _of_columns(columns: Sequence[Column], bound: float | None) -> str:
+    """What they do to features, in words."""
+    as_they_came = sum(column.as_it_came for column in columns)
+    others = len(columns) - as_they_came
+    said = f"{others} column{'s' * (others > 1)} standardised to mean 0 and deviation 1"
+    within = "" if bound is None else f", clipped at {bound:g} deviations"
+    return said + within + (f"; {as_they_came} as they are, 0/1 flags" if as_they_came else "")
+
+
+def check_columns(source: Source, columns: Sequence[Column]) -> None:
+    """Do nothing where ``source`` has the features that published ``columns`` are about, in their order.
+
+    Raises:
+        DataError: it has others; those without names are told by their number alone.
+    """
+    if not columns:
+        return
+    shape = source.records.inputs.shape[1:]
+    if shape != (len(columns),):
+        raise DataError(
+            f"{source.name}: records of shape {list(shape)}, but the plan is about {len(columns)} columns"
+        )
+    for own, wanted in zip(source.columns, (column.name for column in columns), strict=False):
+        if own != wanted and not (_PLACE.fullmatch(own) or _PLACE.fullmatch(wanted)):
+            raise DataError(
+                f"{source.name}: {own!r} stands where the plan has {wanted!r}; give its columns, in its order"
+            )
 
 
 def _of_whole_images(source: Source, low: float, high: float, channels: int | None) -> Constants:
@@ -120,13 +210,6 @@ def _channels(source: Source, public: Indices) -> int | None:
     test = source.test.colour if source.test is not None else None
     coloured = source.records.colour[public].any() or (test is not None and test.any())
     return 3 if coloured else 1
-
-
-def grey(images: Array) -> Array:
-    """Bytes ``[image, 3, height, width]`` as ``[image, 1, height, width]``, as Pillow's ``convert("L")``."""
-    weights = np.array(_LUMA, dtype=np.uint32).reshape(3, 1, 1)
-    luma = ((images * weights).sum(axis=1, keepdims=True, dtype=np.uint32) + _HALF) >> _SHIFT
-    return luma.astype(np.uint8)
 
 
 def unset(config: DataConfig, *, given_test: bool) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class Source:
         classes: the label space, where the source has the same one whatever records it holds.
         divisor: what its whole numbers are divided by, where that too is known of the source.
         whole: whether the features are whole numbers by type.
+        columns: the features of a table by name; none of an array.
         label_by_place: nothing but its place speaks for the label's column.
         taken: what was taken for what, in words, by its name: the same whatever the private records hold.
     """
@@ -67,6 +68,7 @@ class Source:
     classes: tuple[str, ...] | None = None
     divisor: float | None = None
     whole: bool = False
+    columns: tuple[str, ...] = ()
     label_by_place: bool = False
     taken: Mapping[str, str] = field(default_factory=dict)
 

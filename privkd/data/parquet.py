@@ -6,7 +6,7 @@ The only importer of pyarrow.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,7 +66,8 @@ def load_parquet(
                 f"{test[0]}: its features are not those of {paths[0].name}, or stand in another order; write "
                 "them alike"
             )
-    return make_source(name, records, split, classes=config.classes, taken={**said, **(taken or {})})
+    source = make_source(name, records, split, classes=config.classes, taken={**said, **(taken or {})})
+    return replace(source, columns=features)
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
@@ -136,9 +137,8 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         else _texts_or_numbers(pyarrow, table, columns.group, origin, "column", "groups")
     )
     if image is None:
-        features = tuple(table.column_names[number] for number in columns.features)
         inputs = _features(pyarrow, table, columns, origin)
-        return _Table(RawSet(inputs, labels, groups=groups), columns.said, features)
+        return _Table(RawSet(inputs, labels, groups=groups), columns.said, columns.feature_names)
     pixels, colour = _images(pyarrow, table, image, origin)
     return _Table(RawSet(pixels, labels, colour, groups), _of_images(table, columns, image), ())
 

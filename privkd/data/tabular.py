@@ -205,7 +205,7 @@ def load_csv(path: Path, name: str, config: DataConfig) -> Source:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({one_line(error)}); save it as UTF-8 text") from error
     source = make_source(name, records, classes=config.classes, taken=columns.said)
-    return replace(source, label_by_place=columns.by_place)
+    return replace(source, columns=columns.feature_names, label_by_place=columns.by_place)
 
 
 def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, Columns]:

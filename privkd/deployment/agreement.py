@@ -286,7 +286,7 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         "devices on the roster": len(published.roster),
         "nominal records a device": published.records_per_device,
         "classes": ", ".join(published.classes),
-        "inputs": f"{list(published.input_shape)}, {published.scale.constants.divisor:g} divides",
+        "inputs": f"{list(published.input_shape)}, {published.scale.constants.words}",
         "answers at multiples of": f"{published.answer_seconds:g} s",
     }
 

@@ -3,7 +3,7 @@
 import torch
 
 from privkd.config import DataConfig
-from privkd.data.constants import PUBLIC_SOURCES, numbered
+from privkd.data.constants import PUBLIC_SOURCES, check_columns, numbered
 from privkd.data.scenario import LabelledSet, build_scenario
 from privkd.data.sources import load
 from privkd.deployment.owner import RecordsConfig
@@ -29,7 +29,9 @@ def own_records(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
 
 def _all_of(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
     given = {name: getattr(config, name) for name in ("source", "data_dir", "label", "drop", "header")}
-    records = load(DataConfig(**given, classes=plan.classes)).records
+    source = load(DataConfig(**given, classes=plan.classes))
+    check_columns(source, plan.scale.columns)
+    records = source.records
     labels = numbered(records.labels, plan.classes)
     known = labels < len(plan.classes)
     inputs = plan.scale.constants.features(records.inputs[known])

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
@@ -26,6 +26,7 @@ from torch import Tensor
 from privkd.channels.registry import price_of
 from privkd.config import Config, config_tree, parse_config
 from privkd.data.constants import Constants
+from privkd.data.preprocessing import Column
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError, RunError
 from privkd.plan import Plan, PublicFacts, make_plan
@@ -44,19 +45,21 @@ _OWN = ("ca", "certificate", "key")
 class Scale(Record):
     """How raw features become inputs; see `privkd.data.constants.Constants`."""
 
-    divisor: Real
-    largest: Real | None
-    channels: Count | None
+    divisor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    largest: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    channels: Literal[1, 3] | None
+    columns: tuple[Column, ...] = ()
+    bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @classmethod
     def of(cls, constants: Constants) -> Self:
         """That of a scenario."""
-        return cls(divisor=constants.divisor, largest=constants.largest, channels=constants.channels)
+        return cls(**{name: getattr(constants, name) for name in cls.model_fields})
 
     @property
     def constants(self) -> Constants:
         """As data are read by them."""
-        return Constants(self.divisor, self.largest, self.channels, "as the plan says")
+        return Constants(**dict(self), said="as the plan says")
 
 
 class PublishedPlan(FileRecord):
@@ -94,6 +97,13 @@ class PublishedPlan(FileRecord):
     epsilon_device: Real
     answer_seconds: Annotated[Real, Field(gt=0)]
     proxy: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    @model_validator(mode="after")
+    def _scaled_as_shaped(self) -> Self:
+        columns = len(self.scale.columns)
+        if columns and self.input_shape != (columns,):
+            raise ValueError(f"{columns} scaled columns are not inputs of shape {list(self.input_shape)}")
+        return self
 
     @classmethod
     def of(

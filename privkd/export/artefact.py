@@ -27,31 +27,27 @@ class Format(Protocol):
 
 
 class Deployable(nn.Module):
-    """From raw records to logits: the run's normalisation, then the student.
+    """From raw records to logits: the run's preprocessing (`Constants.module`), then the student."""
 
-    ``divisor`` is that of `data.source.Source`: the one thing that the run did to its records.
-    """
-
-    def __init__(self, student: nn.Module, divisor: float) -> None:
+    def __init__(self, student: nn.Module, preprocessing: nn.Module) -> None:
         super().__init__()
+        self.preprocessing = preprocessing
         self.student = student
-        self.divisor = divisor
 
     def forward(self, records: Tensor) -> Tensor:
         """Raw float32 ``[record, *shape]`` to logits ``[record, class]``."""
-        scaled = records if self.divisor == 1.0 else records / self.divisor
-        logits: Tensor = self.student(scaled)
+        logits: Tensor = self.student(self.preprocessing(records))
         return logits
 
 
 @torch.no_grad()
-def check_equal(student: nn.Module, answer: Answering, scaled: Tensor, raw: Tensor) -> Check:
-    """Put the same records to both: ``scaled`` to the student as in the run, ``raw`` to the artefact.
+def check_equal(student: nn.Module, answer: Answering, inputs: Tensor, raw: Tensor) -> Check:
+    """Put the same records to both: ``inputs`` to the student as in the run, ``raw`` to the artefact.
 
     Raises:
         ModelError: the answers differ by more than ``TOLERANCE``.
     """
-    ours, theirs = student(scaled), answer(raw)
+    ours, theirs = student(inputs), answer(raw)
     if ours.shape != theirs.shape:
         raise ModelError(
             f"the exported student answers with shape {list(theirs.shape)}, the original with "

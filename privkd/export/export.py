@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from privkd.data.constants import Constants
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Answering, Deployable, Format, check_equal
 from privkd.export.formats import format_named, suffix_of
@@ -48,7 +49,7 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     name = scenario.devices[device].name
     path = out or folder.path / "export" / f"{name}{suffix}"
     student = prepared.personalised(done, [device], Silent())[0]
-    artefact = export_model(student, scenario.public.inputs, scenario.constants.divisor, form, path)
+    artefact = export_model(student, scenario.public.inputs, scenario.constants, form, path)
     exported = Exported(
         run=str(folder.path),
         device=name,
@@ -60,15 +61,17 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     return exported
 
 
-def export_model(student: nn.Module, records: Tensor, divisor: float, form: str, path: Path) -> Artefact:
+def export_model(
+    student: nn.Module, records: Tensor, constants: Constants, form: str, path: Path
+) -> Artefact:
     """Write ``student`` with its preprocessing to ``path``, whole or not at all: what a device calls.
 
     The artefact is read back and put beside the student before it takes the place of ``path``.
 
     Args:
-        student: from scaled records to logits.
-        records: public ones, scaled as for training, float32 ``[record, *shape]``, at least one.
-        divisor: what raw whole numbers were divided by, 1 for nothing; see `data.source.Source`.
+        student: from inputs to logits.
+        records: public ones as inputs of training, float32 ``[record, *shape]``, at least one.
+        constants: how raw features became inputs.
         form: of `formats.FORMATS`.
         path: of the artefact.
 
@@ -79,29 +82,26 @@ def export_model(student: nn.Module, records: Tensor, divisor: float, form: str,
     """
     writer = format_named(form)
     student = copy.deepcopy(student).cpu().eval()
-    scaled = records[:_CHECKED].cpu()
-    raw = raw_of(scaled, divisor)
+    raw = constants.raw(records[:_CHECKED].cpu())
+    # Not the records themselves: what was rounded on the way back must not count as the artefact's fault.
+    inputs = constants.features(raw.numpy())
     with _replacing(path) as temporary:
-        answer = written(writer, Deployable(student, divisor), raw, temporary)
-        check = check_equal(student, answer, scaled, raw)
-        latency, original = latencies_ms((answer, raw), (student, scaled))
+        answer = written(writer, Deployable(student, constants.module()), raw, temporary)
+        check = check_equal(student, answer, inputs, raw)
+        latency, original = latencies_ms((answer, raw), (student, inputs))
     return Artefact(
         format=form,
         file=str(path),
         size_bytes=path.stat().st_size,
         parameters=parameter_count(student),
         input_shape=tuple(raw.shape[1:]),
-        divisor=divisor,
+        preprocessing=constants.words,
+        columns=tuple(column.tree() for column in constants.columns),
         classes=answer(raw[:1]).shape[-1],
         check=check,
         latency_ms=latency,
         original_ms=original,
     )
-
-
-def raw_of(scaled: Tensor, divisor: float) -> Tensor:
-    """Records as they were before the run divided them: whole numbers, unless nothing was done to them."""
-    return scaled if divisor == 1.0 else (scaled * divisor).round()
 
 
 def written(writer: Format, model: Deployable, raw: Tensor, path: Path) -> Answering:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import model_validator
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from privkd.records import Count, FileRecord, Real, Record, Value
+from privkd.records import Count, FileRecord, Plain, Real, Record, Value
 
 TOLERANCE = 1e-5
 """Of a logit between the artefact and the student."""
@@ -33,8 +34,9 @@ class Artefact(Record):
         file: where it lies.
         size_bytes: its size.
         parameters: of the student.
-        input_shape: of one raw record, float32; the artefact divides it by ``divisor`` itself.
-        divisor: see `data.source.Source`.
+        input_shape: of one raw record, float32, to which the artefact does its preprocessing itself.
+        preprocessing: that, in words.
+        columns: of a table, each a `preprocessing.Column`, in the order in which the artefact takes them.
         classes: number of logits.
         check: how the artefact was found equal to the student.
         latency_ms: of the artefact for one record, on one CPU thread, median.
@@ -46,11 +48,21 @@ class Artefact(Record):
     size_bytes: Count
     parameters: Count
     input_shape: tuple[Count, ...]
-    divisor: Real
+    preprocessing: str
+    columns: tuple[Mapping[str, Plain], ...] = ()
     classes: Count
     check: Check
     latency_ms: Real
     original_ms: Real
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_divisor(cls, given: Any) -> Any:
+        """Version 0.1.0 knew no preprocessing but a division."""
+        if not isinstance(given, dict) or "divisor" not in given:
+            return given
+        words = "none" if given["divisor"] == 1 else f"divided by {given['divisor']}"
+        return {name: value for name, value in given.items() if name != "divisor"} | {"preprocessing": words}
 
 
 class Exported(Artefact, FileRecord, Value):
@@ -67,7 +79,7 @@ class Exported(Artefact, FileRecord, Value):
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The one artefact."""
-        tree = self.model_dump(exclude={"version", "check", "input_shape"})
+        tree = self.model_dump(exclude={"version", "check", "input_shape", "columns"})
         return [tree | {"difference": self.check.difference, "records": self.check.records}]
 
     def __rich__(self) -> RenderableType:
@@ -86,7 +98,7 @@ class Exported(Artefact, FileRecord, Value):
                 "as delivered" if self.delivered else "as the device trained it, nothing was delivered",
             ),
             ("input", f"raw float32 [record, {shape}]"),
-            ("preprocessing inside", "none" if self.divisor == 1 else f"divided by {self.divisor:g}"),
+            ("preprocessing inside", self.preprocessing),
             ("output", f"logits [record, {self.classes}]"),
             ("size", f"{self.size_bytes:,} bytes ({self.parameters:,} parameters)"),
             ("one answer, one CPU thread", f"{self.latency_ms:.3f} ms"),

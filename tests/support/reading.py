@@ -1,4 +1,4 @@
-"""A source as tests look at it: every record converted, as if all were public."""
+"""A source as tests look at it: every record converted, as if all were public, and no table standardised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor, from_numpy
 
 from privkd.config import DataConfig
 from privkd.data import Source, load
-from privkd.data.constants import find_constants, label_space, numbered, numbered_test
+from privkd.data.constants import Constants, find_constants, label_space, numbered, numbered_test
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Read:
     inputs: Tensor
     labels: Tensor
     classes: int
-    divisor: float
+    constants: Constants
     test_inputs: Tensor | None = None
     test_labels: Tensor | None = None
 
 
 def in_public(source: Source, config: DataConfig | None = None) -> Read:
     """``source`` with all of its records public."""
-    config = config or DataConfig(source="own")
+    config = config or DataConfig(source="own", standardise="no")
     classes = label_space(source, config)
     constants = find_constants(source, np.arange(len(source.records.labels)), config)
     test_inputs, test_labels = None, None
@@ -37,7 +37,7 @@ def in_public(source: Source, config: DataConfig | None = None) -> Read:
         constants.features(source.records.inputs),
         from_numpy(numbered(source.records.labels, classes)),
         len(classes),
-        constants.divisor,
+        constants,
         test_inputs,
         test_labels,
     )
@@ -45,5 +45,5 @@ def in_public(source: Source, config: DataConfig | None = None) -> Read:
 
 def read(path: Path | str, data_dir: Path | None = None, **settings: Any) -> Read:
     """The data set that ``path`` names."""
-    config = DataConfig(source=str(path), data_dir=data_dir, **settings)
+    config = DataConfig(source=str(path), data_dir=data_dir, **{"standardise": "no"} | settings)
     return in_public(load(config), config)

@@ -20,7 +20,7 @@ from cli import app
 from privkd.config import Config, DataConfig, load_config
 from privkd.data import Scenario, load, scenario_from, split_indices
 from privkd.data import scenario as splitting
-from privkd.data.constants import find_constants, grey, in_words, label_space, numbered
+from privkd.data.constants import Constants, find_constants, in_words, label_space, numbered
 from privkd.data.dataset import RawSet, make_source
 from privkd.data.public_sets import Stream, choose_gap_classes, draw_public_sets, public_sizes
 from privkd.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ def shown(scenario: Scenario) -> dict[str, Any]:
         "records": digest,
         "shapes": [tuple(tensor.shape) for tensor in tensors],
         "classes": scenario.classes,
-        "divisor": scenario.constants.divisor,
+        "constants": scenario.constants,
         "gap": scenario.gap_classes,
         "plan": asdict(make_plan(Config(), facts_of(scenario))),
     }
@@ -355,6 +355,7 @@ class TestWhatDoesNotFit:
     def test_grey_is_pillows(self) -> None:
         colours = np.random.default_rng(0).integers(0, 256, (50, 9, 7, 3), dtype=np.uint8)
         expected = [np.asarray(Image.fromarray(image).convert("L")) for image in colours]
+        grey = Constants(1.0, None, 1, "grey").features
         assert np.array_equal(grey(colours.transpose(0, 3, 1, 2))[:, 0], np.stack(expected))
         same = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16), 3, axis=1)
         assert np.array_equal(grey(same), same[:, :1])

@@ -517,7 +517,9 @@ class TestSaid:
         "features": "2 columns",
         "left out": "'id'",
         "layout": "[2], as it came",
-        "scale": "as they are, 0 to 4 in the public records",
+        "scale": (
+            "2 columns standardised to mean 0 and deviation 1, clipped at 5 deviations, by the public records"
+        ),
     }
 
     def test_with_the_plan(self, tmp_path: Path) -> None:

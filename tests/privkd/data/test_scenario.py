@@ -361,7 +361,9 @@ class TestScenario:
         generator = torch.Generator().manual_seed(0)
         inputs, labels = torch.rand(1000, 3, generator=generator), torch.from_numpy(BALANCED)
         records, test = RawSet(inputs.numpy(), BALANCED), RawSet(inputs[:7].numpy() + 1, BALANCED[:7])
-        scenario = scenario_from(make_source("own", records, test), own(test_records=None), 0)
+        scenario = scenario_from(
+            make_source("own", records, test), own(test_records=None, standardise="no"), 0
+        )
         assert torch.equal(scenario.test.inputs, inputs[:7] + 1)
         assert torch.equal(scenario.test.labels, labels[:7])
 
@@ -397,7 +399,7 @@ class TestWithoutDevices:
         inputs, labels = np.arange(200, dtype=np.float32)[:, None], np.tile(np.arange(4), 50)
         np.savez(tmp_path / "own.npz", inputs=inputs, labels=labels)
         config = DataConfig(
-            source=str(tmp_path / "own.npz"), gap="none", records_per_device=500,
+            source=str(tmp_path / "own.npz"), gap="none", records_per_device=500, standardise="no",
             test_records=60, public_records=80, validation_records=20, proxy_records=40,
         )  # fmt: skip
         with pytest.raises(DataError):

@@ -21,7 +21,7 @@ from privkd.controls import mean_accuracy
 from privkd.errors import ModelError
 from privkd.export import export as exporting
 from privkd.export.artefact import TOLERANCE, Deployable, check_equal
-from privkd.export.export import export_student, raw_of
+from privkd.export.export import export_student
 from privkd.export.formats import format_named, suffix_of
 from privkd.prepared import finished, prepare
 from privkd.progress import Silent
@@ -78,7 +78,11 @@ class TestAnswers:
         artefact = exported
         assert artefact.check.difference <= TOLERANCE
         assert artefact.size_bytes == out.stat().st_size > 4 * artefact.parameters
-        assert (exported.device, exported.round, artefact.divisor) == (f"device-{device:04d}", 2, 16.0)
+        assert (exported.device, exported.round, artefact.preprocessing) == (
+            f"device-{device:04d}",
+            2,
+            "divided by 16",
+        )
         assert artefact.latency_ms > 0
 
     def test_are_those_of_that_device(self, run: Path) -> None:
@@ -148,27 +152,27 @@ class TestStudents:
 
 class TestPreprocessing:
     @pytest.mark.parametrize(
-        ("values", "divisor"),
+        ("values", "words"),
         [
-            (np.arange(256, dtype=np.uint8).repeat(4).reshape(-1, 4), 255.0),
-            ((np.arange(400, dtype=np.uint8) % 2).reshape(-1, 4), 1.0),
-            (np.linspace(-3, 3, 400).reshape(-1, 4), 1.0),
+            (np.arange(256, dtype=np.uint8).repeat(4).reshape(-1, 4), "divided by 255"),
+            ((np.arange(400, dtype=np.uint8) % 2).reshape(-1, 4), "none"),
+            (np.arange(400).reshape(-1, 4), "none"),
         ],
-        ids=["bytes", "flags", "floats"],
+        ids=["bytes", "flags", "whole numbers"],
     )
-    def test_is_what_the_source_did(self, tmp_path: Path, values: Any, divisor: float) -> None:
+    def test_is_what_the_source_did(self, tmp_path: Path, values: Any, words: str) -> None:
         np.savez(tmp_path / "own.npz", inputs=values, labels=np.arange(len(values)) % 2)
         source = read(tmp_path / "own.npz")
-        assert source.divisor == divisor
-        raw = raw_of(source.inputs, source.divisor)
+        assert source.constants.words == words
+        raw = source.constants.raw(source.inputs)
         assert torch.equal(raw, torch.from_numpy(values).float())
-        assert torch.equal(Deployable(nn.Identity(), divisor)(raw), source.inputs)
+        assert torch.equal(Deployable(nn.Identity(), source.constants.module())(raw), source.inputs)
 
     def test_survives_a_test_split(self, tmp_path: Path) -> None:
         pixels = np.arange(80, dtype=np.uint8).reshape(20, 4)
         labels = np.arange(20) % 2
         np.savez(tmp_path / "own.npz", inputs=pixels, labels=labels, test_inputs=pixels, test_labels=labels)
-        assert read(tmp_path / "own.npz").divisor == 255.0
+        assert read(tmp_path / "own.npz").constants.divisor == 255.0
 
 
 class TestCheck:
