@@ -2,8 +2,8 @@
 
 Each canary is in or out by its own fair coin; the auditor guesses some of the coins, the highest scores in,
 the lowest out, half each, and abstains on the rest. How many guesses to make is settled before the coins are
-looked at, or several numbers are and the error probability is divided among them. Neighbouring relation: add
-or remove one canary.
+looked at, or several numbers are, and the error probability is divided among them or shared by all under
+their joint law. Neighbouring relation: add or remove one canary.
 """
 
 import math
@@ -19,8 +19,10 @@ from scipy.special import betainc, betaincinv, gammaln, log_expit, logit, ndtr, 
 from scipy.stats import binomtest
 
 from audits.estimators.gaussian_dp import epsilon_of_mu
+from audits.estimators.guess_band import banded_one_run, numbers_of_guesses
 from audits.estimators.threshold import ranks_without_ties
 from audits.estimators.validation import (
+    Floats,
     checked_confidence,
     checked_count,
     checked_delta,
@@ -180,7 +182,20 @@ class BonferroniGuesses:
         checked_count("seed", self.seed)
 
 
-GuessRule: TypeAlias = FixedGuesses | BonferroniGuesses
+@dataclass(frozen=True)
+class BandGuesses:
+    """Try all numbers of guesses at once, for the price of their joint law; of ``one_run`` alone.
+
+    See `audits.estimators.guess_band`. ``seed`` breaks ties.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked_count("seed", self.seed)
+
+
+GuessRule: TypeAlias = FixedGuesses | BonferroniGuesses | BandGuesses
 
 
 def epsilon_lower_bound_one_run(
@@ -203,9 +218,9 @@ def epsilon_lower_bound_one_run(
         confidence: probability with which the bound is at most the true epsilon.
 
     Raises:
-        InputError: an unknown rule, a NaN score, too few canaries, more guesses than canaries, membership
-            that no
-            fair coin draws, or a level outside its range.
+        InputError: an unknown rule, a band of another estimator than ``one_run``, a NaN score, too few
+            canaries, more guesses than canaries, membership that no fair coin draws, or a level outside its
+            range.
     """
     values = checked_scores("scores", scores)
     inside = _checked_member(member, len(values))
@@ -215,9 +230,11 @@ def epsilon_lower_bound_one_run(
             counts: tuple[int, ...] = (count,)
         case BonferroniGuesses(counts, seed):
             pass
+        case BandGuesses(seed):
+            return _banded(_ascending(values, inside, seed), estimator, delta, 1 - level)
         case _:
-            raise InputError(f"rule={rule!r}: give a FixedGuesses or a BonferroniGuesses")
-    ascending = inside[np.argsort(ranks_without_ties(values, np.random.default_rng(seed)))]
+            raise InputError(f"rule={rule!r}: give a FixedGuesses, a BonferroniGuesses or a BandGuesses")
+    ascending = _ascending(values, inside, seed)
     each = 1 - (1 - level) / len(counts)
     return max(
         estimator(
@@ -229,6 +246,19 @@ def epsilon_lower_bound_one_run(
         )
         for count in counts
     )
+
+
+def _ascending(values: Floats, inside: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """Membership in ascending order of score."""
+    return inside[np.argsort(ranks_without_ties(values, np.random.default_rng(seed)))]
+
+
+def _banded(ascending: NDArray[np.bool_], estimator: OneRunEstimator, delta: float, alpha: float) -> float:
+    if estimator is not one_run:
+        raise InputError(f"estimator={estimator.__name__}: a BandGuesses is for one_run alone")
+    guesses = numbers_of_guesses(len(ascending), checked_delta(delta, zero_allowed=True), alpha)
+    right = np.array([_correct(ascending, int(count)) for count in guesses])
+    return banded_one_run(right, guesses, delta, alpha)
 
 
 def _checked_member(member: ArrayLike, canaries: int) -> NDArray[np.bool_]:

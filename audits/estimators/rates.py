@@ -127,6 +127,28 @@ def auc(scores_members: ArrayLike, scores_nonmembers: ArrayLike, confidence: flo
     return Auc(estimate, low, high, len(members), len(nonmembers), level)
 
 
+def balanced_accuracy(
+    scores_members: ArrayLike, scores_nonmembers: ArrayLike, confidence: float = 0.95
+) -> "Interval":
+    """Mean of the true-positive and the true-negative rate at the best threshold.
+
+    The estimate is the best on these scores, and so too high; the interval holds for the best threshold of
+    their laws, whatever these are: both distribution functions lie within Massart's (1990) band.
+
+    Raises:
+        InputError: a score is NaN, fewer than 2 samples a side, or ``confidence`` outside (0, 1).
+    """
+    members = np.sort(checked_scores("scores_members", scores_members))
+    nonmembers = np.sort(checked_scores("scores_nonmembers", scores_nonmembers))
+    level = checked_confidence(confidence)
+    thresholds = np.concatenate([members, nonmembers])
+    below = [np.searchsorted(side, thresholds) / len(side) for side in (nonmembers, members)]
+    estimate = (1 + max(0.0, float((below[0] - below[1]).max()))) / 2
+    reach = sum(math.sqrt(math.log(4 / (1 - level)) / (8 * len(side))) for side in (members, nonmembers))
+    found = Interval(estimate, estimate - reach, estimate + reach, len(members) + len(nonmembers), level)
+    return found.within(0.5, 1.0)
+
+
 def _placements(
     members: NDArray[np.float64], nonmembers: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

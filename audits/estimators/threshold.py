@@ -1,9 +1,9 @@
 """Epsilon lower bounds from the scores of two samples, by one threshold that is chosen honestly.
 
 The members and the non-members are independent samples. A bound at the best of many thresholds is no bound:
-without any signal it exceeds zero far too often. So the rule is an argument, one of three, and each pays for
-its choice: fixed beforehand, chosen on samples that are then set aside, or several fixed beforehand with the
-error probability divided among them.
+without any signal it exceeds zero far too often. So the rule is an argument, and each pays for its choice:
+fixed beforehand, chosen on samples that are then set aside, once or in several splits, or several thresholds
+at once, with the error probability divided among them or shared by all under their joint law.
 """
 
 import math
@@ -14,10 +14,12 @@ from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv, expit, logit, ndtri
+from scipy.special import betaincinv, ndtri
 
+from audits.estimators.band import MOST_RANKS, spread_ranks, upper_band
 from audits.estimators.gaussian_dp import epsilon_of_mu
 from audits.estimators.validation import (
+    Floats,
     checked_confidence,
     checked_count,
     checked_delta,
@@ -30,10 +32,13 @@ from privkd.errors import InputError
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Upper confidence bounds of both error rates of one threshold; they hold together."""
+    """Upper confidence bounds of both error rates of one threshold, or of each of several ``[threshold]``.
 
-    false_positive: float
-    false_negative: float
+    All of them hold together.
+    """
+
+    false_positive: float | Floats
+    false_negative: float | Floats
 
 
 @lru_cache(maxsize=65536)
@@ -42,6 +47,12 @@ def upper_confidence_bound(successes: int, trials: int, *, error: float) -> floa
     if successes == trials:
         return 1.0
     return float(betaincinv(successes + 1, trials - successes, 1 - error))
+
+
+def upper_confidence_bounds(successes: NDArray[np.int64], trials: int, *, error: float) -> Floats:
+    """The same of each of ``successes`` ``[threshold]``."""
+    missing = np.maximum(trials - successes, 1)
+    return np.where(successes < trials, betaincinv(successes + 1, missing, 1 - error), 1.0)
 
 
 class ConfusionEstimator(Estimator[Callable[[ErrorRates, float], float]]):
@@ -75,6 +86,14 @@ class ConfusionEstimator(Estimator[Callable[[ErrorRates, float], float]]):
         )
         return self._bound(rates, delta)
 
+    def of_rates(self, rates: ErrorRates, delta: float) -> float:
+        """The epsilon lower bound of error rates that are bounded already: the best of all thresholds.
+
+        Raises:
+            InputError: ``delta`` lies outside its range.
+        """
+        return self._bound(rates, checked_delta(delta, zero_allowed=self._zero_delta))
+
 
 @partial(ConfusionEstimator, zero_delta=True)
 def clopper_pearson(rates: ErrorRates, delta: float) -> float:
@@ -84,7 +103,7 @@ def clopper_pearson(rates: ErrorRates, delta: float) -> float:
     (Kairouz, Oh and Viswanath 2015; Jagielski, Ullman and Oprea 2020). ``delta`` may be 0.
     """
     fpr, fnr = rates.false_positive, rates.false_negative
-    odds = max((1 - fnr - delta) / fpr, (1 - fpr - delta) / fnr)
+    odds = float(np.max(np.maximum((1 - fnr - delta) / fpr, (1 - fpr - delta) / fnr)))
     return max(0.0, math.log(odds)) if odds > 0 else 0.0
 
 
@@ -95,10 +114,10 @@ def gaussian(rates: ErrorRates, delta: float) -> float:
     The point of both error bounds lies on one curve, whose mu is converted (Nasr et al. 2023). It holds for
     the Gaussian mechanism and its compositions; a subsampled one is not Gaussian and needs its own curve.
     """
-    if rates.false_positive >= 1 or rates.false_negative >= 1:
-        return 0.0
-    mu = -float(ndtri(rates.false_positive)) - float(ndtri(rates.false_negative))
-    return epsilon_of_mu(max(0.0, mu), delta)
+    fpr, fnr = np.asarray(rates.false_positive), np.asarray(rates.false_negative)
+    told = (fpr < 1) & (fnr < 1)
+    mu = np.max(-ndtri(fpr[told]) - ndtri(fnr[told]), initial=0.0)
+    return epsilon_of_mu(float(mu), delta)
 
 
 _SPLIT_CANDIDATES = 64
@@ -145,7 +164,34 @@ class BonferroniThreshold:
         checked_count("seed", self.seed)
 
 
-ThresholdRule: TypeAlias = FixedThreshold | SplitThreshold | BonferroniThreshold
+@dataclass(frozen=True)
+class BandThreshold:
+    """Try every threshold, under upper bounds of both error rates that hold at all of them at once.
+
+    Nothing is drawn, and ties need no order: see `audits.estimators.band`.
+    """
+
+
+@dataclass(frozen=True)
+class MultiSplitThreshold:
+    """The median of the bounds of ``count`` splits, each with half of the error probability.
+
+    Twice the median of any p-values is one, however they depend on each other (Meinshausen, Meier and
+    Buehlmann 2009, Theorem 3.1). ``share`` and ``seed`` are those of `SplitThreshold`.
+    """
+
+    count: int = 25
+    seed: int = 0
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        checked_count("count", self.count, least=1)
+        SplitThreshold(self.seed, self.share)
+
+
+ThresholdRule: TypeAlias = (
+    FixedThreshold | SplitThreshold | BonferroniThreshold | BandThreshold | MultiSplitThreshold
+)
 
 
 @dataclass(frozen=True)
@@ -203,10 +249,44 @@ def epsilon_lower_bound(
             each = 1 - (1 - level) / count
             tries = _confusions_at_ranks(members, nonmembers, count, np.random.default_rng(seed))
             return max(confusion.bound(estimator, delta, each) for confusion in tries)
+        case BandThreshold():
+            return estimator.of_rates(_banded(members, nonmembers, 1 - level), delta)
+        case MultiSplitThreshold():
+            return _multi_split_bound(members, nonmembers, rule, estimator, delta, level)
         case _:
-            raise InputError(
-                f"rule={rule!r}: give a FixedThreshold, a SplitThreshold or a BonferroniThreshold"
-            )
+            raise InputError(f"rule={rule!r}: give a rule of audits.estimators, such as BandThreshold()")
+
+
+def _banded(members: Floats, nonmembers: Floats, error: float) -> ErrorRates:
+    """Bounds of both rates where members score more than one of the non-members does.
+
+    The thresholds are independent of the members, who take a band of their own where there are few, and share
+    the error among the thresholds where there are many.
+    """
+    outside = upper_band(len(nonmembers), error / 2)
+    thresholds = np.sort(nonmembers)[len(nonmembers) - outside.ranks]
+    missed = np.searchsorted(np.sort(members), thresholds, side="right")
+    if len(members) <= MOST_RANKS:
+        inside = np.append(upper_band(len(members), error / 2).bounds, 1.0)[missed]
+    else:
+        inside = upper_confidence_bounds(missed, len(members), error=error / 2 / len(thresholds))
+    return ErrorRates(outside.bounds, inside)
+
+
+def _multi_split_bound(
+    members: Floats,
+    nonmembers: Floats,
+    rule: MultiSplitThreshold,
+    estimator: ConfusionEstimator,
+    delta: float,
+    confidence: float,
+) -> float:
+    seeds = np.random.default_rng(rule.seed).integers(2**63, size=rule.count)
+    splits = [SplitThreshold(int(seed), rule.share) for seed in seeds]
+    level = (1 + confidence) / 2
+    bounds = [_split_bound(members, nonmembers, split, estimator, delta, level) for split in splits]
+    # Of an even number the lower one of both in the middle.
+    return float(np.quantile(bounds, 0.5, method="lower"))
 
 
 def _confusion(members: NDArray[np.float64], nonmembers: NDArray[np.float64], threshold: float) -> Confusion:
@@ -250,7 +330,7 @@ def _best_threshold(
 ) -> float:
     """The threshold with the highest bound on these samples, among quantiles dense at both ends."""
     pooled = np.sort(np.concatenate([members, nonmembers]))
-    candidates = pooled[_spread_ranks(len(pooled), _SPLIT_CANDIDATES) - 1]
+    candidates = pooled[spread_ranks(len(pooled), _SPLIT_CANDIDATES) - 1]
 
     def merit(threshold: float) -> tuple[float, float]:
         counts = _confusion(members, nonmembers, threshold)
@@ -272,7 +352,7 @@ def _confusions_at_ranks(
     """
     ranks = ranks_without_ties(np.concatenate([members, nonmembers]), rng)
     member_ranks, nonmember_ranks = np.sort(ranks[: len(members)]), np.sort(ranks[len(members) :])
-    for above in _spread_ranks(len(nonmembers), count):
+    for above in spread_ranks(len(nonmembers), count):
         threshold = nonmember_ranks[len(nonmembers) - above]
         found = len(members) - int(np.searchsorted(member_ranks, threshold, side="right"))
         yield Confusion(found, len(members), int(above) - 1, len(nonmembers))
@@ -284,12 +364,3 @@ def ranks_without_ties(scores: NDArray[np.float64], rng: np.random.Generator) ->
     ranks = np.empty(len(scores), dtype=np.int64)
     ranks[order] = np.arange(len(scores))
     return ranks
-
-
-def _spread_ranks(size: int, count: int) -> NDArray[np.int64]:
-    """At most ``count`` distinct ranks in 1 .. ``size``, evenly spread in the logit of their quantile."""
-    if count == 1:
-        return np.array([(size + 1) // 2])
-    end = logit(1 / (size + 1))
-    quantiles = expit(np.linspace(end, -end, count))
-    return np.unique(np.clip(np.rint(quantiles * (size + 1)), 1, size).astype(np.int64))
