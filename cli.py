@@ -720,6 +720,58 @@ def mechanism(
     show(found, as_json=json_)
 
 
+ClaimedEpsilon = Annotated[
+    float | None, typer.Option(help="Upper bound that is claimed, per record. [nothing is claimed]")
+]
+ClaimedDelta = Annotated[float | None, typer.Option(help="Of the claim. [1e-5 where nothing is claimed]")]
+Gaussian = Annotated[
+    bool,
+    typer.Option(
+        "--gaussian",
+        help="The mechanism is claimed to be exactly Gaussian, such as full-batch DP-SGD: bounds under its "
+        "curve count too.",
+    ),
+]
+
+
+@audit.command()
+def scores(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help=".csv or .parquet with columns score and member; or .npz with arrays scores and member, "
+            "[model, sample], whose first model (the first `targets`) is audited and whose others are its "
+            "shadows, and perhaps population, [model, other], of samples that no model was trained on."
+        ),
+    ],
+    epsilon: ClaimedEpsilon = None,
+    delta: ClaimedDelta = None,
+    independent: Annotated[
+        bool,
+        typer.Option(
+            "--independent",
+            help="Each score has nothing to do with the others, such as from a run of its own: bounds that "
+            "assume it count too.",
+        ),
+    ] = False,
+    gaussian: Gaussian = False,
+    out: Annotated[
+        Text, typer.Option(help="Folder for the report, tables and figures. [none are written]")
+    ] = None,
+    plugin: Plugin = None,
+    json_: Json = False,
+) -> None:
+    """Audit scores of members and non-members of any training. Exit code 3: they beat the claim."""
+    from audits.bounding import claimed
+    from audits.scores_audit import scores_of_file
+    from privkd.plugins import load_plugins
+    from privkd.terminal import show
+
+    claim = claimed(epsilon, delta, independent=independent, gaussian=gaussian)
+    load_plugins(plugin or ())
+    show(scores_of_file(Path(file), claim, out=_path(out)), as_json=json_)
+
+
 device = typer.Typer(
     callback=help_alone,
     invoke_without_command=True,

@@ -33,14 +33,25 @@ class Evidence:
     Attributes:
         target: float64 ``[sample]``, the target model's rescaled logits on the candidates.
         shadows: the shadow models' on the same candidates, and which they were trained on.
-        population: both models' on further non-members.
+        others: both models' on further non-members, where there are any.
         public: what is public about the records, where it is known.
     """
 
     target: Floats
     shadows: Shadows
-    population: Population
+    others: Population | None = None
     public: Features | None = None
+
+    @property
+    def population(self) -> Population:
+        """Both models' signals on further non-members.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.others is None:
+            raise InputError("the evidence has no population of further non-members: give it one")
+        return self.others
 
     @property
     def features(self) -> Features:

@@ -18,13 +18,23 @@ if TYPE_CHECKING:
     from audits.membership_audit import membership
     from audits.reconstructions.audit import reconstruction
     from audits.reports.compose import report
+    from audits.scores_audit import scores
     from audits.sweeps.sweep import sweep
     from privkd.federation import Federation
     from privkd.privacy.bounds import Audited
     from privkd.progress import Progress
     from privkd.runs.checkpoint import State
 
-__all__ = ["closing_audit", "compare", "mechanism", "membership", "reconstruction", "report", "sweep"]
+__all__ = [
+    "closing_audit",
+    "compare",
+    "mechanism",
+    "membership",
+    "reconstruction",
+    "report",
+    "scores",
+    "sweep",
+]
 
 _ROOMS = {
     "compare": "audits.comparison",
@@ -32,6 +42,7 @@ _ROOMS = {
     "membership": "audits.membership_audit",
     "reconstruction": "audits.reconstructions.audit",
     "report": "audits.reports.compose",
+    "scores": "audits.scores_audit",
     "sweep": "audits.sweeps.sweep",
 }
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import Field, computed_field, model_validator
+from pydantic import Field, StrictBool, computed_field, model_validator
 
 from attacks.registry import LABELS
 from audits.estimators import Auc, TprAtFpr
+from audits.estimators.rates import Interval
 from privkd.privacy.bounds import crossed
 from privkd.privacy.events import Unit
 from privkd.records import Count, Measured, Real, Record
@@ -24,6 +25,25 @@ class Refused:
 
     fpr: Real
     reason: str
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one estimator proves of an attack's scores.
+
+    Attributes:
+        estimator: its name.
+        assumes: what it takes for given, in words.
+        epsilon_lower: ``None`` where it refuses the scores.
+        counts: whether what it assumes is known of these scores, so that it may stand against a claim.
+        reason: why it refuses, or what its own tests of the assumption found.
+    """
+
+    estimator: str
+    assumes: str
+    epsilon_lower: Real | None
+    counts: StrictBool
+    reason: str | None = None
 
 
 class Finding(Record):
@@ -42,6 +62,8 @@ class Finding(Record):
         members: scores of members.
         nonmembers: scores of non-members.
         estimator: that gave ``epsilon_lower``.
+        balanced_accuracy: at the best threshold; ``None`` where nobody asked.
+        bounds: what other estimators find, each under an assumption of its own.
     """
 
     view: str
@@ -56,6 +78,8 @@ class Finding(Record):
     members: Count
     nonmembers: Count
     estimator: str
+    balanced_accuracy: Interval | None = None
+    bounds: tuple[Bound, ...] = ()
 
     @computed_field
     @property

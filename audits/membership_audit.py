@@ -5,17 +5,15 @@ from typing import Any
 
 from attacks.evidence import ChannelEvidence, Evidence
 from attacks.registry import LABELS, ONE_RUN
+from audits.bounding import pair_bound, rate_or_refusal
 from audits.estimators import (
     BonferroniGuesses,
-    TprAtFpr,
     auc,
     epsilon_lower_bound_one_run,
     one_run,
-    tpr_at_fpr,
 )
-from audits.estimators.validation import Floats
 from audits.evidence import MEMBERSHIP
-from audits.findings import Finding, LabelFinding, Refused
+from audits.findings import Bound, Finding, LabelFinding
 from audits.game import DEPLOYED, Cache, GameKey, ReplayContext, draw_pool, traces
 from audits.mechanisms.canaries import Scores, bound_many_trials, bound_one_run, dirac_scores
 from audits.requests import (
@@ -219,22 +217,26 @@ class _Audit:
     def _gradient_finding(self, scored: Scored, upper: float) -> Finding:
         """The bound of the canaries' own game: one run, or each canary as a trial."""
         scores, rate = Scores(scored.values, scored.inside), self._side.run.plan.sampling_rate
+        # Full batches are Gaussian, and orthogonal canaries do not meet.
+        beside = (pair_bound(scored, self._delta, self._each),) if rate == 1 else ()
         if scored.attack == ONE_RUN:
             lower = bound_one_run(scores, sampling_rate=rate, delta=self._delta, confidence=self._each)
-            return self._finding(scored, lower, upper, "f_dp_one_run" if rate == 1 else "one_run")
+            return self._finding(scored, lower, upper, "f_dp_one_run" if rate == 1 else "one_run", beside)
         lower = bound_many_trials(
             scores, sampling_rate=rate, delta=self._delta, confidence=self._each, seed=self._request.seed
         )
-        return self._finding(scored, lower, upper, "gaussian" if rate == 1 else "clopper_pearson")
+        return self._finding(scored, lower, upper, "gaussian" if rate == 1 else "clopper_pearson", beside)
 
-    def _finding(self, scored: Scored, lower: float, upper: float, estimator: str) -> Finding:
-        members, nonmembers = scored.values[scored.inside], scored.values[~scored.inside]
+    def _finding(
+        self, scored: Scored, lower: float, upper: float, estimator: str, bounds: tuple[Bound, ...] = ()
+    ) -> Finding:
+        members, nonmembers = scored.members, scored.nonmembers
         return Finding(
             view=scored.view,
             attack=scored.attack,
             unit=Unit.RECORD,
             auc=auc(members, nonmembers),
-            tpr_at_fpr=tuple(_rate(members, nonmembers, fpr) for fpr in _RATES),
+            tpr_at_fpr=tuple(rate_or_refusal(scored, fpr) for fpr in _RATES),
             epsilon_lower=lower,
             epsilon_upper=upper,
             delta=self._delta,
@@ -242,6 +244,7 @@ class _Audit:
             members=len(members),
             nonmembers=len(nonmembers),
             estimator=estimator,
+            bounds=bounds,
         )
 
     def _evidence_of(self, view: str) -> tuple[Evidence, ...] | ChannelEvidence:
@@ -275,10 +278,3 @@ def _student_signals(replays: Replays) -> Signals:
     return Signals(
         targets.candidates, shadows.candidates, targets.population, shadows.population, shadows.inside
     )
-
-
-def _rate(members: Floats, nonmembers: Floats, fpr: float) -> TprAtFpr | Refused:
-    try:
-        return tpr_at_fpr(members, nonmembers, fpr)
-    except InputError as error:
-        return Refused(fpr, str(error))

@@ -56,18 +56,19 @@ def write_curves(folder: RunFolder, scored: Sequence[Scored]) -> tuple[str, ...]
     """The ROC curves, if any, as ``audit/roc.svg`` and ``audit/roc.png``; returns these names."""
     if not scored:
         return ()
-    curves: dict[str, list[Roc]] = {}
-    for scores in scored:
-        inside = scores.inside
-        curves.setdefault(scores.view, []).append(
-            roc(scores.attack, scores.values[inside], scores.values[~inside])
-        )
-    fewest = min(int((~scores.inside).sum()) for scores in scored)
-    drawn = draw(curves, 1 / fewest)
+    drawn = draw_scored(scored)
     names = ("audit/roc.svg", "audit/roc.png")
     for name in names:
         folder.write_bytes(name, drawn[name.rsplit(".", 1)[1]])
     return names
+
+
+def draw_scored(scored: Sequence[Scored]) -> dict[str, bytes]:
+    """The curves of these scores, at least one, as `draw`."""
+    curves: dict[str, list[Roc]] = {}
+    for scores in scored:
+        curves.setdefault(scores.view, []).append(roc(scores.attack, scores.members, scores.nonmembers))
+    return draw(curves, 1 / min(len(scores.nonmembers) for scores in scored))
 
 
 def _panel(panel: Axes, view: str, attacks: Sequence[Roc], least_rate: float) -> None:

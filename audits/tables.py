@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, InstanceOf, model_validator
+from pydantic import Field, InstanceOf, StrictBool, computed_field, model_validator
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,6 +23,7 @@ from audits.findings import (
     Verdict,
     alarm_of,
 )
+from audits.wording import percent
 from privkd.privacy.bounds import Check, failure
 from privkd.records import FileRecord, Real, Value
 from privkd.runs.result import epsilon_text
@@ -52,6 +53,16 @@ class Scored:
     attack: str
     values: NDArray[np.float64] = field(compare=False)
     inside: NDArray[np.bool_] = field(compare=False)
+
+    @property
+    def members(self) -> NDArray[np.float64]:
+        """Scores of those that were in."""
+        return self.values[self.inside]
+
+    @property
+    def nonmembers(self) -> NDArray[np.float64]:
+        """Scores of those that were out."""
+        return self.values[~self.inside]
 
 
 class MembershipReport(FileRecord, Value):
@@ -111,8 +122,97 @@ class MembershipReport(FileRecord, Value):
         shown: list[RenderableType] = []
         if self.findings:
             shown += [_findings_table(self.findings, f"Membership audit of {self.run}"), *_remarks(self)]
+            shown += [*_beside(self.findings)]
         shown += [_labels(finding) for finding in self.labels]
         return Group(*shown, *(_path(f"curves: {self.run}/{name}") for name in self.curves))
+
+
+class ScoresReport(FileRecord, Value):
+    """What scores of members and non-members prove, beside what is claimed of the mechanism behind them.
+
+    Attributes:
+        source: where they come from.
+        target: what was attacked, in words.
+        epsilon_upper: the claim; infinite where there is none.
+        delta: of both bounds.
+        confidence: with which all bounds that count hold together.
+        independent: whether the scores were said to be independent of each other.
+        gaussian: whether the mechanism was said to be Gaussian.
+        findings: one for each attack.
+        refused: attacks that the scores do not carry, and why.
+        scored: the scores behind the findings; they are not written.
+        written: files that were written; likewise.
+    """
+
+    kind: Literal["scores"] = "scores"
+    source: str
+    target: str
+    epsilon_upper: Real
+    delta: Real
+    confidence: Real
+    independent: StrictBool
+    gaussian: StrictBool
+    findings: tuple[Finding, ...] = Field(min_length=1)
+    refused: tuple[str, ...] = ()
+    scored: tuple[InstanceOf[Scored], ...] = Field(default=(), exclude=True, repr=False)
+    written: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @computed_field
+    @property
+    def epsilon_lower(self) -> Real:
+        """The highest lower bound that counts; as all of them hold together, so does it."""
+        return self.best.epsilon_lower
+
+    @property
+    def best(self) -> Finding:
+        """The finding with the highest lower bound."""
+        return max(self.findings, key=lambda finding: finding.epsilon_lower)
+
+    @property
+    def alarm(self) -> str | None:
+        """A lower bound above the claim."""
+        best = self.best
+        if best.verdict != "ALARM":
+            return None
+        return (
+            f"{self.source}: epsilon is at least {best.epsilon_lower:.4g} per record (attack {best.attack}, "
+            f"{best.estimator}, confidence {100 * self.confidence:.4g} %), but at most "
+            f"{self.epsilon_upper:g} is claimed at delta {self.delta:g}; do not release, the mechanism or "
+            "its accounting is broken"
+        )
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row a finding and estimator."""
+        return [
+            {
+                **finding.row(),
+                "balanced_accuracy": finding.balanced_accuracy and finding.balanced_accuracy.estimate,
+                "bound_estimator": bound.estimator,
+                "bound_epsilon": bound.epsilon_lower,
+                "bound_counts": bound.counts,
+            }
+            for finding in self.findings
+            for bound in finding.bounds
+        ]
+
+    def __rich__(self) -> RenderableType:
+        """The attacks, the bounds by estimator, and what they mean."""
+        first = self.findings[0]
+        words = (
+            f"delta {self.delta:g}. All bounds that count hold together with confidence "
+            f"{100 * self.confidence:g} %; intervals are 95 % each."
+        )
+        return Group(
+            _findings_table(self.findings, f"Audit of the scores in {self.source}"),
+            _bounds_table(self.findings),
+            Text(f"{first.members:,} in, {first.nonmembers:,} out; unit: add or remove one record; {words}"),
+            Text(self.target, style="dim"),
+            *_assumptions(self.findings),
+            Text(_assumed(self.independent, self.gaussian), style="dim"),
+            *_refusals(rate for finding in self.findings for rate in finding.tpr_at_fpr),
+            *(Text(f"refused: {reason}", style="yellow") for reason in self.refused),
+            *(_path(file) for file in self.written),
+        )
 
 
 class ReconstructionReport(FileRecord, Value):
@@ -252,6 +352,57 @@ def _findings_table(findings: Sequence[Finding], title: str) -> Table:
             Text(*_VERDICTS[finding.verdict]),
         )
     return table
+
+
+def _bounds_table(findings: Sequence[Finding]) -> Table:
+    """One row an attack, one column an estimator; marked are those whose bounds count."""
+    table = _table("Lower bounds of epsilon by estimator (* counts against the claim)")
+    table.add_column("attack", no_wrap=True)
+    table.add_column("balanced accuracy", justify="right", no_wrap=True)
+    for bound in findings[0].bounds:
+        table.add_column(f"{bound.estimator}{'*' * bound.counts}", justify="right", no_wrap=True)
+    for finding in findings:
+        accuracy = finding.balanced_accuracy
+        found = [
+            "-" if bound.epsilon_lower is None else f"{bound.epsilon_lower:.2f}" for bound in finding.bounds
+        ]
+        table.add_row(finding.attack, "-" if accuracy is None else percent(accuracy), *found)
+    return table
+
+
+def _assumptions(findings: Sequence[Finding]) -> list[Text]:
+    """What each estimator takes for given, and what its own tests found of the strongest attack's scores."""
+    strongest = max(findings, key=lambda finding: finding.epsilon_lower)
+    return [
+        Text(
+            f"{bound.estimator}: if {bound.assumes}" + (f" ({bound.reason})" if bound.reason else ""),
+            style="dim",
+        )
+        for bound in strongest.bounds
+    ]
+
+
+def _assumed(independent: bool, gaussian: bool) -> str:
+    """What was said of the scores, and what would make more bounds count."""
+    said = [
+        "independent scores" if independent else "scores that may depend on each other (say --independent)",
+        "a Gaussian mechanism" if gaussian else "any mechanism (say --gaussian where it is)",
+    ]
+    return f"Held against the claim: bounds for {' of '.join(said)}."
+
+
+def _beside(findings: Sequence[Finding]) -> list[Text]:
+    """Bounds under an assumption of their own."""
+    return [
+        Text(
+            f"{finding.view}, {finding.attack}: {bound.estimator} eps >= "
+            f"{'-' if bound.epsilon_lower is None else f'{bound.epsilon_lower:.2f}'} if {bound.assumes}"
+            f"{f' ({bound.reason})' if bound.reason else ''}; stands against nothing.",
+            style="dim",
+        )
+        for finding in findings
+        for bound in finding.bounds
+    ]
 
 
 def _by_view(findings: Sequence[One], table: Table) -> Iterator[One]:

@@ -2,10 +2,9 @@
 
 Guesses throw away how sure they are. Where scores of canaries are normal, independent and of one variance, as
 those of orthogonal canaries under full-batch DP-SGD are, the distance of both means in standard deviations is
-mu itself, and Student's two-sample statistic has an exact law: it is non-central t (Johnson, Jackson and
-Hellier 1995 on its inversion). That one run's scores are such a pair is what "Let's Ask Gauss" (arXiv
-2606.12733) makes use of; its page tells of no confidence bound that we could follow, so this one is the
-textbook's.
+mu itself, and Student's two-sample statistic has an exact law: the non-central t. That one run's scores are
+such a pair is the idea of "Let's Ask Gauss" (arXiv 2606.12733), as its abstract tells it; the confidence
+bound is the textbook's, and figures of it are no reproduction of theirs.
 
 The assumption is put to the scores first: each side is tested for skewness and kurtosis (D'Agostino and
 Pearson 1973), both for equal variance (the F test), together at `LEVEL`. Tests find what many scores show;

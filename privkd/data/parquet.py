@@ -109,6 +109,34 @@ def _read(paths: Sequence[Path], config: DataConfig) -> _Table:
         ) from error
 
 
+def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, Array]:
+    """The columns ``wanted`` of a file, of numbers, truth values or text, each ``[row]``.
+
+    Raises:
+        DataError: pyarrow is not installed, the file is damaged, or a column is missing, there twice, of
+            another type, or lacks values.
+    """
+    pyarrow, parquet = _pyarrow()
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for name in wanted:
+                if names.count(name) != 1:
+                    there = "there twice" if name in names else "missing"
+                    raise DataError(
+                        f"{path}: column {name!r} is {there}; it has {', '.join(names) or 'none'}"
+                    )
+            if file.metadata.num_rows * len(wanted) > MAX_VALUES:
+                raise DataError(f"{path}: declares {file.metadata.num_rows} rows; give fewer records")
+            table = file.read(list(wanted))
+        origin = _Origin([path], [table.num_rows])
+        places = [table.column_names.index(name) for name in wanted]
+        values = [_texts_or_numbers(pyarrow, table, place, origin, "column", "values") for place in places]
+    except _unreadable(pyarrow) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({one_line(error)}); write it again") from error
+    return dict(zip(wanted, values, strict=True))
+
+
 def _unreadable(pyarrow: ModuleType) -> tuple[type[Exception], ...]:
     return (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
 

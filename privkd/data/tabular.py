@@ -112,6 +112,25 @@ def load_npz(path: Path, name: str, config: DataConfig) -> Source:
     return make_source(name, records, split, classes=config.classes, taken=taken)
 
 
+def read_arrays(path: Path) -> dict[str, Array]:
+    """All arrays of an archive by their names.
+
+    Raises:
+        DataError: damaged, pickled, larger than the file can hold, or two arrays of one name.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [Path(info.filename).stem for info in archive.infolist()]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise DataError(f"{path}: two arrays are called {min(twice)!r}; save each once")
+            infos = zip(names, archive.infolist(), strict=True)
+            return {name: _read_npy(archive, info, path) for name, info in infos}
+    except _ARCHIVE_ERRORS as error:
+        raise DataError(
+            f"{path}: not a readable npz archive ({one_line(error)}); save it with numpy.savez"
+        ) from error
+
+
 def _without(keys: Sequence[str], config: DataConfig, path: Path) -> list[str]:
     for name in config.drop:
         if name.lower() not in keys:
