@@ -47,6 +47,14 @@ _ALL = (
     ),
     Option("data", "data.source", "digits, mnist, cifar10, a path, or package.module:function. [digits]"),
     Option("data_dir", "data.data_dir", "Folder of mnist or cifar10, base of relative paths."),
+    Option(
+        "public",
+        "data.public",
+        "Public labelled records of their own; all of --data is then private. [drawn from --data]",
+    ),
+    Option("proxy", "data.proxy", "Unlabelled public inputs of their own. [drawn]"),
+    Option("test", "data.test", "The global test set. [what --data brings, else drawn]"),
+    Option("classes", "data.classes", "The classes by name, comma-separated. [those that are known]"),
     Option("label", "data.label", "The label's column in a table, or array in an npz archive. [by its name]"),
     Option("drop", "data.drop", "Columns that are neither feature nor label, comma-separated. [none]"),
     Option(

@@ -94,7 +94,8 @@ def announce(path: Path, prepared: "Prepared") -> None:
 
     console = Console(stderr=True)
     console.print(f"run folder: {path}", highlight=False, markup=False, soft_wrap=True)
-    if prepared.config.data.source in PUBLIC_SOURCES:
+    data = prepared.config.data
+    if data.source in PUBLIC_SOURCES and not data.own_files:
         return
     for line in taken_lines(prepared.plan.taken):
         console.print(line, soft_wrap=True)

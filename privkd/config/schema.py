@@ -93,6 +93,11 @@ class DataConfig(Settings):
         source: ``digits`` (embedded), ``mnist``, ``cifar10``, a path (npz, CSV, Parquet, a folder of
             images or of IDX files), ``package.module:function``, or a name that a plug-in registers.
         data_dir: where ``mnist`` and ``cifar10`` lie; also the base of a relative path.
+        public: a source of public labelled records: then all records of ``source`` are the devices', and what
+            everybody may know, such as classes and scale, comes from this one. It is taken whole: part of it
+            plays validation, and proxy and test where these are not given.
+        proxy: a source of the unlabelled public inputs; labels in it are passed over.
+        test: a source of the global test set, in place of one that the data bring or that is drawn.
         devices: number of devices, a public constant.
         records_per_device: the nominal size of a device's training shard. It is public and fixes the
             normaliser of the noised gradients; a device's true count never does. ``None``: by source, and
@@ -126,13 +131,17 @@ class DataConfig(Settings):
         classes_per_device: how many classes a device holds under ``classes``.
         gap: what the public labelled data lack and devices know: ``rare`` classes (kept at
             ``rare_share`` of their fair share), ``withheld`` classes (none at all), a shifted ``style``
-            (devices, proxy and tests see an altered rendering that the public set does not), ``none``.
+            (devices, proxy and tests see an altered rendering that the public set does not), ``none``. Where
+            ``public`` is given, that lacks what it lacks, and nothing is taken from it.
         gap_classes: the classes concerned. ``None``: half of them, chosen by the seed.
         rare_share: see ``gap``.
     """
 
     source: str = "digits"
     data_dir: Path | None = None
+    public: Annotated[str, Field(min_length=1)] | None = None
+    proxy: Annotated[str, Field(min_length=1)] | None = None
+    test: Annotated[str, Field(min_length=1)] | None = None
     devices: Positive = 5
     records_per_device: Positive | None = None
     public_records: Positive | None = None
@@ -185,6 +194,29 @@ class DataConfig(Settings):
         if not isinstance(value, list | tuple):
             return value
         return tuple(str(name) if type(name) is int else name for name in value)
+
+    @property
+    def own_files(self) -> dict[str, str]:
+        """The sources that are given beside ``source``, by their roles: ``public``, ``proxy``, ``test``."""
+        given = {"public": self.public, "proxy": self.proxy, "test": self.test}
+        return {role: source for role, source in given.items() if source is not None}
+
+    @property
+    def simulated_gap(self) -> Literal["rare", "withheld", "style", "none"]:
+        """``gap``, or ``none`` where the public records are the user's own."""
+        return self.gap if self.public is None else "none"
+
+    @model_validator(mode="after")
+    def _files_say_it(self) -> Self:
+        for role, source in self.own_files.items():
+            records = f"{role}_records"
+            if getattr(self, records) is not None:
+                raise ValueError(f"{records}={getattr(self, records)}: data.{role}={source!r} is taken "
+                                 "whole; give one of them")  # fmt: skip
+        if self.public is not None and self.gap in ("withheld", "style"):
+            raise ValueError(f"gap={self.gap!r}: data.public={self.public!r} lacks what it lacks, and "
+                             "nothing is taken from it; leave out one of them")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:

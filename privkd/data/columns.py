@@ -13,9 +13,29 @@ from privkd.errors import ConfigError, DataError
 LABEL_NAMES = ("label", "labels", "y", "class", "target", "targets")
 """Column or array names that mark the labels, in any case."""
 
+UNLABELLED = "none, they are not needed"
 _MOST_NAMED = 8
 # What pandas calls an index that had no name when it wrote a table, or when it read one.
 _UNNAMED = re.compile(r"|unnamed: [0-9]+", re.IGNORECASE)
+
+
+class Beside(DataConfig):
+    """The settings by which a file beside the data is read: it has their columns, in whatever order.
+
+    What ``drop`` and ``group`` name need not be there, and is no feature.
+
+    Attributes:
+        features: those of the data by name, in their order; none where they are no table.
+        labelled: whether it must have labels; else those that it has are passed over.
+    """
+
+    features: tuple[str, ...] = ()
+    labelled: bool = True
+
+
+def labelled(config: DataConfig) -> bool:
+    """Whether what is read by ``config`` must have labels."""
+    return not isinstance(config, Beside) or config.labelled
 
 
 @dataclass(frozen=True)
@@ -23,18 +43,20 @@ class Columns:
     """Indices of a table's columns.
 
     Attributes:
-        label: that of the label.
+        label: that of the label; ``None`` where none is needed.
         features: those of all others, but for what was left out.
         feature_names: their names.
         group: that which says whose record each is, if one does.
+        label_name: that of the label.
         by_place: no name spoke for the label: it is the last column of a table without a header.
         said: how they were chosen, in words.
     """
 
-    label: int
+    label: int | None
     features: tuple[int, ...]
     feature_names: tuple[str, ...]
     group: int | None
+    label_name: str | None
     by_place: bool
     said: dict[str, str]
 
@@ -59,8 +81,10 @@ def choose_columns(
     Raises:
         ConfigError: ``data.label``, ``data.group`` or ``data.drop`` names no column, or two the same.
         DataError: nothing tells which column is the label, two could be, one has no name, or there are no
-            features.
+            features; or a file beside the data has other columns than these.
     """
+    if isinstance(config, Beside):
+        return _columns_beside(names, config, origin, index)
     dropped = {_named(names, name, "drop", origin) for name in config.drop}
     group = None if config.group is None else _named(names, config.group, "group", origin)
     if group in dropped:
@@ -80,7 +104,58 @@ def choose_columns(
     if left_out:
         said["left out"] = _quoted(names, left_out)
     by_place = label == kept[-1] and not named and config.label is None
-    return Columns(label, features, tuple(names[number] for number in features), group, by_place, said)
+    own = tuple(names[number] for number in features)
+    return Columns(label, features, own, group, names[label], by_place, said)
+
+
+def _columns_beside(names: Sequence[str], config: Beside, origin: str, index: Collection[str]) -> Columns:
+    """The columns that the data have, in the order of the data."""
+    passed_over = {*config.drop, *index, *(() if config.group is None else (config.group,))}
+    passed_over |= {f"column {name}" for name in passed_over if name.isdecimal()}
+    places = [f"column {number + 1}" for number in range(len(names))]
+    kept = [number for number, name in enumerate(names) if not passed_over & {name, places[number]}]
+    label = _label_beside(names, kept, config, origin)
+    features = [number for number in kept if number != label]
+    if config.features:
+        features = _in_order([names[number] for number in features], features, config.features, origin)
+    said = {"label": UNLABELLED if label is None or not config.labelled else _quoted(names, [label])}
+    own = tuple(names[number] for number in features)
+    return Columns(label if config.labelled else None, tuple(features), own, None, None, False, said)
+
+
+def _label_beside(names: Sequence[str], kept: Sequence[int], config: Beside, origin: str) -> int | None:
+    """The label's column, which of unlabelled inputs is there or not."""
+    if config.label is None:
+        place = label_among([names[number] for number in kept], origin)
+        found = [] if place is None else [kept[place]]
+    else:
+        found = [number for number in kept if names[number] == config.label]
+    if config.labelled and len(found) != 1:
+        called = "called like a label" if config.label is None else f"called {config.label!r}"
+        raise DataError(
+            f"{origin}: {len(found) or 'no'} columns are {called}, as the data's label is, of "
+            f"{_quoted(names, kept)}; call the label as in the data"
+        )
+    return found[0] if found else None
+
+
+def _in_order(names: Sequence[str], places: Sequence[int], wanted: Sequence[str], origin: str) -> list[int]:
+    """The ``places`` of the columns called ``names``, in the order of ``wanted``."""
+    lacking = [name for name in wanted if name not in names]
+    if lacking:
+        shown = _quoted(lacking, range(len(lacking)))
+        raise DataError(
+            f"{origin}: lacks {shown} of the data's columns; it has {_quoted(names, range(len(names)))}; "
+            "give it those of the data, in any order"
+        )
+    extra = [number for number, name in enumerate(names) if name not in wanted]
+    extra += [number for number, name in enumerate(names) if name in names[:number]]
+    if extra:
+        raise DataError(
+            f"{origin}: {_quoted(names, extra)} is in it beside the data's columns, or twice; leave it out "
+            "of the file, or give it to the data"
+        )
+    return [places[names.index(name)] for name in wanted]
 
 
 def _label(
@@ -180,6 +255,8 @@ def refuse_columns(
     Raises:
         ConfigError: one is set.
     """
+    if isinstance(config, Beside):  # They are about the data.
+        return
     wrong = {
         "label": config.label is not None and not label,
         "drop": bool(config.drop) and not label,

@@ -23,6 +23,7 @@ PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
 """Data sets that all the world has: a simulation plays a part of one as private."""
 
 _BYTES, _WORDS = 255.0, 65535.0
+_CLASSES = "NAME,NAME,..."
 _FEW_CLASSES, _RECORDS_A_CLASS = 20, 10
 _SIZES = ("records_per_device", "public_records", "validation_records", "proxy_records")
 _PLACE = re.compile(r"(column|feature) [0-9]+")
@@ -221,7 +222,13 @@ def unset(config: DataConfig, *, given_test: bool) -> tuple[str, ...]:
     """
     if config.source in PUBLIC_SOURCES:
         return ()
-    names = ("classes", *_SIZES, *(() if given_test else ("test_records",)))
+    names = {"classes": None, **dict.fromkeys(_SIZES), "test_records": None}
+    if given_test:
+        del names["test_records"]
+    if config.proxy is not None:
+        del names["proxy_records"]
+    if config.public is not None:
+        names = {"records_per_device": None}
     return tuple(name for name in names if getattr(config, name) is None)
 
 
@@ -238,8 +245,9 @@ def check_set(config: DataConfig, *, given_test: bool) -> None:
     """
     lacking = unset(config, given_test=given_test)
     if lacking:
-        values = {"classes": "NAME,NAME,..."}
-        flags = " ".join(f"--set data.{name}={values.get(name, 'N')}" for name in lacking)
+        flags = " ".join(
+            f"--classes {_CLASSES}" if name == "classes" else f"--set data.{name}=N" for name in lacking
+        )
         raise ConfigError(
             f"source {config.source!r}: a deployment (privacy.noise='system') reads no public constant from "
             f"private records; give {flags}"
@@ -282,7 +290,7 @@ def _check_spellings(labels: list[str], name: str) -> None:
         if value is not None and spelt.setdefault(value, label) != label:
             raise DataError(
                 f"{name}: labels {spelt[value]!r} and {label!r} spell one number in two ways; spell them "
-                "alike, or name that class and all others once in data.classes"
+                "alike, or name that class and all others once with --classes"
             )
 
 
@@ -313,8 +321,7 @@ def numbered_test(source: Source, test: RawSet, classes: tuple[str, ...], config
     if strange.size:
         known = config.classes or source.classes
         place = "among the training labels" if known is None else f"among the {len(classes)} classes"
-        cure = "remove it" if known is None else "remove it, or give data.classes"
-        raise DataError(
-            f"{source.name} (test split): label {str(strange[0])!r} does not occur {place}; {cure}"
-        )
+        cure = "remove it" if known is None else "remove it, or name all classes with --classes"
+        name = config.test or f"{source.name} (test split)"
+        raise DataError(f"{name}: label {str(strange[0])!r} does not occur {place}; {cure}")
     return numbers

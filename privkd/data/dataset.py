@@ -32,7 +32,7 @@ class RawSet:
     Attributes:
         inputs: numbers ``[record, *shape]``; in a ``Source`` uint8, or float32 and finite.
         labels: classes ``[record]``; in a ``Source`` text, of numbers in the form of
-            `labels.canonical_number`.
+            `labels.canonical_number`, and empty of records that need none.
         colour: which images are coloured ``[record]``, of three channels; ``None`` where ``inputs`` are no
             decoded images.
         groups: whose each record is ``[record]``, as text in a ``Source``; ``None`` where nobody says.
@@ -51,12 +51,15 @@ class Source:
     Attributes:
         name: what messages call it.
         records: all that is to be split.
-        test: the test split that came with the data, if any: public.
+        test: the test split that came with the data, or beside them, if any: public.
+        public: the public records, where they came beside the data: then all of ``records`` are private.
+        proxy: the public inputs without labels that came beside the data, if any.
         names: what tells a record of ``records`` from others, whatever it holds; ``None``: its position.
         classes: the label space, where the source has the same one whatever records it holds.
         divisor: what its whole numbers are divided by, where that too is known of the source.
         whole: whether the features are whole numbers by type.
         columns: the features of a table by name; none of an array.
+        label: the label's column of a table by name.
         label_by_place: nothing but its place speaks for the label's column.
         taken: what was taken for what, in words, by its name: the same whatever the private records hold.
     """
@@ -64,11 +67,14 @@ class Source:
     name: str
     records: RawSet
     test: RawSet | None = None
+    public: "Source | None" = None
+    proxy: RawSet | None = None
     names: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
     divisor: float | None = None
     whole: bool = False
     columns: tuple[str, ...] = ()
+    label: str | None = None
     label_by_place: bool = False
     taken: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,6 +87,7 @@ def make_source(
     names: tuple[str, ...] | None = None,
     classes: Collection[str] | None = None,
     taken: Mapping[str, str] | None = None,
+    labelled: bool = True,
 ) -> Source:
     """Check the arrays of one data set.
 
@@ -91,13 +98,16 @@ def make_source(
         names: see `Source`.
         classes: names that are classes even where they look like a mark of a missing label.
         taken: see `Source`; layout and test split are added where they are not said.
+        labelled: whether the labels matter; else they are neither checked nor kept.
 
     Raises:
         DataError: no records, unequal lengths, a feature that is not a finite number, a missing label, labels
             of a type that names no class, or a test split that does not match.
     """
     known = frozenset(classes or ())
-    checked = _checked(name, records, known)
+    if not labelled:
+        records = replace(records, labels=np.full(records.inputs.shape[:1], "", dtype=np.str_))
+    checked = _checked(name, records, known if labelled else {""})
     whole = records.inputs.dtype.kind in "biu"
     split_said = "none came with the data" if test is None else "came with the data"
     said = {"test split": split_said, **(taken or {}), "layout": _layout(records, checked)}
@@ -106,11 +116,13 @@ def make_source(
         return source
     own = f"{name} (test split)"
     split = _checked(own, test, known)
-    _check_alike(own, split, checked)
+    check_alike(own, split, checked)
     return replace(source, test=split, whole=whole and test.inputs.dtype.kind in "biu")
 
 
 def _checked(name: str, records: RawSet, classes: Collection[str]) -> RawSet:
+    if records.labels.ndim == 2 and records.labels.shape[1] == 1:
+        records = replace(records, labels=records.labels[:, 0])
     _check_lengths(name, records.inputs, records.labels)
     labels = label_texts(records.labels, name, classes)
     groups = None if records.groups is None else _group_texts(records.groups, len(labels), name)
@@ -145,11 +157,20 @@ def _layout(raw: RawSet, checked: RawSet) -> str:
     return f"{list(kept)}, channels first, of {list(shape)} in the data"
 
 
-def _check_alike(name: str, test: RawSet, records: RawSet) -> None:
+def check_alike(name: str, test: RawSet, records: RawSet) -> None:
+    """Do nothing where ``test``, or other records beside the data, called ``name``, fit the data's.
+
+    Raises:
+        DataError: they are of another type or shape.
+    """
     if test.inputs.dtype != records.inputs.dtype:
         raise DataError(
             f"{name}: bytes (uint8) here or in the training inputs, and other numbers in the other; "
             "store both alike"
+        )
+    if (test.colour is None) != (records.colour is None):
+        raise DataError(
+            f"{name}: image files here or in the training inputs, and arrays in the other; give both alike"
         )
     if _shape(test) != _shape(records):
         theirs, ours = tuple(test.inputs.shape[1:]), tuple(records.inputs.shape[1:])
@@ -218,7 +239,7 @@ def _missing(label: str, row: int, name: str) -> str:
         return f"{name}: record {row} has no label; give it one or remove the record"
     return (
         f"{name}: label {label} of record {row} says that it is missing; give it one or remove the record, "
-        "or name all classes in data.classes if it is one of them"
+        "or name all classes with --classes if it is one of them"
     )
 
 

@@ -83,6 +83,20 @@ def class_files(folder: Path, suffixes: Collection[str], what: str) -> tuple[lis
     ]
 
 
+def files_below(folder: Path, suffixes: Collection[str], what: str) -> list[Path]:
+    """The files in ``folder`` and its sub-folders, whatever these are called; arguments as of `class_files`.
+
+    Raises:
+        DataError: there are none, or the sub-folders are splits.
+    """
+    if splits_of(folder, what).train != folder:
+        raise DataError(f"{folder}: holds splits; name the folder of one of them")
+    found = [file for place in (folder, *sub_folders(folder)) for file in _files(place, suffixes)]
+    if not found:
+        raise DataError(f"{folder}: holds no {what}; give a folder that does")
+    return found
+
+
 def sub_folders(folder: Path) -> list[Path]:
     """The folders in ``folder`` that are not hidden, sorted."""
     return sorted(path for path in _listed(folder) if path.is_dir() and not path.name.startswith("."))

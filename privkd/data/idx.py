@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from privkd.data.columns import UNLABELLED
 from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import DataError, one_line
 
@@ -32,6 +33,19 @@ def find_idx(folder: Path, split: str, kind: str) -> Path | None:
         if path.is_file()
     ]
     return matches[0] if matches else None
+
+
+def load_idx_images(folder: Path, name: str) -> Source:
+    """The training images of a folder without their labels.
+
+    Raises:
+        DataError: there are none, or their file is damaged.
+    """
+    images = find_idx(folder, "train", "images")
+    if images is None:
+        raise DataError(f"{folder}: no train-images IDX file; give a folder that has it")
+    inputs = read_idx(images)
+    return make_source(name, RawSet(inputs, inputs), taken={"label": UNLABELLED}, labelled=False)
 
 
 def load_idx_folder(folder: Path, name: str) -> Source:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from privkd.data.columns import UNLABELLED
 from privkd.data.dataset import MAX_VALUES, RawSet, Source, make_source
-from privkd.data.folders import class_files, splits_of
+from privkd.data.folders import class_files, files_below, splits_of
 from privkd.errors import DataError, one_line
 
 Encoded: TypeAlias = bytes | Path
@@ -37,6 +38,18 @@ def load_image_folder(folder: Path, name: str) -> Source:
     records, names = _read_classes(splits.train)
     test = None if splits.test is None else _read_classes(splits.test)[0]
     return _source_of(name, records, test, names, splits.said)
+
+
+def load_images(folder: Path, name: str) -> Source:
+    """The images in a folder and in its sub-folders, without labels.
+
+    Raises:
+        DataError: there are none, or an image is damaged or of another size; or the sub-folders are splits.
+    """
+    files = files_below(folder, _SUFFIXES, "images")
+    pixels, colour = decode_images(files, map(str, files))
+    records = RawSet(pixels, pixels, colour)
+    return make_source(name, records, taken={"label": UNLABELLED}, labelled=False)
 
 
 def _source_of(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from privkd.config import DataConfig
-from privkd.data.columns import Columns, choose_columns
+from privkd.data.columns import Columns, choose_columns, labelled
 from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.data.images import decode_images
 from privkd.errors import DataError, one_line
@@ -25,11 +25,13 @@ _INDEX = re.compile(r"__index_level_[0-9]+__")
 
 
 class _Table(NamedTuple):
-    """Records of a table, what was taken for what, and the feature columns' names; images have none."""
+    """Records of a table, what was taken for what, and the feature columns' names, of which images have none,
+    and the label's."""
 
     records: RawSet
     said: dict[str, str]
     features: tuple[str, ...]
+    label: str | None
 
 
 def load_parquet(
@@ -57,17 +59,19 @@ def load_parquet(
         DataError: pyarrow is not installed, a file is damaged, lacks columns or holds what is no number, or
             nothing tells which column is the label or the image.
     """
-    records, said, features = _read(paths, config)
+    records, said, features, label = _read(paths, config)
     split = None
     if test:
-        split, _, theirs = _read(test, config)
+        split, _, theirs, _ = _read(test, config)
         if theirs != features:
             raise DataError(
                 f"{test[0]}: its features are not those of {paths[0].name}, or stand in another order; write "
                 "them alike"
             )
-    source = make_source(name, records, split, classes=config.classes, taken={**said, **(taken or {})})
-    return replace(source, columns=features)
+    said = {**said, **(taken or {})}
+    known = config.classes
+    source = make_source(name, records, split, classes=known, taken=said, labelled=labelled(config))
+    return replace(source, columns=features, label=label)
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
@@ -158,7 +162,11 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         raise DataError(f"{origin}: no records; give at least two")
     columns = choose_columns(table.column_names, config, str(origin), index=_row_numbers(table))
     image = _image_column(pyarrow, table, columns, str(origin))
-    labels = _texts_or_numbers(pyarrow, table, columns.label, origin, "label column", "classes")
+    labels = (
+        np.full(table.num_rows, "")
+        if columns.label is None
+        else _texts_or_numbers(pyarrow, table, columns.label, origin, "label column", "classes")
+    )
     groups = (
         None
         if columns.group is None
@@ -166,9 +174,12 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
     )
     if image is None:
         inputs = _features(pyarrow, table, columns, origin)
-        return _Table(RawSet(inputs, labels, groups=groups), columns.said, columns.feature_names)
+        return _Table(
+            RawSet(inputs, labels, groups=groups), columns.said, columns.feature_names, columns.label_name
+        )
     pixels, colour = _images(pyarrow, table, image, origin)
-    return _Table(RawSet(pixels, labels, colour, groups), _of_images(table, columns, image), ())
+    records = RawSet(pixels, labels, colour, groups)
+    return _Table(records, _of_images(table, columns, image), (), columns.label_name)
 
 
 def _of_images(table: Any, columns: Columns, image: int) -> dict[str, str]:

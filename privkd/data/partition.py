@@ -20,6 +20,7 @@ from privkd.data.public_sets import (
     choose_gap_classes,
     draw_of_all,
     draw_public_sets,
+    none_public,
     public_sizes,
     without,
 )
@@ -163,7 +164,8 @@ def split_indices(
     The test is stratified; the proxy is a uniform draw of the rest, gap classes included; the public labelled
     sets follow ``config.gap``; devices divide a uniform draw of what is left by ``config.partition``. Neither
     the global test nor the public sets depend on the number of devices, nor in a user's own file on records
-    that devices may hold: see `public_sets`.
+    that devices may hold: see `public_sets`. Where ``config.public`` names others, all of these are
+    the devices'.
 
     Args:
         labels: classes of all records ``[record]``, each of ``0 .. classes - 1``, or ``classes`` where its
@@ -183,7 +185,11 @@ def split_indices(
     """
     if seed < 0:
         raise ConfigError(f"seed={seed}: expected 0 or more")
-    sizes = public_sizes(config, len(labels), given_test=given_test)
+    sizes = (
+        public_sizes(config, len(labels), given_test=given_test)
+        if config.public is None
+        else none_public(config)
+    )
     if sizes.total + config.devices > len(labels):
         raise DataError(_shortage(config, sizes, len(labels), 0, f"too few for {config.devices} devices"))
     gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
@@ -221,29 +227,42 @@ def public_indices(
         ConfigError: likewise, or nothing says what devices hold about.
         DataError: the source has too few records for the request, or a label is no class.
     """
-    sizes = public_sizes(config, len(labels), given_test=given_test)
-    if sizes.total > len(labels):
-        raise DataError(
-            f"source {config.source!r} has {len(labels)} records, fewer than test_records={sizes.test}, "
-            f"public_records={sizes.public}, validation_records={sizes.validation} and "
-            f"proxy_records={sizes.proxy} together: lower one of these"
-        )
     nominal = config.records_per_device
-    if nominal is None and config.source not in PUBLIC_SOURCES:
+    if nominal is None and (config.public is not None or config.source not in PUBLIC_SOURCES):
         raise ConfigError(
             "data.records_per_device is not set: say about how many records a device holds, a public "
             "constant that the devices' owners agree to; the noise of their training is measured by it"
         )
-    gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
-    sets = draw_of_all(labels, config, sizes, gap, classes=classes, seed=seed)
+    sets, gap = sets_of_all(labels, config, seed, classes=classes, given_test=given_test)
     return Split(
         **vars(sets),
         device_train=(),
         device_test=(),
         reserve=without(np.arange(len(labels)), sets.shown),
-        records_per_device=sizes.records_per_device if nominal is None else nominal,
+        records_per_device=none_public(config).records_per_device if nominal is None else nominal,
         gap_classes=gap,
     )
+
+
+def sets_of_all(
+    labels: Indices, config: DataConfig, seed: int, *, classes: int, given_test: bool
+) -> tuple[PublicSets, tuple[int, ...]]:
+    """The public sets out of records that are public as a whole, and the classes that these lack.
+
+    Arguments and errors are as of `public_indices`.
+    """
+    sizes = public_sizes(config, len(labels), given_test=given_test)
+    if sizes.total > len(labels):
+        raise DataError(
+            f"source {config.public or config.source!r} has {len(labels)} records, fewer than "
+            f"test_records={sizes.test}, public_records={sizes.public}, "
+            f"validation_records={sizes.validation} and proxy_records={sizes.proxy} together: lower one"
+        )
+    gap = choose_gap_classes(config, classes, Stream.GAP.generator(seed))
+    sets = draw_of_all(labels, config, sizes, gap, classes=classes, seed=seed)
+    if config.public is not None:
+        gap = tuple(np.setdiff1d(np.arange(classes), labels).tolist())
+    return sets, gap
 
 
 def _nominal(free: int, config: DataConfig, sizes: PublicSizes, records: int, surplus: int) -> int:

@@ -7,7 +7,7 @@ holds, changes nothing in it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -72,6 +72,10 @@ class PublicSizes:
         return self.test + self.public + self.validation + self.proxy
 
 
+NO_RECORDS: Indices = np.empty(0, dtype=np.int64)
+_SHARD = 1000
+"""Records that a device is wished to hold where nothing is known of the source."""
+
 _BY_SOURCE = {
     "digits": PublicSizes(test=360, public=160, validation=80, proxy=360, records_per_device=140),
     "mnist": PublicSizes(test=0, public=2000, validation=500, proxy=5000, records_per_device=1000),
@@ -83,22 +87,31 @@ def public_sizes(config: DataConfig, records: int, *, given_test: bool = False) 
     """The sizes set in ``config``; where ``None``, the source's own, or a share of its ``records``.
 
     A source without sizes of its own gives a fifth to the test (none where it brings one), a tenth to the
-    public labelled set, a twentieth to validation, a fifth to the proxy; at most 10,000, 5,000, 1,000, 5,000.
+    public labelled set, a twentieth to validation, a fifth to the proxy (none where that has its own file);
+    at most 10,000, 5,000, 1,000, 5,000. Of a file of public records nothing is left: see `_whole_file`.
 
     Raises:
         ConfigError: a size of the test is set, but the source brings one.
+        DataError: the file of public records is too small.
     """
     if given_test and config.test_records is not None:
         raise ConfigError(
             f"data.test_records={config.test_records}: the data bring a test split of their own; leave it out"
         )
     default = _BY_SOURCE.get(config.source) or PublicSizes(
-        test=0 if given_test else min(10_000, max(1, records // 5)),
+        test=min(10_000, max(1, records // 5)),
         public=min(5000, max(1, records // 10)),
         validation=min(1000, max(1, records // 20)),
         proxy=min(5000, records // 5),
-        records_per_device=1000,
+        records_per_device=_SHARD,
     )
+    default = replace(
+        default,
+        test=0 if given_test else default.test,
+        proxy=default.proxy if config.proxy is None else 0,
+    )
+    if config.public is not None:
+        return _whole_file(config, records, given_test=given_test)
     return PublicSizes(
         test=default.test if config.test_records is None else config.test_records,
         public=default.public if config.public_records is None else config.public_records,
@@ -106,6 +119,33 @@ def public_sizes(config: DataConfig, records: int, *, given_test: bool = False) 
         proxy=default.proxy if config.proxy_records is None else config.proxy_records,
         records_per_device=default.records_per_device,
     )
+
+
+def none_public(config: DataConfig) -> PublicSizes:
+    """Of data whose public records are in a file of their own."""
+    known = _BY_SOURCE.get(config.source)
+    return PublicSizes(0, 0, 0, 0, _SHARD if known is None else known.records_per_device)
+
+
+def _whole_file(config: DataConfig, records: int, *, given_test: bool) -> PublicSizes:
+    """Of a file of public records: a fifth to the test and to the proxy, where these have no files of their
+    own, a tenth to validation, at most 10,000, 5,000 and 1,000; the rest is the public labelled set."""
+    wished = {
+        "test": 0 if given_test else config.test_records or min(10_000, max(1, records // 5)),
+        "proxy": 0 if config.proxy else config.proxy_records,
+        "validation": config.validation_records or min(1000, max(1, records // 10)),
+    }
+    if wished["proxy"] is None:
+        wished["proxy"] = min(5000, max(1, records // 5))
+    sizes = {name: size for name, size in wished.items() if size is not None}
+    public = records - sum(sizes.values())
+    if public < 1:
+        shown = ", ".join(f"{size} to {name}" for name, size in sizes.items() if size)
+        raise DataError(
+            f"{config.public}: {records} records give {shown}, and leave none to learn from; add records, or "
+            "lower these"
+        )
+    return PublicSizes(**sizes, public=public, records_per_device=_SHARD)
 
 
 def draw_public_sets(
@@ -125,6 +165,8 @@ def draw_public_sets(
     Raises:
         DataError: too few records outside the gap, or the label of a public record is no class.
     """
+    if not sizes.total:
+        return PublicSets(*[NO_RECORDS] * 4), NO_RECORDS
     if config.source in PUBLIC_SOURCES:
         found = draw_of_all(labels, config, sizes, gap, classes=classes, seed=seed)
         return found, found.shown
@@ -177,8 +219,8 @@ def _check_classes(pool: Indices, labels: Indices, classes: int, config: DataCon
     strange = pool[labels[pool] == classes]
     if strange.size:
         raise DataError(
-            f"source {config.source!r}: record {strange.min()} is public, but its label is none of the "
-            f"{classes} classes; add it to data.classes, or remove the record"
+            f"source {config.public or config.source!r}: record {strange.min()} is public, but its label is "
+            f"none of the {classes} classes; name it too with --classes, or remove the record"
         )
 
 
@@ -208,10 +250,10 @@ def choose_gap_classes(config: DataConfig, classes: int, rng: np.random.Generato
     Raises:
         ConfigError: a class out of range, or classes named for a gap that concerns none.
     """
-    if config.gap not in ("rare", "withheld"):
+    if config.simulated_gap not in ("rare", "withheld"):
         if config.gap_classes:
             raise ConfigError(
-                f"gap_classes={list(config.gap_classes)}: gap={config.gap!r} concerns no classes"
+                f"gap_classes={list(config.gap_classes)}: gap={config.simulated_gap!r} concerns no classes"
             )
         return ()
     if config.gap_classes is None:
@@ -249,7 +291,7 @@ def _public_quota(
     room = np.bincount(left, minlength=classes)
     quota = np.zeros_like(room)
     concerned = list(gap)
-    if config.gap == "rare" and config.rare_share > 0:
+    if config.simulated_gap == "rare" and config.rare_share > 0:
         fair = records / classes
         rare = max(min(round(config.rare_share * fair), int(fair)), int(fair >= 1))
         quota[concerned] = np.minimum(room[concerned], rare)
@@ -257,8 +299,8 @@ def _public_quota(
     remainder = records - int(quota.sum())
     if remainder > room.sum():
         raise DataError(
-            f"source {config.source!r}: a public labelled set of {records} with gap={config.gap!r} needs "
-            f"{remainder} records outside the classes {concerned}, but {room.sum()} are left; "
+            f"source {config.source!r}: a public labelled set of {records} with gap={config.simulated_gap!r} "
+            f"needs {remainder} records outside the classes {concerned}, but {room.sum()} are left; "
             "lower public_records, validation_records or proxy_records, or name fewer gap_classes"
         )
     others = np.where(np.isin(np.arange(classes), concerned), 0, census)

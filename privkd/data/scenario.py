@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Self
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from privkd.config import DataConfig
 from privkd.data.constants import (
     AS_THEY_CAME,
+    PUBLIC_SOURCES,
     Constants,
     check_set,
     find_constants,
@@ -22,8 +22,8 @@ from privkd.data.constants import (
     unset,
 )
 from privkd.data.dataset import Indices, RawSet, Source
-from privkd.data.partition import public_indices, split_indices
-from privkd.data.sources import load
+from privkd.data.own_files import load_all, load_public
+from privkd.data.partition import Split, public_indices, sets_of_all, split_indices
 from privkd.errors import ConfigError, DataError
 from privkd.privacy.events import PartyId
 
@@ -139,21 +139,22 @@ def build_scenario(config: DataConfig, seed: int, *, deployment: bool = False) -
         ConfigError: settings that do not go together, or that a deployment must be given.
         DataError: the source is missing, malformed, or too small for the request.
     """
-    return scenario_from(load(config), config, seed, deployment=deployment)
+    return scenario_from(load_all(config), config, seed, deployment=deployment)
 
 
 def public_scenario(config: DataConfig, seed: int) -> Scenario:
     """What a cloud holds whose devices are elsewhere: the public roles alone, and no device.
 
     Of a data set that all the world has these are those of `build_scenario`. Any other source is the cloud's
-    own public data, so that every record of it may play one. Nothing is said of what devices hold but the
-    nominal size of a shard, which is set, or known of a data set of the world's.
+    own public data, so that every record of it may play one; where ``config.public`` names these, the
+    source is not read at all. Nothing is said of what devices hold but the nominal size of a shard, which is
+    set, or known of a data set of the world's.
 
     Raises:
         ConfigError: settings that do not go together, or ``data.records_per_device`` is not set.
         DataError: the source is missing, malformed, or too small for the request.
     """
-    return scenario_from(load(config), config, seed, shards=False)
+    return scenario_from(load_public(config), config, seed, shards=False)
 
 
 def scenario_from(
@@ -170,37 +171,44 @@ def scenario_from(
     given_test = source.test is not None
     if deployment:
         check_set(config, given_test=given_test)
-    classes = label_space(source, config)
-    labels = numbered(source.records.labels, classes)
-    own = partial(split_indices, names=source.names, groups=source.records.groups)
-    divide = own if shards else public_indices
-    split = divide(labels, config, seed, classes=len(classes), given_test=given_test)
-    constants = find_constants(source, split.shown, config)
-    style = config.gap == "style"
+    shown = source.public or source
+    classes = label_space(shown, config)
+    sets = _Numbered.of(shown, classes)
+    own = sets if source.public is None else _Numbered.of(source, classes)
+    split = _split(source, own, sets, config, seed, classes=len(classes), shards=shards)
+    constants = find_constants(shown, split.shown, config)
+    style = config.simulated_gap == "style"
 
-    def select(indices: Indices, *, altered: bool = False, private: bool = False) -> LabelledSet:
-        inputs = constants.features(source.records.inputs[indices])
+    def select(
+        records: _Numbered, indices: Indices, *, altered: bool = False, private: bool = False
+    ) -> LabelledSet:
+        inputs = constants.features(records.raw.inputs[indices])
         if altered:
             # A private value out of range must not stop the run where everybody sees it.
             inputs = restyle(inputs.clamp_(0, 1) if private else inputs)
-        return LabelledSet(inputs, torch.from_numpy(labels[indices]))
+        return LabelledSet(inputs, torch.from_numpy(records.labels[indices]))
 
+    proxy = (
+        select(sets, split.proxy, altered=style).inputs
+        if source.proxy is None
+        else _styled(constants.features(source.proxy.inputs), config)
+    )
     return Scenario(
-        public=select(split.public),
-        validation=select(split.validation),
-        proxy=select(split.proxy, altered=style).inputs,
+        public=select(sets, split.public),
+        validation=select(sets, split.validation),
+        proxy=proxy,
         devices=tuple(
             Device(
                 name=f"device-{number:04d}",
-                train=select(train, altered=style, private=True),
-                test=select(test, altered=style, private=True),
+                train=select(own, train, altered=style, private=True),
+                test=select(own, test, altered=style, private=True),
             )
             for number, (train, test) in enumerate(zip(split.device_train, split.device_test, strict=True))
         ),
         test=(
-            select(split.test, altered=style)
+            select(sets, split.test, altered=style)
             if source.test is None
-            else _given(source, source.test, constants, classes, config)
+            else _given(shown, source.test, constants, classes, config)
         ),
         classes=len(classes),
         records_per_device=split.records_per_device,
@@ -208,8 +216,18 @@ def scenario_from(
         constants=constants,
         labels=classes,
         inferred=in_words(unset(config, given_test=given_test)) if shards else (),
-        taken={**source.taken, "scale": constants.said},
+        taken={**source.taken, "scale": constants.said, **_gap(config, split, classes)},
     )
+
+
+def _gap(config: DataConfig, split: Split, classes: tuple[str, ...]) -> dict[str, str]:
+    """What the public sets of a user's own data are made to lack, in words."""
+    gap = config.simulated_gap
+    if gap == "none" or config.source in PUBLIC_SOURCES:
+        return {}
+    named = ", ".join(repr(classes[number]) for number in split.gap_classes)
+    what = {"rare": f"{named} rare", "withheld": f"none of {named}", "style": "the devices' style unseen"}
+    return {"gap": f"simulated in the public sets: {what[gap]}; data.gap='none' leaves it out"}
 
 
 def _given(
@@ -218,4 +236,56 @@ def _given(
     """The test split that came with the data, whole."""
     labels = numbered_test(source, test, classes, config)
     inputs = constants.features(test.inputs)
-    return LabelledSet(restyle(inputs) if config.gap == "style" else inputs, torch.from_numpy(labels))
+    return LabelledSet(_styled(inputs, config), torch.from_numpy(labels))
+
+
+def _styled(inputs: Tensor, config: DataConfig) -> Tensor:
+    return restyle(inputs) if config.simulated_gap == "style" else inputs
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Records as they were read, and their class numbers ``[record]``: see `numbered`."""
+
+    raw: RawSet
+    labels: Indices
+
+    @classmethod
+    def of(cls, source: Source, classes: tuple[str, ...]) -> Self:
+        """Those of a source, but for its test split."""
+        return cls(source.records, numbered(source.records.labels, classes))
+
+
+def _split(
+    source: Source,
+    own: _Numbered,
+    sets: _Numbered,
+    config: DataConfig,
+    seed: int,
+    *,
+    classes: int,
+    shards: bool,
+) -> Split:
+    """Who holds which record: devices of ``own``, the public of ``sets``, which is the same unless ``source``
+    has a file of public records. Without ``shards`` there are no devices."""
+    given_test = source.test is not None
+    if not shards:
+        return public_indices(sets.labels, config, seed, classes=classes, given_test=given_test)
+    split = split_indices(
+        own.labels,
+        config,
+        seed,
+        classes=classes,
+        given_test=given_test,
+        names=source.names,
+        groups=own.raw.groups,
+    )
+    if source.public is None:
+        return split
+    if not (own.labels < classes).any():
+        raise DataError(
+            f"{source.name}: no label is one of the {classes} classes of {config.public!r}; spell them "
+            "alike, or name all classes with --classes"
+        )
+    shown, gap = sets_of_all(sets.labels, config, seed, classes=classes, given_test=given_test)
+    return replace(split, **vars(shown), gap_classes=gap)

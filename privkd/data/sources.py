@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from privkd.config import Config, DataConfig
-from privkd.data.columns import refuse_columns
+from privkd.data.columns import UNLABELLED, Beside, labelled, refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Array, RawSet, Source, make_source
-from privkd.data.idx import find_idx, load_idx_folder
-from privkd.data.images import load_image_folder
+from privkd.data.idx import find_idx, load_idx_folder, load_idx_images
+from privkd.data.images import load_image_folder, load_images
 from privkd.data.parquet import load_parquet
 from privkd.data.tabular import load_csv, load_npz
 from privkd.errors import DataError, one_line
@@ -57,9 +57,12 @@ def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> 
         raise DataError(
             f"source {source!r}: failed when called without arguments ({one_line(error)})"
         ) from error
-    wanted = "(inputs, labels)" if config.group is None else "(inputs, labels, groups), as data.group is set"
-    parts = 2 if config.group is None else 3
-    if not isinstance(returned, tuple | list) or len(returned) != parts:
+    if not labelled(config):
+        inputs = _array(returned[0] if isinstance(returned, tuple) and returned else returned, source)
+        return make_source(source, RawSet(inputs, inputs), taken={"label": UNLABELLED}, labelled=False)
+    grouped = config.group is not None and not isinstance(config, Beside)
+    wanted = "(inputs, labels, groups), as data.group is set" if grouped else "(inputs, labels)"
+    if not isinstance(returned, tuple | list) or len(returned) != (3 if grouped else 2):
         raise DataError(f"source {source!r}: returned {type(returned).__name__}; return {wanted}")
     inputs, labels, *groups = (_array(value, source) for value in returned)
     taken = {"label": "the second that the function returned"}
@@ -192,9 +195,8 @@ def may_be_code(source: str) -> bool:
 def located(config: Config) -> Config:
     """The same settings, with paths that any working directory finds: for the record of a run."""
     data, channel = config.data, config.channel
-    path = None if is_named(data.source) else _existing(data.source, data.data_dir)
-    source = data.source if path is None else str(path.absolute())
-    by_name_alone = data.data_dir is None and data.source not in ("mnist", "cifar10")
+    sources = {"source": data.source, **data.own_files}
+    by_name_alone = data.data_dir is None and not set(sources.values()) & set(_PLACES)
     data_dir = None if by_name_alone else (data.data_dir or Path()).absolute()
     credentials = {
         name: value.absolute()
@@ -205,22 +207,41 @@ def located(config: Config) -> Config:
     return config.model_copy(
         update={
             "plugins": plugins,
-            "data": data.model_copy(update={"source": source, "data_dir": data_dir}),
+            "data": data.model_copy(
+                update={"data_dir": data_dir}
+                | {name: _located(source, data.data_dir) for name, source in sources.items()}
+            ),
             "channel": channel.model_copy(update=credentials),
         }
     )
 
 
+def _located(source: str, data_dir: Path | None) -> str:
+    path = None if is_named(source) else _existing(source, data_dir)
+    return source if path is None else str(path.absolute())
+
+
 def data_files(config: DataConfig) -> dict[str, Path]:
-    """The files that ``config.source`` is read from, by their names below its folder, sorted.
+    """The files that the data are read from, by their names below their folder, sorted.
+
+    Those beside ``config.source`` are below ``data.public``, ``data.proxy`` and ``data.test``.
 
     Of a folder these are its IDX files, else its Parquet files, else all files below it that are not hidden:
     a reader may look at fewer. Of an embedded data set, a function, or what is not there, there are none.
     """
-    if config.source in _PLACES:
-        folders = [folder for folder in _places(config.source, config.data_dir) if _training_files(folder)]
+    beside = {
+        f"data.{role}/{name}": path
+        for role, source in config.own_files.items()
+        for name, path in _files_of(source, config.data_dir).items()
+    }
+    return _files_of(config.source, config.data_dir) | beside
+
+
+def _files_of(source: str, data_dir: Path | None) -> dict[str, Path]:
+    if source in _PLACES:
+        folders = [folder for folder in _places(source, data_dir) if _training_files(folder)]
         return _files_in(folders[0]) if folders else {}
-    path = None if is_named(config.source) else _existing(config.source, config.data_dir)
+    path = None if is_named(source) else _existing(source, data_dir)
     if path is None:
         return {}
     return _files_in(path) if path.is_dir() else {path.name: path}
@@ -311,13 +332,15 @@ def _existing(source: str, data_dir: Path | None) -> Path | None:
 def _from_folder(folder: Path, config: DataConfig) -> Source:
     if find_idx(folder, "train", "images") or find_idx(folder, "train", "labels"):
         refuse_columns(config)
-        return load_idx_folder(folder, str(folder))
+        read_idx_of = load_idx_folder if labelled(config) else load_idx_images
+        return read_idx_of(folder, str(folder))
     if table_folders(folder):
         refuse_columns(config, label=True)
         return load_table_folder(folder, str(folder), config)
     refuse_other_tables(folder)
     refuse_columns(config)
-    return load_image_folder(folder, str(folder))
+    read_images_of = load_image_folder if labelled(config) else load_images
+    return read_images_of(folder, str(folder))
 
 
 SOURCES: Registry[Callable[[DataConfig], Source]] = Registry(

@@ -18,7 +18,15 @@ import numpy as np
 
 from privkd.config import DataConfig
 from privkd.config.labels import is_missing, is_number
-from privkd.data.columns import LABEL_NAMES, Columns, choose_columns, label_among
+from privkd.data.columns import (
+    LABEL_NAMES,
+    UNLABELLED,
+    Beside,
+    Columns,
+    choose_columns,
+    label_among,
+    labelled,
+)
 from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import ConfigError, DataError, one_line
 
@@ -38,6 +46,8 @@ def has_header(cells: Sequence[str], config: DataConfig, origin: str) -> bool:
     """
     if config.header != "auto":
         return config.header == "yes"
+    if isinstance(config, Beside) and config.features:
+        return bool(set(config.features) & set(cells))
     numbers = [cell for cell in cells if is_number(cell)]
     words = [cell for cell in cells if cell not in numbers and not is_missing(cell)]
     in_features = [cell for cell in cells[:-1] if cell in words]
@@ -61,7 +71,11 @@ def _counts(cells: Sequence[str]) -> bool:
 
 
 _INPUT_NAMES = ("x", "inputs", "input", "features", "data")
-_TRAIN_KEYS, _TEST_KEYS = ("x_train", "y_train"), ("x_test", "y_test")
+_SPLITS = (
+    (("x_train", "y_train"), ("x_test", "y_test")),
+    (("train_images", "train_labels"), ("test_images", "test_labels")),
+)
+"""Names of inputs and labels to train on and to test on: those of Keras, and of MedMNIST (Yang et al.)."""
 _DEFLATE_MAX_RATIO = 1032
 _FREELY, _LIKELY_RATIO = 1 << 30, 200
 """Bytes that an array may unpack to however small it was packed, and how many times its size beyond that."""
@@ -81,7 +95,8 @@ _ARCHIVE_ERRORS = (
 def load_npz(path: Path, name: str, config: DataConfig) -> Source:
     """An archive with inputs (``x``, ``inputs``, ...) and labels (``y``, ``labels``, ``target``, ...).
 
-    ``x_train, y_train, x_test, y_test`` bring a test split of their own. Case does not matter.
+    ``x_train, y_train, x_test, y_test``, or ``train_images, train_labels, test_images, test_labels``, bring a
+    test split of their own. Case does not matter.
     ``config.label`` names the array of the labels, ``config.group`` that of the groups, ``config.drop``
     arrays that are neither.
 
@@ -102,14 +117,19 @@ def load_npz(path: Path, name: str, config: DataConfig) -> Source:
             f"{path}: not a readable npz archive ({one_line(error)}); save it with numpy.savez"
         ) from error
     split = RawSet(arrays[test[0]], arrays[test[1]]) if test else None
-    taken = {"label": f"array {pair[1]!r}", "features": f"array {pair[0]!r}"}
+    taken = {
+        "label": f"array {pair[1]!r}" if pair[1:] else UNLABELLED,
+        "features": f"array {pair[0]!r}",
+        **({"test split": f"arrays {test[0]!r} and {test[1]!r}"} if test else {}),
+    }
     if group:
         taken["group"] = f"array {group[0]!r}, as set"
     left_out = [key for key in members if key not in (*pair, *test, *group)]
     if left_out:
         taken["left out"] = ", ".join(map(repr, left_out))
-    records = RawSet(arrays[pair[0]], arrays[pair[1]], groups=arrays[group[0]] if group else None)
-    return make_source(name, records, split, classes=config.classes, taken=taken)
+    groups = arrays[group[0]] if group else None
+    records = RawSet(arrays[pair[0]], arrays[pair[-1]], groups=groups)
+    return make_source(name, records, split, classes=config.classes, taken=taken, labelled=labelled(config))
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -133,7 +153,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 def _without(keys: Sequence[str], config: DataConfig, path: Path) -> list[str]:
     for name in config.drop:
-        if name.lower() not in keys:
+        if name.lower() not in keys and not isinstance(config, Beside):
             raise ConfigError(
                 f"data.drop={name!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
             )
@@ -142,7 +162,7 @@ def _without(keys: Sequence[str], config: DataConfig, path: Path) -> list[str]:
 
 def _group_name(keys: Sequence[str], config: DataConfig, path: Path) -> tuple[str, ...]:
     """The array that says whose each record is; none unless one is set."""
-    if config.group is None:
+    if config.group is None or isinstance(config, Beside):
         return ()
     if config.group.lower() not in keys:
         raise ConfigError(
@@ -153,21 +173,23 @@ def _group_name(keys: Sequence[str], config: DataConfig, path: Path) -> tuple[st
 
 def _array_names(
     keys: Sequence[str], config: DataConfig, path: Path
-) -> tuple[tuple[str, str], tuple[str, ...]]:
-    """Names of inputs and labels, and those of the test split if there is one."""
-    if config.label is not None and config.label.lower() not in keys:
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of inputs and, where they are needed, labels; and those of the test split if there is one."""
+    wanted = None if config.label is None else config.label.lower()
+    if wanted is not None and wanted not in keys and labelled(config):
         raise ConfigError(
             f"data.label={config.label!r}: {path} has no such array; it has {', '.join(keys) or 'none'}"
         )
-    if config.label in (None, _TRAIN_KEYS[1]) and all(key in keys for key in _TRAIN_KEYS):
-        return _TRAIN_KEYS, _TEST_KEYS if all(key in keys for key in _TEST_KEYS) else ()
-    inputs = [key for key in _INPUT_NAMES if key in keys]
-    if config.label is not None:
-        label: str | None = config.label.lower()
-    else:
+    for train, test in _SPLITS:
+        if wanted in (None, train[1]) and all(key in keys for key in train):
+            return train, test if all(key in keys for key in test) else ()
+    label = wanted
+    if wanted is None:
         place = label_among(keys, str(path), "arrays")
         label = None if place is None else keys[place]
-    inputs = [key for key in inputs if key != label]
+    inputs = [key for key in _INPUT_NAMES if key in keys and key != label]
+    if inputs and not labelled(config):
+        return (inputs[0],), ()
     if not inputs or label is None:
         found = ", ".join(keys) or "none"
         raise DataError(
@@ -223,8 +245,13 @@ def load_csv(path: Path, name: str, config: DataConfig) -> Source:
             records, columns = _parse_csv(file, path, config)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({one_line(error)}); save it as UTF-8 text") from error
-    source = make_source(name, records, classes=config.classes, taken=columns.said)
-    return replace(source, columns=columns.feature_names, label_by_place=columns.by_place)
+    source = make_source(name, records, classes=config.classes, taken=columns.said, labelled=labelled(config))
+    return replace(
+        source,
+        columns=columns.feature_names,
+        label=columns.label_name,
+        label_by_place=columns.by_place,
+    )
 
 
 def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, Columns]:
@@ -232,7 +259,7 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
     number, first = next(lines, (0, []))
     if not first:
         raise DataError(f"{path}: empty; give a line per record")
-    if len(first) < 2:
+    if len(first) < 2 and labelled(config):
         raise DataError(f"{path}: one column only; separate features and label by commas")
     header = has_header(first, config, str(path))
     names = first if header else [f"column {column}" for column in range(1, len(first) + 1)]
@@ -246,7 +273,7 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
             raise DataError(
                 f"{path}: line {number} has {len(cells)} cells, the first has {len(first)}; mend it"
             )
-        labels.append(cells[columns.label])
+        labels.append("" if columns.label is None else cells[columns.label])
         if columns.group is not None:
             groups.append(cells[columns.group])
         rows.append(

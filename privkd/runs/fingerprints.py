@@ -224,9 +224,10 @@ class _Now:
         """The user's modules, as far as they are imported."""
         config = self.config
         models = [model.name for model in (config.teacher.model, *config.student.models)]
-        source = [config.data.source] if is_function_name(config.data.source) else []
+        read = [config.data.source, *config.data.own_files.values()]
+        source = list(filter(is_function_name, read))
         added = (
-            SOURCES.module(config.data.source),
+            *map(SOURCES.module, read),
             RULES.module(config.reverse.aggregation),
             KINDS.module(config.channel.kind),
         )

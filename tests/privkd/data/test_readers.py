@@ -520,6 +520,7 @@ class TestSaid:
         "scale": (
             "2 columns standardised to mean 0 and deviation 1, clipped at 5 deviations, by the public records"
         ),
+        "gap": "simulated in the public sets: '0' rare; data.gap='none' leaves it out",
     }
 
     def test_with_the_plan(self, tmp_path: Path) -> None:
