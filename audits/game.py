@@ -88,7 +88,12 @@ def draw_pool(scenario: Scenario, device: int, kind: str, seed: int) -> Pool:
 
 
 def _crafted(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise, blank inputs of distinct levels, and negatives far out of range, a third each."""
+    """Uniform noise, blank inputs of distinct levels, and negatives far out of range, a third each.
+
+    Of token ids: ids drawn from the records', one id over and over, and records made of others' halves.
+    """
+    if not inputs.is_floating_point():
+        return _crafted_tokens(inputs, generator)
     crafted = torch.rand(inputs.shape, generator=generator).to(inputs)
     crafted[1::3] = torch.linspace(-1, 2, len(crafted[1::3])).view(-1, *[1] * (inputs.ndim - 1)).to(inputs)
     crafted[2::3] = _FAR * (1 - 2 * inputs[2::3])
@@ -99,6 +104,18 @@ def _other_labels(labels: Tensor, classes: int, generator: torch.Generator) -> T
     """A wrong label for each record, uniformly."""
     step = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
     return (labels + step) % classes
+
+
+def _crafted_tokens(ids: Tensor, generator: torch.Generator) -> Tensor:
+    known = ids.unique().cpu()
+    crafted = known[torch.randint(len(known), ids.shape, generator=generator)].to(ids)
+    repeated = known[torch.randperm(len(known), generator=generator)].to(ids)
+    thirds = [len(crafted[start::3]) for start in range(3)]
+    crafted[1::3] = repeated[torch.arange(thirds[1]) % len(known)].view(-1, *[1] * (ids.ndim - 1))
+    half = ids.shape[1] // 2
+    crafted[2::3, :half] = ids[2::3, :half].flip(0)
+    crafted[2::3, half:] = ids[2::3, half:]
+    return crafted
 
 
 def _joined(first: LabelledSet, second: LabelledSet) -> LabelledSet:

@@ -157,11 +157,12 @@ def trust(consensus: Tensor, prior: Tensor, noise_std: Tensor, config: ReverseCo
 @dataclass(frozen=True)
 class PublicData:
     """All that the cloud holds: labelled ``train`` and ``validation``, and the unlabelled ``proxy``
-    ``[query, *shape]``."""
+    ``[query, *shape]``; inputs are token ids below ``vocabulary``, or numbers where that is ``None``."""
 
     train: LabelledSet
     validation: LabelledSet
     proxy: Tensor
+    vocabulary: int | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -507,7 +508,13 @@ class Cloud:
 
     def _build(self, model: ModelConfig, *purpose: str | int) -> nn.Module:
         seed = derive_seed(self.config.seed, "init", *purpose)
-        built = build(model, input_shape=self.input_shape, classes=self.classes, seed=seed)
+        built = build(
+            model,
+            input_shape=self.input_shape,
+            classes=self.classes,
+            seed=seed,
+            vocabulary=self.data.vocabulary,
+        )
         return built.to(self.data.proxy.device)
 
     def _generator(self, *purpose: str | int) -> torch.Generator:

@@ -45,7 +45,11 @@ _ALL = (
         "privacy.device_epsilon",
         "Device-level budget of the whole run: adds noise to the channel. [none]",
     ),
-    Option("data", "data.source", "digits, mnist, cifar10, a path, or package.module:function. [digits]"),
+    Option(
+        "data",
+        "data.source",
+        "digits, docstrings, mnist, cifar10, a path, or package.module:function. [digits]",
+    ),
     Option("data_dir", "data.data_dir", "Folder of mnist or cifar10, base of relative paths."),
     Option(
         "public",
@@ -56,6 +60,7 @@ _ALL = (
     Option("test", "data.test", "The global test set. [what --data brings, else drawn]"),
     Option("classes", "data.classes", "The classes by name, comma-separated. [those that are known]"),
     Option("label", "data.label", "The label's column in a table, or array in an npz archive. [by its name]"),
+    Option("text", "data.text", "The column, or field of JSON lines, that holds the text. [text]"),
     Option("drop", "data.drop", "Columns that are neither feature nor label, comma-separated. [none]"),
     Option(
         "group",
@@ -85,9 +90,10 @@ _ALL = (
     Option(
         "student",
         "student.models",
-        "mlp, cnn, resnet, scatter or package.module:factory; a comma deals several. [auto]",
+        "mlp, cnn, resnet, scatter, text-embedding, text-cnn, transformer or package.module:factory; "
+        "a comma deals several. [auto]",
     ),
-    Option("teacher", "teacher.model.name", "mlp, cnn, resnet or package.module:factory. [auto]"),
+    Option("teacher", "teacher.model.name", "One of the same names. [auto]"),
     Option("partition", "data.partition", "iid, dirichlet or classes. [iid]"),
     Option("seed", "seed", "Decides everything but deployment noise. [0]"),
     Option("device", "device", "auto, cpu or cuda. [auto]"),

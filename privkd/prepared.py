@@ -175,7 +175,7 @@ def prepare(config: Config, *, public: bool = False) -> Prepared:
         else build_scenario(config.data, config.seed, deployment=deployment)
     ).to(torch_device(config.device))
     plan = make_plan(config, replace(facts_of(scenario), devices=config.data.devices))
-    data = PublicData(scenario.public, scenario.validation, scenario.proxy)
+    data = PublicData(scenario.public, scenario.validation, scenario.proxy, scenario.constants.vocabulary)
     probe = Probe.of(scenario.proxy, scenario.classes)
     cloud = Cloud(config, plan, data, probe, scenario.classes)
     cloud.check_models()
@@ -322,7 +322,7 @@ def forecast(config: Config) -> Forecast:
     plan, student = prepared.plan, prepared.cloud.untrained_students()[0].cpu()
     step = seconds_per_step(
         student,
-        input_shape=prepared.scenario.input_shape,
+        inputs=prepared.scenario.public.inputs.cpu(),
         classes=prepared.scenario.classes,
         recipe=config.student.dp,
         batch=math.ceil(plan.expected_batch_size),

@@ -267,13 +267,18 @@ class _Crafted:
 def _pool(run: Prepared, seed: int, most: int) -> LabelledSet:
     """Public records far out of range and as they are, noise, and the probe's extremes, under any labels.
 
-    ``most`` of them at the most, drawn by the seed.
+    Of token ids: public records, the probe's, ids drawn from them, and one of them over and over. of them at
+    the most, drawn by the seed.
     """
     generator = seeded_generator(seed, "audit", "crafted")
     public = run.scenario.proxy.cpu()
     chosen = public[torch.randperm(len(public), generator=generator)[:_POOL]]
     inputs = [chosen, run.cloud.probe.inputs.cpu()]
-    if not bool((public == public.round()).all()):
+    if not public.is_floating_point():
+        known = public.unique()
+        made_up = known[torch.randint(len(known), chosen.shape, generator=generator)]
+        inputs += [made_up, made_up[:, :1].expand_as(made_up)]
+    elif not bool((public == public.round()).all()):
         size = public.abs().max().clamp(min=1.0)
         noise = torch.rand((_POOL, *public.shape[1:]), generator=generator) - 0.5
         inputs += [30 * chosen, -30 * chosen, 100 * size * noise]

@@ -129,6 +129,10 @@ _ATTRIBUTES = (
     "the records are no images: attributes are rebuilt, by class-prototype, prior-matching and "
     "informed-adversary in place of the image decoders"
 )
+_TOKENS = (
+    "the records are token ids, which are no numbers to draw: run `privkd audit membership RUN`, which finds "
+    "out how far a text's presence shows"
+)
 _NO_CLASS = "the public set lacks no class, so none can be drawn: train with --set data.gap=withheld"
 
 
@@ -205,8 +209,10 @@ def plan_attacks(
     """The views and attacks that the run has, and remarks on what was left out.
 
     Raises:
-        ConfigError: the run does not have the view, or the view not the attack.
+        ConfigError: the run does not have the view, or the view not the attack; or its records are tokens.
     """
+    if run.scenario.constants.tokens is not None:
+        raise ConfigError(_TOKENS)
     views = views_of(run, request.view)
     offered = [(view, attack) for view in views for attack in reconstruction_attacks_of(view)]
     wanted = [pair for pair in offered if request.attack in ("all", pair[1])]

@@ -30,6 +30,7 @@ _LARGEST = 10**9
 _LONGEST_WAIT = 86_400.0
 _MOST_ROUNDS = 100_000
 _WIDEST = 4096
+_LARGEST_VOCABULARY, _LONGEST = 1 << 20, 1 << 14
 
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -90,8 +91,9 @@ class DataConfig(Settings):
     """Which records exist, and who holds them.
 
     Attributes:
-        source: ``digits`` (embedded), ``mnist``, ``cifar10``, a path (npz, CSV, Parquet, a folder of
-            images or of IDX files), ``package.module:function``, or a name that a plug-in registers.
+        source: ``digits`` or ``docstrings`` (embedded), ``mnist``, ``cifar10``, a path (npz, CSV, Parquet,
+            JSON lines, a folder of images, of texts or of IDX files), ``package.module:function``, or a name
+            that a plug-in registers.
         data_dir: where ``mnist`` and ``cifar10`` lie; also the base of a relative path.
         public: a source of public labelled records: then all records of ``source`` are the devices', and what
             everybody may know, such as classes and scale, comes from this one. It is taken whole: part of it
@@ -124,6 +126,15 @@ class DataConfig(Settings):
         group: the column of a table, or the array of an npz archive, that says whose record each is, such as
             a writer or a patient; no feature. All records of one group have one role, and are on one device.
             This is the natural partition, in place of ``partition``.
+        text: the column of a table, or the field of JSON lines, that holds the record's text; other columns
+            but the label are left out. ``None``: of JSON lines ``text``; a table has none.
+        tokenizer: a ``tokenizer.json`` of the tokenizers library, whose id 0 pads. ``None``: one is learned
+            from the text of the public records.
+        vocabulary: how many tokens a tokenizer learns at most; of ``tokens`` how many there are, the last of
+            them unknown. ``None``: 2000; or by the largest of the public records.
+        length: of each record in tokens; longer ones are cut. ``None``: that which 95 % of the public texts
+            do not exceed, 128 at most; or as arrays have it.
+        tokens: whether whole-number arrays ``[record, position]`` are token ids, of which 0 pads.
         header: whether the first line of a CSV file names the columns; ``auto`` asks where that is doubtful.
         device_test_records: size of each device's own test set, of its own distribution.
         partition: how private records fall to devices.
@@ -154,6 +165,11 @@ class DataConfig(Settings):
     label: Annotated[str, Field(min_length=1)] | None = None
     drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     group: Annotated[str, Field(min_length=1)] | None = None
+    text: Annotated[str, Field(min_length=1)] | None = None
+    tokenizer: Path | None = None
+    vocabulary: Annotated[int, Field(ge=3, le=_LARGEST_VOCABULARY)] | None = None
+    length: Annotated[int, Field(ge=1, le=_LONGEST)] | None = None
+    tokens: bool = False
     header: Literal["auto", "yes", "no"] = "auto"
     device_test_records: Annotated[int, Field(ge=0)] = 20
     partition: Literal["iid", "dirichlet", "classes"] = "iid"
@@ -179,7 +195,7 @@ class DataConfig(Settings):
             for label in value
         )
 
-    @field_validator("label", "group", mode="before")
+    @field_validator("label", "group", "text", mode="before")
     @classmethod
     def _number_too(cls, value: Any) -> Any:
         return str(value) if type(value) is int else value
@@ -242,8 +258,9 @@ class ModelConfig(Settings):
 
     Attributes:
         name: ``mlp``, ``cnn``, ``resnet``, ``scatter`` (fixed scattering features and a linear head, for
-            images), or ``package.module:factory``; ``auto`` is ``cnn`` for images and ``mlp`` for anything
-            else.
+            images); of text ``text-embedding`` (the mean of embeddings), ``text-cnn``, ``transformer``; or
+            ``package.module:factory``. ``auto`` is ``cnn`` for images, ``text-embedding`` for text and
+            ``mlp`` for anything else.
         width: scales the layers of a named architecture; ``scatter`` has none to scale.
         activation: the non-linearity of a named architecture.
     """

@@ -73,13 +73,14 @@ def choose_columns(
 
     Args:
         names: of all columns; ``column 1``, ``column 2``, ... where the table names none.
-        config: ``label``, ``group`` and ``drop``.
+        config: ``label``, ``group``, ``text`` and ``drop``.
         origin: what messages call the table.
         named: whether the names are the table's own.
         index: names of columns that number the rows, and are no features.
 
     Raises:
-        ConfigError: ``data.label``, ``data.group`` or ``data.drop`` names no column, or two the same.
+        ConfigError: ``data.label``, ``data.group``, ``data.text`` or ``data.drop`` names no column, or two
+            the same.
         DataError: nothing tells which column is the label, two could be, one has no name, or there are no
             features; or a file beside the data has other columns than these.
     """
@@ -93,11 +94,20 @@ def choose_columns(
     kept = [number for number in range(len(names)) if number not in dropped]
     _check_named([names[number] for number in kept], kept, origin)
     label, why = _label(names, kept, config, origin, named=named)
+    text = None if config.text is None else _named(names, config.text, "text", origin)
+    if text is not None and text in (label, *dropped):
+        raise ConfigError(f"data.text={config.text!r}: it is left out, or it is the label or the group too")
     numbering = [number for number in kept if names[number] in index and number != label]
     features = tuple(number for number in kept if number != label and number not in numbering)
+    if text is not None:
+        dropped |= set(features) - {text}
+        features = (text,)
     if not features:
         raise DataError(f"{origin}: one column only beside what is left out; give features and a label")
-    said = {"label": f"{_quoted(names, [label])}, {why}", "features": _counted(len(features), "column")}
+    used = (
+        ("features", _counted(len(features), "column")) if text is None else ("text", _quoted(names, [text]))
+    )
+    said = {"label": f"{_quoted(names, [label])}, {why}", used[0]: used[1]}
     if group is not None:
         said["group"] = f"{_quoted(names, [group])}, as set"
     left_out = [number for number in [*sorted(dropped), *numbering] if number != group]
@@ -116,7 +126,9 @@ def _columns_beside(names: Sequence[str], config: Beside, origin: str, index: Co
     kept = [number for number, name in enumerate(names) if not passed_over & {name, places[number]}]
     label = _label_beside(names, kept, config, origin)
     features = [number for number in kept if number != label]
-    if config.features:
+    if config.text is not None:
+        features = [_named(names, config.text, "text", origin)]
+    elif config.features:
         features = _in_order([names[number] for number in features], features, config.features, origin)
     said = {"label": UNLABELLED if label is None or not config.labelled else _quoted(names, [label])}
     own = tuple(names[number] for number in features)
@@ -242,7 +254,13 @@ def _counted(number: int, what: str) -> str:
 
 
 def refuse_columns(
-    config: DataConfig, *, label: bool = False, header: bool = False, group: bool = False
+    config: DataConfig,
+    *,
+    label: bool = False,
+    header: bool = False,
+    group: bool = False,
+    text: bool = False,
+    tokens: bool = False,
 ) -> None:
     """Refuse settings on columns for a source that has none.
 
@@ -251,6 +269,8 @@ def refuse_columns(
         label: whether the source knows ``data.label`` all the same, and with it ``data.group``.
         header: whether it knows ``data.header``, and with it the others.
         group: whether it knows ``data.group``, and nothing else.
+        text: whether it knows ``data.text``.
+        tokens: whether it knows ``data.tokens``.
 
     Raises:
         ConfigError: one is set.
@@ -262,6 +282,8 @@ def refuse_columns(
         "drop": bool(config.drop) and not label,
         "group": config.group is not None and not (label or group),
         "header": config.header != "auto" and not header,
+        "text": config.text is not None and not text,
+        "tokens": config.tokens and not tokens,
     }
     for name, given in wrong.items():
         if given:

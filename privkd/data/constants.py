@@ -17,9 +17,10 @@ from privkd.config import DataConfig
 from privkd.config.labels import in_order, is_fraction, is_number, numbers_of, same_number
 from privkd.data.dataset import Array, Indices, RawSet, Source
 from privkd.data.preprocessing import BOUND, Column, Pixels, Standardised, standards
+from privkd.data.tokens import Tokens
 from privkd.errors import ConfigError, DataError
 
-PUBLIC_SOURCES = ("digits", "mnist", "cifar10")
+PUBLIC_SOURCES = ("digits", "docstrings", "mnist", "cifar10")
 """Data sets that all the world has: a simulation plays a part of one as private."""
 
 _BYTES, _WORDS = 255.0, 65535.0
@@ -44,6 +45,7 @@ class Constants:
         said: how they were found, in words.
         columns: of a table, in the order of its features; none of anything else.
         bound: what a table's inputs are clipped to, in absolute value; ``None``: they are not.
+        tokens: how texts or whole numbers become token ids; ``None``: inputs are no tokens.
     """
 
     divisor: float
@@ -52,6 +54,12 @@ class Constants:
     said: str
     columns: tuple[Column, ...] = ()
     bound: float | None = None
+    tokens: Tokens | None = None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Inputs are token ids below it; ``None``: they are numbers."""
+        return None if self.tokens is None else self.tokens.vocabulary
 
     def module(self) -> nn.Module:
         """What makes inputs ``[record, *shape]`` of raw float32 features, each from its own record alone."""
@@ -61,7 +69,9 @@ class Constants:
 
     @torch.no_grad()
     def features(self, raw: Array) -> Tensor:
-        """Inputs float32 ``[record, *shape]`` from a ``RawSet``'s, by `module`."""
+        """Inputs ``[record, *shape]`` from a ``RawSet``'s, by `module`: float32 or, of tokens, int64."""
+        if self.tokens is not None:
+            return self.tokens.ids(raw)
         module = self.module()
 
         def made(block: Array) -> Tensor:
@@ -75,8 +85,10 @@ class Constants:
     def raw(self, inputs: Tensor) -> Tensor:
         """Raw features float32 of which `module` makes these ``inputs``, up to rounding.
 
-        Whole numbers come back exactly, and columns as far as they were not clipped.
+        Whole numbers come back exactly, columns as far as they were not clipped; token ids are raw.
         """
+        if self.tokens is not None:
+            return inputs
         if self.columns:
             module = Standardised(self.columns, self.bound)
             return inputs * module.scale + module.mean
@@ -85,6 +97,8 @@ class Constants:
     @property
     def words(self) -> str:
         """What they do to features, in words."""
+        if self.tokens is not None:
+            return f"none, takes token ids of {self.tokens.vocabulary}, int64"
         if self.columns:
             return _of_columns(self.columns, self.bound)
         return "none" if self.divisor == 1 else f"divided by {self.divisor:g}"
@@ -100,13 +114,16 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
     Raises:
         ConfigError: ``data.scale`` is set for features that are no whole numbers, or must be set for images
             in whole numbers that are neither flags nor of 8 or 16 bits; or ``data.standardise`` asks it of
-            what is no table of numbers.
+            what is no table of numbers; or a tokenizer cannot be read.
     """
     if config.scale is not None and not source.whole:
         raise ConfigError(
             f"data.scale={config.scale:g}: the features of source {config.source!r} are no whole numbers by "
             "type, and are taken as they are; scale them in the data"
         )
+    if source.tokens:
+        return _of_tokens(source, public, config)
+    _check_no_tokens(config)
     table = _is_table(source, config)
     channels = _channels(source, public)
     divisor = source.divisor if config.scale is None else config.scale
@@ -124,6 +141,25 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
     if images:
         return _of_whole_images(source, low, high, channels)
     return Constants(1.0, None, channels, f"as they are, {low:.4g} to {high:.4g} in the public records")
+
+
+def _of_tokens(source: Source, public: Indices, config: DataConfig) -> Constants:
+    """Of texts, or of whole numbers that are token ids."""
+    parts = list(_parts(source, public))
+    if source.records.inputs.dtype.kind == "O":
+        tokens, said = tokens_of_texts([text for part in parts for text in part.tolist()], config)
+    else:
+        tokens, said = tokens_of_ids(parts, config)
+    return Constants(1.0, None, None, said, tokens=tokens)
+
+
+def _check_no_tokens(config: DataConfig) -> None:
+    for name in ("tokenizer", "vocabulary", "length"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"data.{name}: source {config.source!r} holds neither text nor, by data.tokens, token ids; "
+                "leave it out, or say which column is the text with --text NAME"
+            )
 
 
 def _is_table(source: Source, config: DataConfig) -> bool:

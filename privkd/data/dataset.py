@@ -5,7 +5,7 @@ Nothing is scaled or numbered here: the constants for that are known when it is 
 channels first, ``[record, channel, height, width]``.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ MAX_VALUES = 2**31
 """Largest number of feature values read: 8 GiB as float32."""
 
 _CHANNELS = (1, 3, 4)
+_LARGEST_ID = 2**62
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class RawSet:
     """Records as they were read.
 
     Attributes:
-        inputs: numbers ``[record, *shape]``; in a ``Source`` uint8, or float32 and finite.
+        inputs: numbers ``[record, *shape]``, or texts ``[record]``; in a ``Source`` uint8, float32 and
+            finite, int64 where they are token ids, or `str` objects.
         labels: classes ``[record]``; in a ``Source`` text, of numbers in the form of
             `labels.canonical_number`, and empty of records that need none.
         colour: which images are coloured ``[record]``, of three channels; ``None`` where ``inputs`` are no
@@ -61,6 +63,7 @@ class Source:
         columns: the features of a table by name; none of an array.
         label: the label's column of a table by name.
         label_by_place: nothing but its place speaks for the label's column.
+        tokens: whether the inputs are texts or token ids, and so stay whole numbers.
         taken: what was taken for what, in words, by its name: the same whatever the private records hold.
     """
 
@@ -76,6 +79,7 @@ class Source:
     columns: tuple[str, ...] = ()
     label: str | None = None
     label_by_place: bool = False
+    tokens: bool = False
     taken: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -88,6 +92,7 @@ def make_source(
     classes: Collection[str] | None = None,
     taken: Mapping[str, str] | None = None,
     labelled: bool = True,
+    tokens: bool = False,
 ) -> Source:
     """Check the arrays of one data set.
 
@@ -99,6 +104,7 @@ def make_source(
         classes: names that are classes even where they look like a mark of a missing label.
         taken: see `Source`; layout and test split are added where they are not said.
         labelled: whether the labels matter; else they are neither checked nor kept.
+        tokens: take whole numbers for token ids; texts are taken for texts in any case.
 
     Raises:
         DataError: no records, unequal lengths, a feature that is not a finite number, a missing label, labels
@@ -107,26 +113,63 @@ def make_source(
     known = frozenset(classes or ())
     if not labelled:
         records = replace(records, labels=np.full(records.inputs.shape[:1], "", dtype=np.str_))
-    checked = _checked(name, records, known if labelled else {""})
+    checked = _checked(name, records, known if labelled else {""}, tokens)
     whole = records.inputs.dtype.kind in "biu"
     split_said = "none came with the data" if test is None else "came with the data"
     said = {"test split": split_said, **(taken or {}), "layout": _layout(records, checked)}
-    source = Source(name, checked, names=names, whole=whole, taken=said)
+    tokens = tokens or checked.inputs.dtype.kind == "O"
+    source = Source(name, checked, names=names, whole=whole, tokens=tokens, taken=said)
     if test is None:
         return source
     own = f"{name} (test split)"
-    split = _checked(own, test, known)
+    split = _checked(own, test, known, tokens)
     check_alike(own, split, checked)
     return replace(source, test=split, whole=whole and test.inputs.dtype.kind in "biu")
 
 
-def _checked(name: str, records: RawSet, classes: Collection[str]) -> RawSet:
+def _checked(name: str, records: RawSet, classes: Collection[str], tokens: bool) -> RawSet:
     if records.labels.ndim == 2 and records.labels.shape[1] == 1:
         records = replace(records, labels=records.labels[:, 0])
-    _check_lengths(name, records.inputs, records.labels)
+    inputs = records.inputs
+    if inputs.ndim == 1 and inputs.dtype.kind in "UTO":
+        inputs = texts_of(inputs.tolist(), name)
+    _check_lengths(name, inputs, records.labels)
     labels = label_texts(records.labels, name, classes)
     groups = None if records.groups is None else _group_texts(records.groups, len(labels), name)
-    return RawSet(_channels_first(_features(records.inputs, name)), labels, records.colour, groups)
+    if inputs.dtype.kind != "O":
+        inputs = _token_ids(inputs, name) if tokens else _channels_first(_features(inputs, name))
+    return RawSet(inputs, labels, records.colour, groups)
+
+
+def texts_of(texts: Sequence[Any], name: str = "") -> Array:
+    """``texts`` as an array of `str` objects ``[record]``; what is no Unicode in one becomes a question mark.
+
+    Raises:
+        DataError: one is no text.
+    """
+    found = np.empty(len(texts), dtype=object)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            kind = "missing" if text is None else f"of type {type(text).__name__}"
+            raise DataError(f"{name}: the text of record {row} is {kind}; give it one or remove the record")
+        found[row] = text if text.isascii() else text.encode(errors="replace").decode()
+    return found
+
+
+def _token_ids(inputs: Array, name: str) -> Array:
+    """Whole numbers ``[record, position]`` as int64.
+
+    Raises:
+        DataError: they are none, or one is negative.
+    """
+    if inputs.dtype.kind not in "iu" or inputs.ndim != 2:
+        raise DataError(
+            f"{name}: data.tokens takes whole numbers [record, position], not {inputs.dtype} of shape "
+            f"{inputs.shape}; store token ids as integers, one row a record"
+        )
+    if inputs.dtype.kind == "i" and inputs.min() < 0:
+        raise DataError(f"{name}: token id {inputs.min()} is negative; ids are 0, which pads, 1, 2, ...")
+    return np.minimum(inputs, _LARGEST_ID).astype(np.int64)
 
 
 def _group_texts(groups: Array, records: int, name: str) -> Array:
@@ -149,6 +192,8 @@ def _group_texts(groups: Array, records: int, name: str) -> Array:
 
 def _layout(raw: RawSet, checked: RawSet) -> str:
     """How the axes of a record were understood."""
+    if checked.inputs.dtype.kind == "O":
+        return "text"
     if raw.colour is not None:
         return "images, turned upright, on white where they are transparent"
     shape, kept = tuple(raw.inputs.shape[1:]), tuple(checked.inputs.shape[1:])
@@ -164,15 +209,16 @@ def check_alike(name: str, test: RawSet, records: RawSet) -> None:
         DataError: they are of another type or shape.
     """
     if test.inputs.dtype != records.inputs.dtype:
+        kinds = "texts" if "O" in (test.inputs.dtype.kind, records.inputs.dtype.kind) else "bytes (uint8)"
         raise DataError(
-            f"{name}: bytes (uint8) here or in the training inputs, and other numbers in the other; "
+            f"{name}: {kinds} here or in the training inputs, and other numbers in the other; "
             "store both alike"
         )
     if (test.colour is None) != (records.colour is None):
         raise DataError(
             f"{name}: image files here or in the training inputs, and arrays in the other; give both alike"
         )
-    if _shape(test) != _shape(records):
+    if records.inputs.dtype.kind != "i" and _shape(test) != _shape(records):
         theirs, ours = tuple(test.inputs.shape[1:]), tuple(records.inputs.shape[1:])
         raise DataError(f"{name}: inputs of shape {theirs} do not match training inputs of shape {ours}")
 
@@ -187,7 +233,7 @@ def _check_lengths(name: str, inputs: Array, labels: Array) -> None:
         raise DataError(
             f"{name}: labels have shape {labels.shape}; give one class per record, shape [record]"
         )
-    if inputs.ndim < 2:
+    if inputs.ndim < 2 and inputs.dtype.kind != "O":
         raise DataError(f"{name}: inputs have shape {inputs.shape}; give at least [record, feature]")
     if len(inputs) != len(labels):
         raise DataError(f"{name}: {len(inputs)} inputs but {len(labels)} labels; give one label per record")

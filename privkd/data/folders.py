@@ -74,7 +74,7 @@ def class_files(folder: Path, suffixes: Collection[str], what: str) -> tuple[lis
         raise DataError(
             f"{folder}: no class folders and no IDX files; put {what} in one sub-folder per class"
         )
-    members = {path: _files(path, suffixes) for path in classes}
+    members = {path: files_in(path, suffixes) for path in classes}
     for path, files in members.items():
         if not files:
             raise DataError(f"{path}: holds no {what}; add some or remove the folder")
@@ -91,10 +91,16 @@ def files_below(folder: Path, suffixes: Collection[str], what: str) -> list[Path
     """
     if splits_of(folder, what).train != folder:
         raise DataError(f"{folder}: holds splits; name the folder of one of them")
-    found = [file for place in (folder, *sub_folders(folder)) for file in _files(place, suffixes)]
+    found = [file for place in (folder, *sub_folders(folder)) for file in files_in(place, suffixes)]
     if not found:
         raise DataError(f"{folder}: holds no {what}; give a folder that does")
     return found
+
+
+def holds(folder: Path, suffixes: Collection[str]) -> bool:
+    """Whether ``folder``, or a folder in it or in its splits, holds a file of these suffixes."""
+    inner = [path for split in sub_folders(folder) for path in (split, *sub_folders(split))]
+    return any(files_in(path, suffixes) for path in (folder, *inner))
 
 
 def sub_folders(folder: Path) -> list[Path]:
@@ -102,7 +108,8 @@ def sub_folders(folder: Path) -> list[Path]:
     return sorted(path for path in _listed(folder) if path.is_dir() and not path.name.startswith("."))
 
 
-def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files in ``folder`` of these suffixes that are not hidden, sorted."""
     return sorted(
         path
         for path in _listed(folder)

@@ -18,7 +18,7 @@ Encoded: TypeAlias = bytes | Path
 
 # Raster formats that Pillow decodes by itself; others (EPS) would start an external program.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _GREY = {"1", "L", "LA"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
 _GROUND = (255, 255, 255, 255)
@@ -46,7 +46,7 @@ def load_images(folder: Path, name: str) -> Source:
     Raises:
         DataError: there are none, or an image is damaged or of another size; or the sub-folders are splits.
     """
-    files = files_below(folder, _SUFFIXES, "images")
+    files = files_below(folder, IMAGE_SUFFIXES, "images")
     pixels, colour = decode_images(files, map(str, files))
     records = RawSet(pixels, pixels, colour)
     return make_source(name, records, taken={"label": UNLABELLED}, labelled=False)
@@ -67,7 +67,7 @@ def _source_of(
 
 def _read_classes(folder: Path) -> tuple[RawSet, tuple[str, ...]]:
     """The images of all class folders, and their files' names."""
-    files, labels = class_files(folder, _SUFFIXES, "images")
+    files, labels = class_files(folder, IMAGE_SUFFIXES, "images")
     pixels, colour = decode_images(files, map(str, files))
     return RawSet(pixels, np.array(labels), colour), tuple(file.name for file in files)
 

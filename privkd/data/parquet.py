@@ -15,7 +15,7 @@ import numpy as np
 
 from privkd.config import DataConfig
 from privkd.data.columns import Columns, choose_columns, labelled
-from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
+from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source, texts_of
 from privkd.data.images import decode_images
 from privkd.errors import DataError, one_line
 
@@ -161,7 +161,8 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
     if not table.num_rows:
         raise DataError(f"{origin}: no records; give at least two")
     columns = choose_columns(table.column_names, config, str(origin), index=_row_numbers(table))
-    image = _image_column(pyarrow, table, columns, str(origin))
+    text = columns.features[0] if config.text is not None else None
+    image = None if text is not None else _image_column(pyarrow, table, columns, str(origin))
     labels = (
         np.full(table.num_rows, "")
         if columns.label is None
@@ -173,7 +174,11 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         else _texts_or_numbers(pyarrow, table, columns.group, origin, "column", "groups")
     )
     if image is None:
-        inputs = _features(pyarrow, table, columns, origin)
+        inputs = (
+            _features(pyarrow, table, columns, origin)
+            if text is None
+            else _texts(pyarrow, table.column(text), table.column_names[text], origin)
+        )
         return _Table(
             RawSet(inputs, labels, groups=groups), columns.said, columns.feature_names, columns.label_name
         )
@@ -280,6 +285,18 @@ def _texts_or_numbers(
             f"{origin}: {what} {name!r} of type {column.type} names no {names}; give integers or text"
         )
     return _values(column, name, origin)
+
+
+def _texts(pyarrow: ModuleType, column: Any, name: str, origin: _Origin) -> Array:
+    """A column of text, as `str` objects."""
+    types = pyarrow.types
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not (types.is_string(column.type) or types.is_large_string(column.type)):
+        raise DataError(f"{origin}: data.text={name!r}: a column of type {column.type} is no text")
+    if column.null_count:
+        raise DataError(f"{origin}: column {name!r} has {column.null_count} missing texts; remove their rows")
+    return texts_of(column.to_pylist())
 
 
 def _values(column: Any, name: str, origin: _Origin) -> Array:

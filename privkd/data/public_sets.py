@@ -78,6 +78,7 @@ _SHARD = 1000
 
 _BY_SOURCE = {
     "digits": PublicSizes(test=360, public=160, validation=80, proxy=360, records_per_device=140),
+    "docstrings": PublicSizes(test=480, public=240, validation=120, proxy=600, records_per_device=160),
     "mnist": PublicSizes(test=0, public=2000, validation=500, proxy=5000, records_per_device=1000),
     "cifar10": PublicSizes(test=0, public=5000, validation=1000, proxy=5000, records_per_device=1000),
 }

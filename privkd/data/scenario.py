@@ -30,7 +30,8 @@ from privkd.privacy.events import PartyId
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Records with labels: ``inputs`` float32 ``[record, *shape]``, ``labels`` int64 ``[record]``."""
+    """Records with labels: ``inputs`` ``[record, *shape]``, float32 or token ids int64; ``labels`` int64
+    ``[record]``."""
 
     inputs: Tensor
     labels: Tensor

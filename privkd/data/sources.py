@@ -13,10 +13,13 @@ from privkd.config import Config, DataConfig
 from privkd.data.columns import UNLABELLED, Beside, labelled, refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Array, RawSet, Source, make_source
+from privkd.data.docstrings import LIBRARIES, load_docstrings
+from privkd.data.folders import holds
 from privkd.data.idx import find_idx, load_idx_folder, load_idx_images
-from privkd.data.images import load_image_folder, load_images
+from privkd.data.images import IMAGE_SUFFIXES, load_image_folder, load_images
 from privkd.data.parquet import load_parquet
 from privkd.data.tabular import load_csv, load_npz
+from privkd.data.text import TEXT_SUFFIXES, load_json_lines, load_text_folder, load_texts
 from privkd.errors import DataError, one_line
 from privkd.plugins import Registry, plugin_file, users_callable
 
@@ -42,7 +45,7 @@ def load_function(source: str, config: DataConfig) -> Source:
 
 
 def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> Source:
-    """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists.
+    """Call the function, which returns ``(inputs, labels)`` as arrays, tensors or lists; inputs may be texts.
 
     With ``data.group``, which then may be any name, it returns ``(inputs, labels, groups)``.
 
@@ -59,7 +62,8 @@ def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> 
         ) from error
     if not labelled(config):
         inputs = _array(returned[0] if isinstance(returned, tuple) and returned else returned, source)
-        return make_source(source, RawSet(inputs, inputs), taken={"label": UNLABELLED}, labelled=False)
+        records, taken = RawSet(inputs, inputs), {"label": UNLABELLED}
+        return make_source(source, records, taken=taken, tokens=config.tokens, labelled=False)
     grouped = config.group is not None and not isinstance(config, Beside)
     wanted = "(inputs, labels, groups), as data.group is set" if grouped else "(inputs, labels)"
     if not isinstance(returned, tuple | list) or len(returned) != (3 if grouped else 2):
@@ -69,11 +73,13 @@ def records_of(function: Callable[[], Any], source: str, config: DataConfig) -> 
     if groups:
         taken["group"] = "the third that the function returned"
     records = RawSet(inputs, labels, groups=groups[0] if groups else None)
-    return make_source(source, records, classes=config.classes, taken=taken)
+    return make_source(source, records, classes=config.classes, taken=taken, tokens=config.tokens)
 
 
 def _array(value: Any, source: str) -> Array:
     try:
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            return np.array(value, dtype=object)  # an array of text takes the longest's room for each
         if isinstance(value, Tensor):
             value = value.detach().cpu()
             return (value.float() if value.is_floating_point() else value).numpy()
@@ -161,6 +167,8 @@ _FILE_READERS: dict[str, Callable[[Path, str, DataConfig], Source]] = {
     ".npz": load_npz,
     ".csv": load_csv,
     ".parquet": lambda path, name, config: load_parquet([path], name, config),
+    ".jsonl": load_json_lines,
+    ".ndjson": load_json_lines,
 }
 _BYTES_MAX = 255
 _TEN = tuple("0123456789")
@@ -177,7 +185,8 @@ def load(config: DataConfig) -> Source:
     """
     if not is_named(config.source):
         return _from_path(config)
-    refuse_columns(config, group=is_function_name(config.source))
+    own = is_function_name(config.source)
+    refuse_columns(config, group=own, tokens=own)
     read = SOURCES.find(config.source)
     return load_function(config.source, config) if read is None else read(config)
 
@@ -198,6 +207,7 @@ def located(config: Config) -> Config:
     sources = {"source": data.source, **data.own_files}
     by_name_alone = data.data_dir is None and not set(sources.values()) & set(_PLACES)
     data_dir = None if by_name_alone else (data.data_dir or Path()).absolute()
+    tokenizer = None if data.tokenizer is None else data.tokenizer.absolute()
     credentials = {
         name: value.absolute()
         for name in ("ca", "certificate", "key")
@@ -208,7 +218,7 @@ def located(config: Config) -> Config:
         update={
             "plugins": plugins,
             "data": data.model_copy(
-                update={"data_dir": data_dir}
+                update={"data_dir": data_dir, "tokenizer": tokenizer}
                 | {name: _located(source, data.data_dir) for name, source in sources.items()}
             ),
             "channel": channel.model_copy(update=credentials),
@@ -224,7 +234,8 @@ def _located(source: str, data_dir: Path | None) -> str:
 def data_files(config: DataConfig) -> dict[str, Path]:
     """The files that the data are read from, by their names below their folder, sorted.
 
-    Those beside ``config.source`` are below ``data.public``, ``data.proxy`` and ``data.test``.
+    Those beside ``config.source`` are below ``data.public``, ``data.proxy`` and ``data.test``; a tokenizer
+    that is brought along is ``data.tokenizer``.
 
     Of a folder these are its IDX files, else its Parquet files, else all files below it that are not hidden:
     a reader may look at fewer. Of an embedded data set, a function, or what is not there, there are none.
@@ -234,7 +245,8 @@ def data_files(config: DataConfig) -> dict[str, Path]:
         for role, source in config.own_files.items()
         for name, path in _files_of(source, config.data_dir).items()
     }
-    return _files_of(config.source, config.data_dir) | beside
+    tokenizer = {} if config.tokenizer is None else {"data.tokenizer": config.tokenizer}
+    return _files_of(config.source, config.data_dir) | beside | tokenizer
 
 
 def _files_of(source: str, data_dir: Path | None) -> dict[str, Path]:
@@ -270,6 +282,10 @@ def _digits() -> Source:
     bunch = load_digits()
     records = RawSet(bunch.images.astype(np.uint8), bunch.target)
     return _public(make_source("digits", records, taken={"label": "as published"}), _DIGITS_MAX)
+
+
+def _docstrings() -> Source:
+    return replace(load_docstrings(), classes=tuple(LIBRARIES))
 
 
 def _mnist(data_dir: Path | None) -> Source:
@@ -315,7 +331,9 @@ def _from_path(config: DataConfig) -> Source:
         raise DataError(
             f"{path}: unknown format {path.suffix!r}; expected one of {', '.join(_FILE_READERS)}, or a folder"
         )
-    refuse_columns(config, label=True, header=path.suffix.lower() == ".csv")
+    suffix = path.suffix.lower()
+    columns = suffix != ".npz"
+    refuse_columns(config, label=True, header=suffix == ".csv", text=columns, tokens=not columns)
     return reader(path, str(path), config)
 
 
@@ -335,17 +353,25 @@ def _from_folder(folder: Path, config: DataConfig) -> Source:
         read_idx_of = load_idx_folder if labelled(config) else load_idx_images
         return read_idx_of(folder, str(folder))
     if table_folders(folder):
-        refuse_columns(config, label=True)
+        refuse_columns(config, label=True, text=True)
         return load_table_folder(folder, str(folder), config)
     refuse_other_tables(folder)
     refuse_columns(config)
+    if holds(folder, TEXT_SUFFIXES) and not holds(folder, IMAGE_SUFFIXES):
+        read_texts_of = load_text_folder if labelled(config) else load_texts
+        return read_texts_of(folder, str(folder))
     read_images_of = load_image_folder if labelled(config) else load_images
     return read_images_of(folder, str(folder))
 
 
 SOURCES: Registry[Callable[[DataConfig], Source]] = Registry(
     "data.source",
-    {"digits": lambda _: _digits(), "mnist": lambda config: _mnist(config.data_dir), "cifar10": _cifar10},
+    {
+        "digits": lambda _: _digits(),
+        "docstrings": lambda _: _docstrings(),
+        "mnist": lambda config: _mnist(config.data_dir),
+        "cifar10": _cifar10,
+    },
 )
 """Data sets that have a name of their own."""
 

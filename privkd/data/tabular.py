@@ -27,7 +27,7 @@ from privkd.data.columns import (
     label_among,
     labelled,
 )
-from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
+from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source, texts_of
 from privkd.errors import ConfigError, DataError, one_line
 
 _SHOWN = 40
@@ -129,7 +129,15 @@ def load_npz(path: Path, name: str, config: DataConfig) -> Source:
         taken["left out"] = ", ".join(map(repr, left_out))
     groups = arrays[group[0]] if group else None
     records = RawSet(arrays[pair[0]], arrays[pair[-1]], groups=groups)
-    return make_source(name, records, split, classes=config.classes, taken=taken, labelled=labelled(config))
+    return make_source(
+        name,
+        records,
+        split,
+        classes=config.classes,
+        taken=taken,
+        tokens=config.tokens,
+        labelled=labelled(config),
+    )
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -266,7 +274,7 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
     columns = choose_columns(names, config, str(path), named=header)
     said = "the first line names the columns" if header else "none, the first line is a record"
     columns = replace(columns, said={"header": said, **columns.said})
-    rows, labels, groups = [], [], []
+    rows, texts, labels, groups = [], [], [], []
     records = lines if header else itertools.chain([(number, first)], lines)
     for number, cells in records:
         if len(cells) != len(first):
@@ -276,6 +284,9 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
         labels.append("" if columns.label is None else cells[columns.label])
         if columns.group is not None:
             groups.append(cells[columns.group])
+        if config.text is not None:
+            texts.append(cells[columns.features[0]])
+            continue
         rows.append(
             _numbers(
                 [cells[column] for column in columns.features],
@@ -283,10 +294,11 @@ def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, C
                 [names[column] for column in columns.features],
             )
         )
-    if not rows:
+    if not labels:
         raise DataError(f"{path}: a header but no records; give a line per record")
     whose = np.array(groups, dtype=np.str_) if columns.group is not None else None
-    return RawSet(np.stack(rows), np.array(labels, dtype=np.str_), groups=whose), columns
+    inputs = np.stack(rows) if config.text is None else texts_of(texts)
+    return RawSet(inputs, np.array(labels, dtype=np.str_), groups=whose), columns
 
 
 def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
@@ -305,4 +317,6 @@ def _numbers(cells: Sequence[str], line: str, names: Sequence[str]) -> Array:
         cure = (
             "encode it as a number, leave its column out with --drop, or take it for the label with --label"
         )
+        if len(cells) == 1:
+            cure = f"where it is the records' text, say --text {names[0]!r}"
         raise DataError(f"{line}, {names[bad]!r}: {cells[bad]!r} is not a number; {cure}") from error

@@ -5,17 +5,20 @@ hold GroupNorm without affine parameters and never BatchNorm, whose batch statis
 break per-example clipping.
 """
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
+from privkd.models.inputs import InputType
 from privkd.models.scattering import Scattering
+from privkd.models.text import HEADS, Convolved, Embedded, Transformer
 from privkd.plugins import users_callable
 
 Shape = tuple[int, ...]
@@ -116,33 +119,63 @@ _NAMED: dict[str, Callable[[ModelConfig, Shape, int], nn.Sequential]] = {
 }
 
 
-def build(config: ModelConfig, *, input_shape: Shape, classes: int, seed: int) -> nn.Module:
+def _embedded(config: ModelConfig, vocabulary: int, classes: int) -> nn.Module:
+    return Embedded(vocabulary, config.width, classes)
+
+
+def _convolved(config: ModelConfig, vocabulary: int, classes: int) -> nn.Module:
+    return Convolved(vocabulary, config.width, classes, _ACTIVATIONS[config.activation])
+
+
+def _transformer(config: ModelConfig, vocabulary: int, classes: int) -> nn.Module:
+    width = max(HEADS, config.width // HEADS * HEADS)
+    return Transformer(vocabulary, width, classes, _ACTIVATIONS[config.activation])
+
+
+_OF_TOKENS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {
+    "text-embedding": _embedded,
+    "text-cnn": _convolved,
+    "transformer": _transformer,
+}
+"""From settings, the size of the vocabulary and the number of classes."""
+
+
+def build(
+    config: ModelConfig, *, input_shape: Shape, classes: int, seed: int, vocabulary: int | None = None
+) -> nn.Module:
     """A freshly initialised model from ``[record, *input_shape]`` to logits ``[record, classes]``.
 
-    The initial weights are a function of ``seed`` alone; the global generator is left as it was.
+    The initial weights are a function of ``seed`` alone; the global generator is left as it was. Inputs are
+    numbers or, with a ``vocabulary``, token ids below it, int64.
 
     Raises:
         ConfigError: the name is unknown.
         ModelError: the model cannot be built, or does not map inputs to ``classes`` logits.
     """
-    config = config.model_copy(update={"name": named(config, input_shape)})
+    config = config.model_copy(update={"name": named(config, input_shape, vocabulary)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.name in _NAMED:
-            return _named(config, input_shape, classes)
+        if config.name in _NAMED or config.name in _OF_TOKENS:
+            return _named(config, input_shape, classes, vocabulary)
         if ":" not in config.name:
-            names = ", ".join(["auto", *sorted(_NAMED)])
+            names = ", ".join(["auto", *sorted(_NAMED), *_OF_TOKENS])
             raise ConfigError(f"model {config.name!r}: expected one of {names}, or package.module:factory")
-        model = _from_factory(config.name, input_shape, classes)
+        model = _from_factory(config.name, input_shape, classes, vocabulary)
         # Lazy layers draw their weights in this first pass, so it is seeded too.
-        _check_logits(config.name, model, input_shape, classes)
+        _check_logits(config.name, model, _input_type(input_shape, vocabulary), classes)
     return model
 
 
-def named(config: ModelConfig, input_shape: Shape) -> str:
+def _input_type(shape: Shape, vocabulary: int | None) -> InputType:
+    return InputType(shape, torch.float32 if vocabulary is None else torch.int64)
+
+
+def named(config: ModelConfig, input_shape: Shape, vocabulary: int | None = None) -> str:
     """The architecture's name; ``auto`` is told apart by the inputs."""
     if config.name != "auto":
         return config.name
+    if vocabulary is not None:
+        return "text-embedding"
     return "cnn" if len(input_shape) == 3 and min(input_shape[1:]) >= _SMALLEST else "mlp"
 
 
@@ -184,17 +217,25 @@ def _grouped(channels: int) -> int:
     return max(_GROUPS, channels // _GROUPS * _GROUPS)
 
 
-def _named(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Module:
+def _named(config: ModelConfig, input_shape: Shape, classes: int, vocabulary: int | None) -> nn.Module:
+    of_tokens = config.name in _OF_TOKENS
+    if of_tokens != (vocabulary is not None):
+        others = _NAMED if of_tokens else _OF_TOKENS
+        takes = "token ids, and the data are none" if of_tokens else "numbers, and the data are token ids"
+        raise ModelError(f"model {config.name!r} takes {takes}: use one of {', '.join(others)}")
     try:
+        if vocabulary is not None:
+            return _OF_TOKENS[config.name](config, vocabulary, classes)
         return _NAMED[config.name](config, input_shape, classes)
     except (RuntimeError, MemoryError) as error:
         raise ModelError(f"model {config.name!r} of width {config.width} cannot be built: {error}") from error
 
 
-def _from_factory(path: str, input_shape: Shape, classes: int) -> nn.Module:
+def _from_factory(path: str, input_shape: Shape, classes: int, vocabulary: int | None) -> nn.Module:
     factory = users_callable(path, "model", ModelError)
     try:
-        model = factory(input_shape, classes)
+        more = {} if vocabulary is None or not _takes(factory, "vocabulary") else {"vocabulary": vocabulary}
+        model = factory(input_shape, classes, **more)
     except (Exception, SystemExit) as error:
         raise ModelError(f"model {path!r}: factory(input_shape, classes) failed: {error}") from error
     if not isinstance(model, nn.Module):
@@ -204,14 +245,21 @@ def _from_factory(path: str, input_shape: Shape, classes: int) -> nn.Module:
     return model
 
 
-def _check_logits(name: str, model: nn.Module, input_shape: Shape, classes: int) -> None:
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether ``factory`` has a parameter of this name."""
+    try:
+        return name in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # not every callable tells
+        return False
+
+
+def _check_logits(name: str, model: nn.Module, inputs: InputType, classes: int) -> None:
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *input_shape))
+            logits = model(inputs.zeros(2))
     except Exception as error:
-        raise ModelError(
-            f"model {name!r} does not accept inputs of shape [2, {', '.join(map(str, input_shape))}]: {error}"
-        ) from error
+        shape = ", ".join(map(str, (2, *inputs.shape)))
+        raise ModelError(f"model {name!r} does not accept inputs of shape [{shape}]: {error}") from error
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"model {name!r} returned {found} for 2 inputs, expected logits [2, {classes}]")

@@ -514,9 +514,10 @@ def check_trainable(
     if not trained_parameters(model, recipe.part):
         raise ModelError(f"the student has nothing to train: part={recipe.part!r} is frozen or empty")
     blank = next(model.parameters()).new_zeros((0, *input_shape))
+    probe = probe or Probe.made_up(input_shape, classes, blank)
     try:
-        check_records_apart(model, recipe.part, probe or Probe.made_up(input_shape, classes, blank))
-        _made_up_step(model, input_shape, classes, recipe, batch=3)
+        check_records_apart(model, recipe.part, probe)
+        _step_on(model, probe.inputs[:3], classes, recipe)
     except ModelError:
         raise
     except Exception as error:
@@ -532,22 +533,26 @@ def check_records_apart(model: nn.Module, part: Part, probe: Probe) -> None:
 
 
 def seconds_per_step(
-    model: nn.Module, *, input_shape: tuple[int, ...], classes: int, recipe: DpSgdConfig, batch: int
+    model: nn.Module, *, inputs: Tensor, classes: int, recipe: DpSgdConfig, batch: int
 ) -> float:
-    """How long one DP-SGD step on ``batch`` made-up records takes here, once their features are computed."""
+    """How long one DP-SGD step on ``batch`` records takes here, once their features are computed.
+
+    They are public ``inputs`` ``[record, *shape]``, at least one, over and over.
+    """
     parted = Parted.of(model)
-    shape = tuple(parted.features(torch.zeros((1, *input_shape))).shape[1:])
-    _made_up_step(parted.rest, shape, classes, recipe, batch=1)
+    features = parted.features(inputs[:batch].clone())
+    repeated = features[torch.arange(batch) % len(features)]
+    _step_on(parted.rest, repeated[:1], classes, recipe)
     start = time.perf_counter()
-    _made_up_step(parted.rest, shape, classes, recipe, batch=batch)
+    _step_on(parted.rest, repeated, classes, recipe)
     return time.perf_counter() - start
 
 
-def _made_up_step(
-    model: nn.Module, input_shape: tuple[int, ...], classes: int, recipe: DpSgdConfig, batch: int
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shard = LabelledSet(torch.rand((batch, *input_shape), generator=generator), torch.arange(batch) % classes)
+def _step_on(model: nn.Module, inputs: Tensor, classes: int, recipe: DpSgdConfig) -> None:
+    """One DP-SGD step on public ``inputs`` ``[record, *shape]`` with made-up labels."""
+    batch = len(inputs)
+    shard = LabelledSet(inputs, torch.arange(batch, device=inputs.device) % classes)
     step = recipe.model_copy(update={"steps": 1, "sampling_rate": 1.0})
     mechanism = Mechanism(step, 1.0, expected_batch_size=float(batch), alpha=0.5, temperature=2.0)
-    train_private(model, shard, torch.zeros(batch, classes), mechanism, SeededRandomness(0))
+    logits = torch.zeros((batch, classes), device=inputs.device)
+    train_private(model, shard, logits, mechanism, SeededRandomness(0))

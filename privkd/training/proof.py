@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from privkd.errors import ModelError
+from privkd.models.inputs import InputType
 from privkd.privacy.randomness import SeededRandomness
 from privkd.training.losses import forward_loss
 from privkd.training.recordwise import Recordwise, record_digests
@@ -64,10 +65,12 @@ class Probe:
 
         Extremes are the least and the largest value of each feature, features of different records together,
         values drawn over the whole range, and, unless all values are whole numbers such as tokens, a record
-        ten times as far out as any.
+        ten times as far out as any. Token ids stay such, and one extreme is a record of padding alone.
         """
         pool = public[:_POOL].detach().cpu()
         generator = torch.Generator().manual_seed(0)
+        if not pool.is_floating_point():
+            return cls._of(_token_records(pool, generator), classes, generator, public.device)
         low, high = pool.amin(0), pool.amax(0)
         spread = pool.max() - pool.min()
         whole = bool((pool == pool.round()).all())
@@ -79,20 +82,32 @@ class Probe:
         if not whole and not spread > 0:
             # Equal records would hide that they are mixed.
             records = records + 0.1 * torch.rand(records.shape, generator=generator)
+        return cls._of(records.to(public.dtype), classes, generator, public.device)
+
+    @classmethod
+    def _of(cls, records: Tensor, classes: int, generator: torch.Generator, device: torch.device) -> Self:
         logits = 2 * torch.randn(_RECORDS, classes, generator=generator)
-        return cls(
-            records.to(public), torch.arange(_RECORDS) % classes, logits.to(public.device, torch.float32)
-        )
+        return cls(records.to(device), torch.arange(_RECORDS) % classes, logits.to(device, torch.float32))
 
     @classmethod
     def made_up(cls, shape: Sequence[int], classes: int, like: Tensor) -> Self:
-        """Out of numbers in [0, 1), where no public records are at hand; in the type of ``like``."""
-        records = torch.rand((_POOL // 8, *shape), generator=torch.Generator().manual_seed(0))
-        return cls.of(records.to(like), classes)
+        """Out of made-up records, where no public ones are at hand; in the type of ``like``."""
+        generator = torch.Generator().manual_seed(0)
+        records = InputType(tuple(shape), like.dtype).made_up(_POOL // 8, generator=generator)
+        return cls.of(records.to(like.device), classes)
 
     def through(self, front: ForRecords) -> "Probe":
         """The probe as it is after a front end."""
         return Probe(front(self.inputs), self.labels, self.teacher_logits)
+
+
+def _token_records(pool: Tensor, generator: torch.Generator) -> Tensor:
+    """Ids int64 ``[10, *shape]`` out of those of ``pool``: records as they are, and extremes."""
+    known = pool.unique()
+    drawn = known[torch.randint(len(known), pool.shape[1:], generator=generator)]
+    extremes = [_mixed(pool, generator), pool.amin(0), pool.amax(0), drawn, torch.zeros_like(pool[0])]
+    ordinary = [pool[i % len(pool)] for i in range(_RECORDS - len(extremes))]
+    return torch.stack([*ordinary[:2], extremes[0], *ordinary[2:], *extremes[1:]])
 
 
 def _mixed(pool: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,7 +164,8 @@ def check_apart(model: nn.Module, probe: Probe, who: str) -> None:
     """
     for tried in (copy.deepcopy(model), perturbed(model)):
         try:
-            found = _dependence(copy.deepcopy(tried).double(), probe.inputs.double(), probe, _CLOSE_DOUBLES)
+            exact = probe.inputs.double() if probe.inputs.is_floating_point() else probe.inputs
+            found = _dependence(copy.deepcopy(tried).double(), exact, probe, _CLOSE_DOUBLES)
         except ModelError:
             raise
         except Exception:  # not every model knows doubles

@@ -13,6 +13,7 @@ from privkd.data.scenario import LabelledSet
 from privkd.errors import DataError, ModelError
 from privkd.models.architecture import Example, same_architecture
 from privkd.models.features import Parted
+from privkd.models.inputs import InputType
 from privkd.training.proof import (
     BATCHES,
     Probe,
@@ -60,7 +61,7 @@ class Plan:
 
 def plan_of(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    inputs: InputType,
     trained: frozenset[str],
     objective: Objective,
     clip_norm: float | None,
@@ -73,7 +74,7 @@ def plan_of(
 
     Args:
         model: one of the students.
-        input_shape: of one record.
+        inputs: that which it takes.
         trained: names of the parameters in training.
         objective: the loss.
         clip_norm: of each record's gradient, or ``None`` without privacy.
@@ -81,19 +82,21 @@ def plan_of(
     """
     example = Example.of(model)
     find = _found if example.architecture.by_value else _found.__wrapped__
-    return find(example, input_shape, trained, objective, clip_norm, probe)
+    return find(example, inputs, trained, objective, clip_norm, probe)
 
 
-def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationName:
-    """How a cohort of ``model`` on inputs ``[record, *input_shape]`` is computed.
+def formulation(
+    model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> FormulationName:
+    """How a cohort of ``model`` on inputs ``[record, *input_shape]`` of ``dtype`` is computed.
 
     ``bookkeeping`` is the fast program; ``vmap`` maps `torch.func` over any other model that allows it;
     ``loop`` trains one student after another. A front end is computed once and by itself in all.
     """
     parted = Parted.of(model)
-    features = parted.features(torch.zeros((1, *input_shape)))
+    features = InputType.of(parted.features(InputType(input_shape, dtype).zeros(1)))
     trained = frozenset(name for name, _ in parted.rest.named_parameters())
-    plan = plan_of(parted.rest, tuple(features.shape[1:]), trained, Objective(0.5, 2.0), 1.0)
+    plan = plan_of(parted.rest, features, trained, Objective(0.5, 2.0), 1.0)
     if plan is None:
         return "loop"
     return "bookkeeping" if isinstance(plan.gradients.formulation, BookKeeping) else "vmap"
@@ -102,7 +105,7 @@ def formulation(model: nn.Module, input_shape: tuple[int, ...]) -> FormulationNa
 @lru_cache(maxsize=_KEPT)
 def _found(
     example: Example,
-    input_shape: tuple[int, ...],
+    inputs: InputType,
     trained: frozenset[str],
     objective: Objective,
     clip_norm: float | None,
@@ -114,15 +117,13 @@ def _found(
     keep_statistics(model, [p for name, p in model.named_parameters() if name in trained])
     try:
         with torch.no_grad(), buffers_kept(model):
-            blank = next(model.parameters()).new_zeros((1, _PROBE_RECORDS, *input_shape))
+            blank = inputs.zeros(1, _PROBE_RECORDS, device=next(model.parameters()).device)
             classes = int(copy.deepcopy(model).eval()(blank[0]).shape[-1])
         if clip_norm is not None:
-            probe = probe or Probe.made_up(input_shape, classes, blank)
-        outputs = OutputProbe.of(model, input_shape)
+            probe = probe or Probe.made_up(inputs.shape, classes, blank)
+        outputs = OutputProbe.of(model, inputs)
         for candidate in candidates(model, trained):
-            gradients = Gradients(candidate, objective, clip_norm, trained).with_frozen_part(
-                model, input_shape
-            )
+            gradients = Gradients(candidate, objective, clip_norm, trained).with_frozen_part(model, inputs)
             if probe is None or clip_norm is None:
                 proved = not any(True for _ in model.buffers()) and outputs.agrees(candidate)
             else:
@@ -266,14 +267,15 @@ class Students:
         inputs = joined([self.parted.features(shard.inputs) for shard in self.shards]).to(self.device)
         labels = joined([shard.labels for shard in self.shards]).to(self.device)
         logits = None if self.teacher_logits is None else joined(self.teacher_logits).to(self.device)
-        targets = plan.gradients.objective.targets(labels, logits, plan.classes, inputs.dtype)
+        dtype = next(self.models[0].parameters()).dtype
+        targets = plan.gradients.objective.targets(labels, logits, plan.classes, dtype)
         return Records.of(inputs, targets, [len(shard) for shard in self.shards])
 
     @cached_property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input of the models; from the largest shard, since an empty one may have lost it."""
+    def inputs(self) -> InputType:
+        """What the models take; from the largest shard, since an empty one may have lost its shape."""
         inputs = max(self.shards, key=len).inputs
-        return tuple(self.parted.features(inputs.new_zeros((1, *inputs.shape[1:]))).shape[1:])
+        return InputType.of(self.parted.features(inputs.new_zeros((1, *inputs.shape[1:]))))
 
     def plan(
         self,
@@ -293,7 +295,7 @@ class Students:
             probe = probe.through(self.parted.features)
         kept = {id(parameter) for parameter in trained(model)}
         names = frozenset(name for name, p in model.named_parameters() if id(p) in kept)
-        return plan_of(model, self.input_shape, names, objective, clip_norm, probe)
+        return plan_of(model, self.inputs, names, objective, clip_norm, probe)
 
 
 def _same_buffers(models: Sequence[nn.Module]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from privkd.models.inputs import InputType
 from privkd.training.vectorised.clipping import PerExample, beyond_clipping, clip_factors, gradient_norms
 from privkd.training.vectorised.graph import Graph, UnsupportedError, graph_of
 from privkd.training.vectorised.layers import Activations, Layer, Parameters
@@ -193,11 +194,11 @@ def candidates(model: nn.Module, trained: Collection[str] | None = None) -> Iter
     yield Vmapped(copy.deepcopy(model))
 
 
-def answering(model: nn.Module, input_shape: tuple[int, ...]) -> Formulation | None:
+def answering(model: nn.Module, inputs: InputType) -> Formulation | None:
     """The fastest formulation whose logits are those of ``model`` on made-up records; ``None`` for a loop."""
     if any(True for _ in model.buffers()):
         return None
-    probe = OutputProbe.of(model, input_shape)
+    probe = OutputProbe.of(model, inputs)
     found = candidates(copy.deepcopy(model).eval())
     return next((candidate for candidate in found if probe.agrees(candidate)), None)
 
@@ -211,13 +212,14 @@ class OutputProbe:
     logits: Tensor | None
 
     @staticmethod
-    def of(model: nn.Module, input_shape: tuple[int, ...]) -> "OutputProbe":
+    def of(model: nn.Module, kind: InputType) -> "OutputProbe":
         """The probe of ``model`` in evaluation mode; without logits where it fails by itself."""
         twin = copy.deepcopy(model).eval()
         first = next(twin.parameters())
         state = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in twin.named_parameters()}
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.rand((2, _PROBE_RECORDS, *input_shape), generator=generator).to(first)
+        inputs = kind.made_up(2, _PROBE_RECORDS, generator=generator)
+        inputs = inputs.to(first) if inputs.is_floating_point() else inputs.to(first.device)
         try:
             with torch.no_grad():
                 rows = [{name: both[i] for name, both in state.items()} for i in (0, 1)]
@@ -230,7 +232,7 @@ class OutputProbe:
         """Whether ``candidate`` gives the model's logits, and gradients of any kind."""
         if self.logits is None:
             return False
-        batch = Batch(self.inputs, self.logits.softmax(-1), self.inputs.new_ones(self.inputs.shape[:2]))
+        batch = Batch(self.inputs, self.logits.softmax(-1), self.logits.new_ones(self.inputs.shape[:2]))
         try:
             found = candidate.outputs(self.state, self.inputs)
             candidate.gradients(self.state, {}, batch, Objective(0.5, 2.0), None)
@@ -268,7 +270,7 @@ class Gradients:
     frozen_part: Formulation | None = None
     records_per_pass: int = _UNBOUNDED
 
-    def with_frozen_part(self, model: nn.Module, input_shape: tuple[int, ...]) -> Self:
+    def with_frozen_part(self, model: nn.Module, inputs: InputType) -> Self:
         """The same with the frozen part set apart, if the formulation can and it pays."""
         parts = (
             self.formulation.graph.cut(self.trained) if isinstance(self.formulation, BookKeeping) else None
@@ -277,7 +279,7 @@ class Gradients:
             return self
         before, after = (BookKeeping(part) for part in parts)
         state = {name: parameter.detach().unsqueeze(0) for name, parameter in model.named_parameters()}
-        blank = next(model.parameters()).new_zeros((1, 1, *input_shape))
+        blank = inputs.zeros(1, 1, device=next(model.parameters()).device)
         if before.outputs(state, blank).numel() > _LARGEST_FEATURES * blank.numel():
             return self
         return replace(self, formulation=after, frozen_part=before)
@@ -319,7 +321,8 @@ class Gradients:
             classes: number of classes.
         """
         size = inputs.shape[:2]
-        batch = Batch(inputs, inputs.new_zeros((*size, classes)), inputs.new_ones(size))
+        ones = weights.frozen.new_ones(size)
+        batch = Batch(inputs, ones.new_zeros((*size, classes)), ones)
         preparing = 0
         if self.frozen_part is not None:
             with MemoryMeter() as meter:

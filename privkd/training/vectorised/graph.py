@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from privkd.models.text import Within
 from privkd.training.vectorised.layers import (
     Activations,
     Conv2d,
+    Embedding,
     GroupNorm,
     Layer,
     Linear,
@@ -99,6 +101,14 @@ _POOLS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 _POOL_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
+class _Tracer(fx.Tracer):
+    """What acts within a record is one step, whatever it does there."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """See `fx.Tracer.is_leaf_module`."""
+        return isinstance(m, Within) or super().is_leaf_module(m, module_qualified_name)
+
+
 def graph_of(model: nn.Module) -> Graph:
     """Trace ``model`` and give every step its cohort form.
 
@@ -106,7 +116,7 @@ def graph_of(model: nn.Module) -> Graph:
         UnsupportedError: a step has none.
     """
     try:
-        nodes = list(fx.symbolic_trace(model).graph.nodes)
+        nodes = list(_Tracer().trace(model).nodes)
     except Exception as error:  # the user's forward may fail under tracing in any way
         raise UnsupportedError(f"the forward pass cannot be traced: {error}") from error
     if [node.op for node in nodes].count("placeholder") != 1 or nodes[0].op != "placeholder":
@@ -139,6 +149,8 @@ def _check_parameters(model: nn.Module, graph: Graph) -> None:
 
 def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | Operation:
     target: Any = node.target
+    if node.op == "call_module" and isinstance(modules[target], Within) and not node.kwargs:
+        return _within(modules[target])
     if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
         return _of_module(target, modules[target])
     operation = _of_function(node, target) if node.op in ("call_function", "call_method") else None
@@ -167,6 +179,10 @@ def _of_module(name: str, module: nn.Module) -> Layer | Operation:
     bias = f"{name}.bias".lstrip(".") if getattr(module, "bias", None) is not None else None
     if kind is nn.Linear:
         return Linear(weight, bias)
+    if isinstance(module, nn.Embedding) and kind is nn.Embedding and _is_plain_table(module):
+        return Embedding(weight, None, module.num_embeddings)
+    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and not module.elementwise_affine:
+        return lambda x: x.stack().map(module)
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         return _convolution(module, weight, bias)
     if isinstance(module, nn.GroupNorm) and kind is nn.GroupNorm:
@@ -192,6 +208,18 @@ def _convolution(module: nn.Conv2d, weight: str, bias: str | None) -> Conv2d:
     (kernel_y, kernel_x), (stride_y, stride_x) = module.kernel_size, module.stride
     pad_y, pad_x = module.padding
     return Conv2d(weight, bias, (kernel_y, kernel_x), (stride_y, stride_x), (pad_y, pad_x))
+
+
+def _is_plain_table(module: nn.Embedding) -> bool:
+    return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _within(module: nn.Module) -> Operation:
+    def operation(*given: Activations) -> Activations:
+        out: Tensor = module(*(x.stack().tensor for x in given))
+        return Activations(out, given[0].students)
+
+    return operation
 
 
 def _pointwise(function: TensorFunction) -> Operation:

@@ -299,6 +299,71 @@ class _GhostConv:
 
 
 @dataclass(frozen=True)
+class Embedding(Layer):
+    """`torch.nn.Embedding` of ``rows``, looked up by ids ``[student, record, position]``."""
+
+    rows: int
+
+    def arrange(self, x: Activations) -> Activations:
+        """See `Layer.arrange`."""
+        return x.stack()
+
+    def forward(self, x: Activations, parameters: Parameters) -> Activations:
+        """See `Layer.forward`."""
+        table = parameters[self.weight]
+        return Activations(table.flatten(0, 1)[_own_rows(x.tensor, table.shape[1])], x.students)
+
+    def book(self, x: Activations, g: Activations) -> Book:
+        """See `Layer.book`."""
+        return _Rows(x.tensor.flatten(2), g.tensor.flatten(2, -2), self.rows)
+
+    def sums(self, x: Activations, g: Activations) -> list[Tensor]:
+        """See `Layer.sums`."""
+        return [_added_rows(x.tensor.flatten(2), g.tensor.flatten(2, -2), self.rows)]
+
+
+def _own_rows(ids: Tensor, rows: int) -> Tensor:
+    """Of ids ``[student, ...]`` into each student's own table of ``rows``, those into all tables in a row."""
+    students = torch.arange(len(ids), device=ids.device)
+    return ids + rows * students.view(-1, *[1] * (ids.dim() - 1))
+
+
+def _added_rows(ids: Tensor, gradients: Tensor, rows: int) -> Tensor:
+    """Gradients of each row of the tables, ``[student, row, width]``.
+
+    Takes ids ``[student, record, position]`` and gradients ``[student, record, position, width]``.
+    """
+    students, width = len(ids), gradients.shape[-1]
+    total = gradients.new_zeros((students * rows, width))
+    total.index_add_(0, _own_rows(ids, rows).flatten(), gradients.reshape(-1, width))
+    return total.view(students, rows, width)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The book of a table whose ``ids`` ``[student, record, position]`` were looked up, with output gradients
+    ``[student, record, position, width]``. No gradient of the table's size is formed for a record."""
+
+    ids: Tensor
+    gradients: Tensor
+    rows: int
+
+    def squared_norms(self) -> Tensor:
+        """Positions with the same id add up before they are squared: in doubles, as they may cancel."""
+        students, records, positions, width = self.gradients.shape
+        parts = []
+        for part in record_blocks(records, 8 * students * positions * (positions + width)):
+            gradients, ids = self.gradients[:, part].double(), self.ids[:, part]
+            same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+            parts.append((same * (gradients @ gradients.transpose(-1, -2))).sum((-1, -2)))
+        return torch.cat(parts, dim=1).clamp_(min=0.0)
+
+    def weighted_sums(self, factors: Tensor) -> list[Tensor]:
+        scaled = self.gradients.double() * factors[:, :, None, None].double()
+        return [_added_rows(self.ids, scaled, self.rows)]
+
+
+@dataclass(frozen=True)
 class GroupNorm(Layer):
     """`torch.nn.GroupNorm` with a scale and a shift for each channel."""
 

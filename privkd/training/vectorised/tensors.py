@@ -207,7 +207,7 @@ class Objective:
 
 
 def _blank(values: Tensor, records: Tensor) -> Tensor:
-    return values.masked_fill(records.view(*records.shape, *[1] * (values.dim() - 2)), 0.0)
+    return values.masked_fill(records.view(*records.shape, *[1] * (values.dim() - 2)), 0)
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Records:
         sizes = torch.searchsorted(chosen, bounds).diff()
         present = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
         index = torch.full(present.shape, int(bounds[-1])).masked_scatter_(present, chosen)
-        return index, present.to(self.inputs.dtype)
+        return index, present.to(self.targets.dtype)
 
     def index(self, draws: Sequence[Tensor]) -> Tensor:
         """Each student's own record numbers ``[record]``, equally many, as an index for `batch`."""
@@ -261,7 +261,7 @@ class Records:
         def pick(source: Tensor) -> Tensor:
             return source.index_select(0, flat).view(*index.shape, *source.shape[1:])
 
-        return Batch(pick(self.inputs), pick(self.targets), weights.to(self.inputs))
+        return Batch(pick(self.inputs), pick(self.targets), weights.to(self.targets))
 
 
 def _filled(rows: Tensor, students: int) -> Tensor:

@@ -9,6 +9,7 @@ from privkd.config import DpSgdConfig, FitConfig
 from privkd.data.scenario import LabelledSet
 from privkd.models.architecture import group_by_architecture
 from privkd.models.features import Parted
+from privkd.models.inputs import InputType
 from privkd.models.zoo import trained_parameters
 from privkd.privacy.randomness import Randomness
 from privkd.training.dpsgd import Mechanism, TailAverage, full_precision, train_private, train_unprotected
@@ -256,7 +257,7 @@ def _answers(models: Sequence[nn.Module], inputs: Tensor, budget: int) -> list[T
         return [logits_of(model, inputs) for model in models]
     inputs = Parted.of(models[0]).features(inputs)
     models = [Parted.of(model).rest for model in models]
-    formulation = answering(models[0], tuple(inputs.shape[1:]))
+    formulation = answering(models[0], InputType.of(inputs))
     if formulation is None:
         return [logits_of(model, inputs) for model in models]
     cost = _cost(formulation, models[0], inputs)

@@ -100,7 +100,11 @@ class TestNamed:
     @pytest.mark.parametrize("name", ["mpl", "", "resnet18", "a.b.c"])
     def test_unknown_name(self, name: str) -> None:
         config = ModelConfig.model_construct(name=name, width=8, activation="tanh")
-        with pytest.raises(ConfigError, match="expected one of auto, cnn, mlp, resnet, scatter, or package"):
+        with pytest.raises(
+            ConfigError,
+            match="expected one of auto, cnn, mlp, resnet, scatter, text-embedding, text-cnn, "
+            "transformer, or package",
+        ):
             build(config, input_shape=(1, 8, 8), classes=2, seed=0)
 
 

@@ -554,7 +554,9 @@ class TestCheckTrainable:
         self.check(student(), **changes)
 
     def test_says_how_long_a_step_takes(self) -> None:
-        seconds = seconds_per_step(student(), input_shape=SHAPE, classes=CLASSES, recipe=recipe(), batch=20)
+        seconds = seconds_per_step(
+            student(), inputs=torch.rand(3, *SHAPE), classes=CLASSES, recipe=recipe(), batch=20
+        )
         assert math.isfinite(seconds)
         assert seconds > 0
 
