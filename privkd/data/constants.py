@@ -17,7 +17,7 @@ from privkd.config import DataConfig
 from privkd.config.labels import in_order, is_fraction, is_number, numbers_of, same_number
 from privkd.data.dataset import Array, Indices, RawSet, Source
 from privkd.data.preprocessing import BOUND, Column, Pixels, Standardised, standards
-from privkd.data.tokens import Tokens
+from privkd.data.tokens import Tokens, tokens_of_ids, tokens_of_texts
 from privkd.errors import ConfigError, DataError
 
 PUBLIC_SOURCES = ("digits", "docstrings", "mnist", "cifar10")

@@ -84,7 +84,7 @@ class TestEmbedded:
 
     @pytest.mark.parametrize("name", ["minst", "/nowhere/x.npz", "", "a" * 5000, "a\0b", "~nobody-here/x"])
     def test_an_unknown_source_names_the_choices(self, name: str, tmp_path: Path) -> None:
-        refuses(name, repr(name), "digits, mnist, cifar10", data_dir=tmp_path)
+        refuses(name, repr(name), "digits, docstrings, mnist, cifar10", data_dir=tmp_path)
 
     def test_an_unknown_format_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(1))
