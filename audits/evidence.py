@@ -29,7 +29,7 @@ from privkd.privacy.robustness import reconstruction_ceiling
 from privkd.records import Count, Record, read_json, record_of
 from privkd.runs.binding import Binding, binding_of
 from privkd.runs.elsewhere import Elsewhere, elsewhere_of
-from privkd.runs.result import Result, RoundRecord
+from privkd.runs.result import ClassResult, Result, RoundRecord
 
 MEMBERSHIP = "audit/membership.json"
 RECONSTRUCTION = "audit/reconstruction.json"
@@ -197,6 +197,11 @@ class RunRecord:
     def taken(self) -> Mapping[str, str]:
         """What in the data was taken for what, in words by its name."""
         return self.result.taken if self.result else {}
+
+    @property
+    def classes(self) -> tuple[ClassResult, ...]:
+        """The classes by name, and how well the teacher knows them; none of a run that names none."""
+        return self.result.classes if self.result else ()
 
     def statement(self, unit: Unit) -> Statement | None:
         """The ledger's row of one unit."""

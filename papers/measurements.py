@@ -122,12 +122,18 @@ class Latency:
         writer = format_named(self.form)
         run = reopen_simulation(folder, HELD_BY_DEVICES)
         done = finished(run, folder)
-        records, constants = run.scenario.public.inputs, run.scenario.constants
+        scenario = run.scenario
+        records, constants, names = scenario.public.inputs, scenario.constants, scenario.labels
         models = {"student": done.students[0], "teacher": done.state.teacher}
         with tempfile.TemporaryDirectory(prefix="privkd-papers-") as place:
             artefacts = [
                 export_model(
-                    model, records, constants, self.form, Path(place) / f"{name}{suffix_of(self.form)}"
+                    model,
+                    records,
+                    constants,
+                    names,
+                    self.form,
+                    Path(place) / f"{name}{suffix_of(self.form)}",
                 )
                 for name, model in models.items()
             ]

@@ -106,6 +106,16 @@ def mean_accuracy(models: Sequence[nn.Module], test: LabelledSet) -> float:
     return statistics.fmean(each[id(model)] for model in measured)
 
 
+def class_accuracies(model: nn.Module, test: LabelledSet, classes: int) -> list[float]:
+    """Accuracy on the records of each class in ``test``; NaN for a class without one."""
+    labels = test.labels.cpu()
+    right = logits_of(model, test.inputs).argmax(-1).cpu() == labels
+    shares: list[float] = (
+        labels.bincount(right.double(), minlength=classes) / labels.bincount(minlength=classes)
+    ).tolist()
+    return shares
+
+
 def personal_accuracy(students: Sequence[nn.Module], devices: Sequence[Device]) -> float:
     """Mean over ``students`` of the accuracy on their devices' own test sets; NaN where no device has one.
 

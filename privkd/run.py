@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from torch import nn
 
 from privkd.config import Config, config_tree, load_config, parse_config
-from privkd.controls import mean_accuracy, measured_devices, personal_accuracy
+from privkd.controls import class_accuracies, mean_accuracy, measured_devices, personal_accuracy
 from privkd.data.scenario import LabelledSet
 from privkd.errors import InputError, RunError
 from privkd.federation import ClosingAudit, Played
@@ -25,9 +25,9 @@ from privkd.plugins import hand_over, name_of
 from privkd.prepared import Finished, Prepared, finished, prepare, reopen
 from privkd.progress import Progress, Silent
 from privkd.records import Value
-from privkd.runs.checkpoint import load_state, saved
+from privkd.runs.checkpoint import load_state, load_teachers, saved
 from privkd.runs.folder import RunFolder, default_folder
-from privkd.runs.result import Result, StudentResult, TeacherResult, TestSet, ledger_table
+from privkd.runs.result import ClassResult, Result, StudentResult, TeacherResult, TestSet, ledger_table
 from privkd.secure.installed import check_channel
 
 Factory: TypeAlias = Callable[..., nn.Module]
@@ -264,7 +264,8 @@ def train_in(
     done = play_rounds(prepared, folder, progress, resumed=resumed, audit=audit)
     left_with = _left_with(prepared, folder, done, progress)
     result = _result(done, left_with, config, folder.path, start)
-    result = result.model_copy(update={"ran": prepared.elsewhere})
+    classes = _by_class(prepared, folder, done)
+    result = result.model_copy(update={"ran": prepared.elsewhere, "classes": classes})
     folder.write_json("result.json", result.tree())
     folder.journal.append({"step": "finished", "result": folder.digest("result.json")})
     return result
@@ -288,6 +289,16 @@ def _left_with(prepared: Prepared, folder: RunFolder, done: Played, progress: Pr
     students = prepared.personalised(ended, numbers, progress)
     personal = personal_accuracy(students, [devices[number] for number in numbers])
     return _LeftWith(mean_accuracy(students, prepared.scenario.test), personal)
+
+
+def _by_class(prepared: Prepared, folder: RunFolder, done: Played) -> tuple[ClassResult, ...]:
+    """How well the teacher knows each class, before the first round and after the last."""
+    test, names = done.test, prepared.scenario.labels
+    blank = prepared.cloud.untrained_teacher()
+    first = load_teachers(folder, saved(folder), blank)[0]
+    before, after = (class_accuracies(teacher, test, len(names)) for teacher in (first, done.state.teacher))
+    records = test.labels.cpu().bincount(minlength=len(names)).tolist()
+    return tuple(map(ClassResult, names, records, before, after))
 
 
 def _result(

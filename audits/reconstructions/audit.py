@@ -50,6 +50,7 @@ from privkd.training.vectorised import train_cohort
 
 _EXAMPLES = 10
 _SIDE = 0.85
+_LETTERS = 14
 _TITLES = ("target", "nearest public", "reconstruction")
 
 
@@ -64,7 +65,7 @@ def draw_grid(finding: ReconstructionFinding, drawn: Drawn, public: Floats) -> b
     """One column a trial, as PNG; trials with different targets come first.
 
     ``public`` are the public images ``[image, channel, height, width]``. Under each reconstruction stand its
-    structural similarity to the target, and whether the target was picked.
+    target's class, its structural similarity to the target, and whether the target was picked.
     """
     assert drawn.images is not None
     chosen = _varied(drawn.secrets)
@@ -74,12 +75,21 @@ def draw_grid(finding: ReconstructionFinding, drawn: Drawn, public: Floats) -> b
     right = drawn.table[chosen].argmax(axis=1) == drawn.secrets[chosen]
     marks = ["picked" if hit else "missed" for hit in right]
     captions = [f"{alike:.2f} {mark}" for alike, mark in zip(likeness, marks, strict=True)]
+    if drawn.classes:
+        names = [drawn.classes[secret] for secret in drawn.secrets[chosen]]
+        captions = [f"{_short(name)}\n{words}" for name, words in zip(names, captions, strict=True)]
     success = finding.success
     title = (
         f"{finding.view}, {finding.attack}: picked {100 * success.estimate:.0f} % of {success.trials}, "
         f"chance {100 * success.chance:.0f} %"
     )
     return _rendered(np.stack(rows), captions, title)
+
+
+def _short(name: str) -> str:
+    """A class's name as far as it goes under a picture; nothing in it is a formula."""
+    shown = name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+    return shown.replace("$", r"\$")
 
 
 def _rendered(pictures: Floats, captions: list[str], title: str) -> bytes:

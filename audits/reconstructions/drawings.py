@@ -1,5 +1,6 @@
 """From a view's replays to drawings and to the scores of the candidates, attack by attack."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +45,14 @@ class Drawn:
         candidates: among which it picked ``[candidate, *shape]``, likewise.
         table: score of each candidate ``[trial, candidate]``.
         secrets: the true candidate ``[trial]``.
+        classes: each candidate's class by name; none of a made-up kind.
     """
 
     images: Floats | None
     candidates: Floats | None
     table: Floats
     secrets: Secrets
+    classes: tuple[str, ...] = ()
 
     @property
     def targets(self) -> Floats:
@@ -68,17 +71,20 @@ def draw_class(replays: Replays, view: str, attack: str) -> Drawn:
     else:
         images = training_based_inversion(seen, seed=seed)
     secret = replays.classes
-    return Drawn(images, secret.appearances, resemblance(images, secret.appearances), secret.secrets)
+    names = _named(replays, secret.classes)
+    table = resemblance(images, secret.appearances)
+    return Drawn(images, secret.appearances, table, secret.secrets, names)
 
 
 def draw_record(replays: Replays, view: str, attack: str) -> Drawn:
     """One of the attacks on a single record of the device."""
     secret = replays.records
     candidates = numbers(secret.candidates.inputs)
+    names = _named(replays, secret.candidates.labels.tolist())
     if attack == INFORMED:
         trials, shadows = replays.informed_trials, replays.informed_shadows
         images = rebuild_records(trials.weights, shadows.weights, numbers(secret.public.inputs))
-        return Drawn(images, candidates, resemblance(images, candidates), secret.secrets)
+        return Drawn(images, candidates, resemblance(images, candidates), secret.secrets, names)
     trials = replays.record_trials
     count, known = len(candidates), replays.record_candidates
     if view == "student":
@@ -91,7 +97,12 @@ def draw_record(replays: Replays, view: str, attack: str) -> Drawn:
         learned = CandidateReplays.of(by_candidate(clean, count))
         scores = match_candidates(seen.answers, learned, noise_std=seen.noise_std)
     table = np.asarray(log_softmax(scores, axis=1), dtype=np.float64)
-    return Drawn(candidates[table.argmax(axis=1)], candidates, table, secret.secrets)
+    return Drawn(candidates[table.argmax(axis=1)], candidates, table, secret.secrets, names)
+
+
+def _named(replays: Replays, classes: Sequence[int]) -> tuple[str, ...]:
+    labels = replays.side.run.scenario.labels
+    return tuple(labels[number] for number in classes)
 
 
 def paired_answers(replays: Replays, view: str) -> PairedAnswers:

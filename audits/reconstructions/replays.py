@@ -105,7 +105,8 @@ def draw_classes(scenario: Scenario, device: int, trials: int, seed: int) -> Cla
     count = min(max(1, scenario.records_per_device // scenario.classes), *(len(found) for found in places))
     if not count or not all(bool((scenario.test.labels == c).any()) for c in classes):
         raise DataError(
-            f"of the classes {list(classes)}, one has no private or no held-out record to play with"
+            f"of the classes {[scenario.labels[c] for c in classes]}, one has no private or no held-out "
+            "record to play with"
         )
     generator = seeded_generator(seed, "audit", "class secrets")
     secrets = torch.randint(len(classes), (trials,), generator=generator)

@@ -30,6 +30,7 @@ from privkd.errors import ConfigError
 from privkd.export.record import Exported
 from privkd.privacy.ledger import Statements
 from privkd.records import FileRecord, Plain, Record, Value
+from privkd.runs.result import ClassResult
 
 One = TypeVar("One", "RunReport", "CurveReport")
 
@@ -121,6 +122,7 @@ class RunReport(_Report):
         about: what people state of it.
         signature: of it as it is, or as it was.
         digest: of what is signed.
+        classes: by name, and how well the teacher knows each.
         taken: what in the data was taken for what.
         files: SHA-256 of what the report rests on, by name.
         command: that starts an equal run.
@@ -139,6 +141,7 @@ class RunReport(_Report):
     reconstruction: ReconstructionRecord | None
     accuracy: Accuracies | None
     exports: tuple[Exported, ...]
+    classes: tuple[ClassResult, ...] = ()
     taken: dict[str, str]
     versions: dict[str, str]
     files: dict[str, str]
@@ -241,6 +244,7 @@ def report_on_run(facts: RunRecord, words: Words) -> RunReport:
         and ReconstructionRecord(findings=rebuilt.findings, notes=rebuilt.notes, grids=rebuilt.grids),
         accuracy=facts.accuracies,
         exports=facts.exports,
+        classes=facts.classes,
         taken=dict(facts.taken),
         versions=dict(facts.versions),
         files={file.name: file.digest for file in facts.files},

@@ -14,6 +14,7 @@ from privkd.channels.registry import known
 from privkd.data.constants import in_words, unset
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Statement
+from privkd.runs.result import ClassResult
 
 _UNAUDITED = "Not audited: no attack was made on what the run shows of a device."
 
@@ -147,6 +148,8 @@ def membership(facts: RunRecord) -> Section:
             words.append("A rate is refused where fewer than 10 false positives would carry it.")
     if found.labels:
         tables.append(_classes(facts, found.labels))
+        if facts.classes:
+            words.append(f"The classes of the histogram: {', '.join(row.name for row in facts.classes)}.")
     alt = "ROC curves of the attacks: true-positive against false-positive rate, both axes logarithmic"
     drawn = (Figure("audit/roc.png", "png", facts.roc, alt),) if facts.roc else ()
     return Section("membership", title, tuple(words), tables=tuple(tables), figures=drawn)
@@ -300,7 +303,22 @@ def gain(facts: RunRecord) -> Section:
         "They "
         "vary over test records alone: another seed, or other devices, may differ by more.",
     )
-    return Section("gain", title, words, tables=(table,))
+    by_class = [_by_class(facts.classes)] if facts.classes else []
+    return Section("gain", title, words, tables=(table, *by_class))
+
+
+def _by_class(classes: Sequence[ClassResult]) -> Table:
+    """How well the teacher knows each class: what a mean over all hides of a rare one."""
+    rows = tuple((row.name, f"{row.records:,}", _share(row.before), _share(row.after)) for row in classes)
+    return Table(
+        "The teacher by class, on the global test set (view: the cloud)",
+        columns("class", ">records", ">teacher before", ">teacher after the run"),
+        rows,
+    )
+
+
+def _share(value: float) -> str:
+    return "no record" if math.isnan(value) else f"{100 * value:.2f} %"
 
 
 def _no_accuracies(facts: RunRecord) -> str:

@@ -265,8 +265,8 @@ def export(owner: Owner, run: str | None, form: str, out: Path | None) -> "Expor
     agreement = Agreement.read(run_folder(owner.state, last.run), owner.name)
     kept = _read(owner.state / round_file(last.run, last.round), last.file)
     path = out or Path(f"{owner.name}{suffix_of(form)}")
-    constants = agreement.published.scale.constants
-    artefact = export_model(kept_student(kept, agreement), agreement.proxy, constants, form, path)
+    plan, student = agreement.published, kept_student(kept, agreement)
+    artefact = export_model(student, agreement.proxy, plan.scale.constants, plan.classes, form, path)
     delivered = isinstance(last, Delivered)
     return Exported(
         run=last.run,

@@ -1,6 +1,6 @@
 """A student as a device runs it: preprocessing and logits in one module, checked against the original."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from privkd.errors import ModelError
 from privkd.export.record import TOLERANCE, Check
 
+CLASSES = "classes"
+"""Under which an artefact keeps the classes' names."""
 Answering: TypeAlias = Callable[[Tensor], Tensor]
 """Raw records ``[record, *shape]`` to logits ``[record, class]``, through the artefact."""
 
@@ -17,7 +19,7 @@ Answering: TypeAlias = Callable[[Tensor], Tensor]
 class Format(Protocol):
     """One form of artefact."""
 
-    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+    def write(self, model: "Deployable", example: Tensor, path: Path) -> None:
         """Write ``model``, traced on ``example`` ``[2, *shape]``, to ``path``."""
         ...
 
@@ -27,10 +29,14 @@ class Format(Protocol):
 
 
 class Deployable(nn.Module):
-    """From raw records to logits: the run's preprocessing (`Constants.module`), then the student."""
+    """From raw records to logits: the run's preprocessing (`Constants.module`), then the student.
 
-    def __init__(self, student: nn.Module, preprocessing: nn.Module) -> None:
+    ``classes`` are by name, in the order of the logits: a format keeps them beside the weights where it can.
+    """
+
+    def __init__(self, student: nn.Module, preprocessing: nn.Module, classes: Sequence[str]) -> None:
         super().__init__()
+        self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.student = student
 

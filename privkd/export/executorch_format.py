@@ -12,7 +12,7 @@ from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privkd.export.artefact import Answering
+from privkd.export.artefact import Answering, Deployable
 
 _BLOCK = 256
 
@@ -20,7 +20,7 @@ _BLOCK = 256
 class ExecutorchFormat:
     """See `Format`. The artefact takes one record at a time, ``[1, *shape]``."""
 
-    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+    def write(self, model: Deployable, example: Tensor, path: Path) -> None:
         """See `Format.write`."""
         logging.getLogger("executorch").setLevel(logging.ERROR)
         with warnings.catch_warnings():

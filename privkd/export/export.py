@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
     name = scenario.devices[device].name
     path = out or folder.path / "export" / f"{name}{suffix}"
     student = prepared.personalised(done, [device], Silent())[0]
-    artefact = export_model(student, scenario.public.inputs, scenario.constants, form, path)
+    artefact = export_model(student, scenario.public.inputs, scenario.constants, scenario.labels, form, path)
     exported = Exported(
         run=str(folder.path),
         device=name,
@@ -62,7 +62,7 @@ def export_student(folder: RunFolder, form: str, device: int, out: Path | None) 
 
 
 def export_model(
-    student: nn.Module, records: Tensor, constants: Constants, form: str, path: Path
+    student: nn.Module, records: Tensor, constants: Constants, classes: Sequence[str], form: str, path: Path
 ) -> Artefact:
     """Write ``student`` with its preprocessing to ``path``, whole or not at all: what a device calls.
 
@@ -72,6 +72,7 @@ def export_model(
         student: from inputs to logits.
         records: public ones as inputs of training, float32 ``[record, *shape]``, at least one.
         constants: how raw features became inputs.
+        classes: by name, in the order of the logits.
         form: of `formats.FORMATS`.
         path: of the artefact.
 
@@ -86,7 +87,7 @@ def export_model(
     # Not the records themselves: what was rounded on the way back must not count as the artefact's fault.
     inputs = constants.features(raw.numpy())
     with _replacing(path) as temporary:
-        answer = written(writer, Deployable(student, constants.module()), raw, temporary)
+        answer = written(writer, Deployable(student, constants.module(), classes), raw, temporary)
         check = check_equal(student, answer, inputs, raw)
         latency, original = latencies_ms((answer, raw), (student, inputs))
     return Artefact(
@@ -98,6 +99,7 @@ def export_model(
         preprocessing=constants.words,
         columns=tuple(column.tree() for column in constants.columns),
         classes=answer(raw[:1]).shape[-1],
+        class_names=tuple(classes),
         check=check,
         latency_ms=latency,
         original_ms=original,

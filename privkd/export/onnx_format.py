@@ -1,5 +1,6 @@
 """ONNX through torch.onnx, answered by ONNX Runtime. The only file that imports onnxruntime."""
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -7,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from privkd.export.artefact import Answering
+from privkd.export.artefact import CLASSES, Answering, Deployable
 from privkd.export.torch_format import exported
 
 _INPUT, _OUTPUT = "records", "logits"
 
 
 class OnnxFormat:
-    """See `Format`. The input is called ``records``, the output ``logits``; any number of records."""
+    """See `Format`. The input is called ``records``, the output ``logits``; any number of records.
 
-    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+    The model's metadata have ``classes``, their names as a JSON list.
+    """
+
+    def write(self, model: Deployable, example: Tensor, path: Path) -> None:
         """See `Format.write`."""
         # torch.onnx warns of libraries that no student of ours uses.
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -35,6 +39,7 @@ class OnnxFormat:
             raise RuntimeError("torch.onnx gave no program")
         for node in program.model.graph:
             node.metadata_props.clear()
+        program.model.metadata_props[CLASSES] = json.dumps(model.classes)
         program.save(path, external_data=False)
 
     def load(self, path: Path) -> Answering:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from privkd.records import Count, FileRecord, Plain, Real, Record, Value
 
+_SHOWN = 10
 TOLERANCE = 1e-5
 """Of a logit between the artefact and the student."""
 
@@ -38,6 +39,7 @@ class Artefact(Record):
         preprocessing: that, in words.
         columns: of a table, each a `preprocessing.Column`, in the order in which the artefact takes them.
         classes: number of logits.
+        class_names: of the logits, in their order; none in records of version 0.1.0.
         check: how the artefact was found equal to the student.
         latency_ms: of the artefact for one record, on one CPU thread, median.
         original_ms: of the student as torch runs it.
@@ -51,6 +53,7 @@ class Artefact(Record):
     preprocessing: str
     columns: tuple[Mapping[str, Plain], ...] = ()
     classes: Count
+    class_names: tuple[str, ...] = ()
     check: Check
     latency_ms: Real
     original_ms: Real
@@ -79,7 +82,7 @@ class Exported(Artefact, FileRecord, Value):
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The one artefact."""
-        tree = self.model_dump(exclude={"version", "check", "input_shape", "columns"})
+        tree = self.model_dump(exclude={"version", "check", "input_shape", "columns", "class_names"})
         return [tree | {"difference": self.check.difference, "records": self.check.records}]
 
     def __rich__(self) -> RenderableType:
@@ -99,7 +102,7 @@ class Exported(Artefact, FileRecord, Value):
             ),
             ("input", f"raw float32 [record, {shape}]"),
             ("preprocessing inside", self.preprocessing),
-            ("output", f"logits [record, {self.classes}]"),
+            ("output", f"logits [record, {self.classes}]{_named(self.class_names)}"),
             ("size", f"{self.size_bytes:,} bytes ({self.parameters:,} parameters)"),
             ("one answer, one CPU thread", f"{self.latency_ms:.3f} ms"),
             ("the original's", f"{self.original_ms:.3f} ms"),
@@ -111,3 +114,11 @@ class Exported(Artefact, FileRecord, Value):
         for row in rows:
             table.add_row(*map(Text, row))
         return Group(table, Text(f"written: {self.file}", no_wrap=True, overflow="ignore"))
+
+
+def _named(classes: Sequence[str]) -> str:
+    """The classes by name, as far as a table's cell shows them."""
+    if not classes:
+        return ""
+    more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
+    return f": {', '.join(classes[:_SHOWN])}{more}"

@@ -1,22 +1,23 @@
 """torch.export's ``.pt2``: the graph as JSON and the weights as raw bytes, for any number of records."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from privkd.export.artefact import Answering
+from privkd.export.artefact import CLASSES, Answering, Deployable
 
 
 class TorchFormat:
-    """See `Format`."""
+    """See `Format`. The extra file ``classes`` has the classes' names as a JSON list."""
 
-    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+    def write(self, model: Deployable, example: Tensor, path: Path) -> None:
         """See `Format.write`."""
         program = exported(model, example)
         # The example would be written by pickle, and nobody needs it to answer.
         program.example_inputs = None
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={CLASSES: json.dumps(model.classes)})
 
     def load(self, path: Path) -> Answering:
         """See `Format.load`."""

@@ -17,6 +17,7 @@ from privkd.privacy.ledger import Statement, Statements
 from privkd.records import Count, FileRecord, Measured, Record, Value
 from privkd.runs.elsewhere import Elsewhere
 
+_MOST_SHOWN = 20
 NO_RECORD_DP = Text("No differential privacy: epsilon is inf, records are not protected.", style="bold red")
 
 
@@ -124,6 +125,19 @@ class StudentResult:
 
 
 @dataclass(frozen=True)
+class ClassResult:
+    """The teacher's accuracy on the ``records`` of one class in the global test set.
+
+    ``before`` is that before the first round, ``after`` that after the last: NaN without such records.
+    """
+
+    name: str
+    records: Count
+    before: Measured
+    after: Measured
+
+
+@dataclass(frozen=True)
 class TestSet:
     """The global test set: how many ``records``, and the SHA-256 of their inputs and labels."""
 
@@ -136,7 +150,8 @@ class Result(FileRecord, Value):
 
     The ledger's epsilons are upper bounds, each beside its lower bound where the unit was audited; ``checks``
     were asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's. ``ran`` is where the
-    devices were; ``None`` where the run's own process played them.
+    devices were; ``None`` where the run's own process played them. ``classes`` are in the order of their
+    numbers; a run of version 0.1.0 names none.
     """
 
     run: str
@@ -153,6 +168,12 @@ class Result(FileRecord, Value):
     taken: dict[str, str]
     seconds: float
     ran: Elsewhere | None = None
+    classes: tuple[ClassResult, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes by name, in the order of their numbers."""
+        return tuple(row.name for row in self.classes)
 
     @property
     def lower_bounds(self) -> tuple[LowerBound, ...]:
@@ -183,7 +204,8 @@ class Result(FileRecord, Value):
 
     def __rich__(self) -> RenderableType:
         folder = Text(f"run folder: {self.run}   ({self.seconds:.1f} s)", no_wrap=True, overflow="ignore")
-        return Group(_accuracies(self), ledger_table(self), *_remarks(self), folder)
+        named = [_by_class(self.classes)] if _names_say_something(self.class_names) else []
+        return Group(_accuracies(self), *named, ledger_table(self), *_remarks(self), folder)
 
 
 def taken_lines(taken: Mapping[str, str]) -> list[Text]:
@@ -220,6 +242,22 @@ def _accuracies(result: Result) -> Table:
     table.add_row(
         "one answer", f"{student.latency_ms:.2f} ms", f"{teacher.latency_ms:.2f} ms", f"the teacher ({size})"
     )
+    return table
+
+
+def _names_say_something(names: Sequence[str]) -> bool:
+    """Whether they are more than the classes' numbers, and few enough to be read in a terminal."""
+    return len(names) <= _MOST_SHOWN and list(names) != list(map(str, range(len(names))))
+
+
+def _by_class(classes: Sequence[ClassResult]) -> Table:
+    table = Table(title="The teacher by class, on the global test set", title_justify="left")
+    table.add_column("class")
+    for name in ("records", "before", "after"):
+        table.add_column(name, justify="right")
+    for row in classes:
+        figures = (f"{row.records:,}", percent_text(row.before), percent_text(row.after))
+        table.add_row(Text(row.name), *figures)
     return table
 
 

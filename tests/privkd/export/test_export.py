@@ -166,7 +166,8 @@ class TestPreprocessing:
         assert source.constants.words == words
         raw = source.constants.raw(source.inputs)
         assert torch.equal(raw, torch.from_numpy(values).float())
-        assert torch.equal(Deployable(nn.Identity(), source.constants.module())(raw), source.inputs)
+        model = Deployable(nn.Identity(), source.constants.module(), ("a", "b"))
+        assert torch.equal(model(raw), source.inputs)
 
     def test_survives_a_test_split(self, tmp_path: Path) -> None:
         pixels = np.arange(80, dtype=np.uint8).reshape(20, 4)

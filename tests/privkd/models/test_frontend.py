@@ -14,6 +14,7 @@ from audits.membership_audit import audit_membership
 from audits.requests import MembershipRequest
 from privkd.cloud import PublicData, distil_public
 from privkd.config import DpSgdConfig, FitConfig, ModelConfig
+from privkd.data.constants import Constants
 from privkd.data.scenario import LabelledSet
 from privkd.errors import ModelError
 from privkd.export.export import export_model
@@ -286,8 +287,9 @@ class TestInTheLoop:
         pytest.importorskip({"onnx": "onnxruntime"}.get(form, form))
         scatter = build(ModelConfig(name="scatter"), input_shape=shape, classes=CLASSES, seed=0)
         records = torch.randint(0, 17, (20, *shape), generator=torch.Generator().manual_seed(3)) / 16
-        path = tmp_path / f"student{suffix_of(form)}"
-        assert export_model(scatter, records, 16.0, form, path).check.difference < 1e-5
+        path, names = tmp_path / f"student{suffix_of(form)}", [str(number) for number in range(CLASSES)]
+        sixteenths = Constants(16.0, None, None, "sixteenths")
+        assert export_model(scatter, records, sixteenths, names, form, path).check.difference < 1e-5
 
     def test_shadows_are_trained_with_it(self, tmp_path: Path) -> None:
         play(tmp_path / "run", "student.models=['scatter']", "rounds=1")
