@@ -99,6 +99,32 @@ def csv() -> bytes:
     return "\n".join(["first,second,label", *rows]).encode()
 
 
+def leaf() -> bytes:
+    users = {
+        f"u{user}": {"x": (IMAGES[user::4, 0] / 7).tolist(), "y": LABELS[user::4].tolist()}
+        for user in range(4)
+    }
+    return json.dumps({"users": [*users], "num_samples": [3] * 4, "user_data": users}).encode()
+
+
+def arrow() -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"image": [{"bytes": png(image)} for image in IMAGES], "label": LABELS})
+    buffer = io.BytesIO()
+    with pyarrow.ipc.new_stream(buffer, table.schema) as stream:
+        stream.write_table(table)
+    return buffer.getvalue()
+
+
+SAVED = {
+    "state.json": json.dumps({"_data_files": [{"filename": "data.arrow"}]}).encode(),
+    "dataset_info.json": json.dumps(
+        {"features": {"label": {"_type": "ClassLabel", "names": ["a", "b", "c"]}}}
+    ).encode(),
+}
+"""What describes a folder that ``datasets`` saved."""
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "train-images-idx3-ubyte": lambda: idx(IMAGES),
     "train-images-idx3-ubyte.gz": lambda: gzip.compress(idx(IMAGES)),
@@ -107,6 +133,10 @@ FILES: dict[str, Callable[[], bytes]] = {
     "a.csv": csv,
     "a.parquet": lambda: parquet(a=IMAGES[:, 0, 0], b=IMAGES[:, 1, 0] / 3, label=LABELS),
     "images.parquet": lambda: parquet(img=[{"bytes": png(image)} for image in IMAGES], label=LABELS),
+    "a.json": leaf,
+    "data.arrow": arrow,
+    "state.json": lambda: SAVED["state.json"],
+    "dataset_info.json": lambda: SAVED["dataset_info.json"],
     "0/a.png": lambda: png(IMAGES[0]),
     "0/a.jpg": lambda: png(IMAGES[0], "JPEG"),
     "0/a.gif": lambda: png(IMAGES[0], "GIF"),
@@ -133,7 +163,11 @@ class TestDataFiles:
         if "/" in name:
             (place / "1").mkdir()
             (place / "1" / "b.png").write_bytes(png(IMAGES[1]))
-        source = path if path.parent == place and not name.startswith("train") else place
+        if name in SAVED or name == "data.arrow":
+            for described, content in (SAVED | {"data.arrow": arrow()}).items():
+                (place / described).write_bytes(content)
+        alone = path.parent == place and not (name.startswith("train") or (place / "data.arrow").exists())
+        source = path if alone else place
         whole = FILES[name]()
         path.write_bytes(whole)
         check(read(source))

@@ -130,9 +130,10 @@ def _columns_beside(names: Sequence[str], config: Beside, origin: str, index: Co
         features = [_named(names, config.text, "text", origin)]
     elif config.features:
         features = _in_order([names[number] for number in features], features, config.features, origin)
-    said = {"label": UNLABELLED if label is None or not config.labelled else _quoted(names, [label])}
+    label = label if config.labelled else None
+    said = {"label": UNLABELLED if label is None else _quoted(names, [label])}
     own = tuple(names[number] for number in features)
-    return Columns(label if config.labelled else None, tuple(features), own, None, None, False, said)
+    return Columns(label, tuple(features), own, None, None if label is None else names[label], False, said)
 
 
 def _label_beside(names: Sequence[str], kept: Sequence[int], config: Beside, origin: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Parquet files: encoded images with a label, or numeric columns with a label.
+"""Parquet and Arrow files: encoded images with a label, or numeric columns with a label.
 
 The only importer of pyarrow.
 """
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +40,9 @@ def load_parquet(
     config: DataConfig,
     test: Sequence[Path] = (),
     taken: Mapping[str, str] | None = None,
+    class_names: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> Source:
-    """Read the Parquet files of a data set, one after the other, and those that hold its test split.
+    """Read the files of a data set, one after the other, and those that hold its test split.
 
     Images are a column ``struct<bytes, ...>`` or of plain binary values; other columns but the label are then
     left out. Otherwise every column but the label is a feature and must be numeric; the index of a pandas
@@ -53,6 +54,7 @@ def load_parquet(
         config: the settings on columns.
         test: likewise; empty where there is no test split.
         taken: what was taken for what before the files were read, in words.
+        class_names: of columns that number classes, those of the classes by the column's name.
 
     Raises:
         ConfigError: a setting names no column.
@@ -68,10 +70,28 @@ def load_parquet(
                 f"{test[0]}: its features are not those of {paths[0].name}, or stand in another order; write "
                 "them alike"
             )
+    names = class_names.get(label or "", ())
+    known = {*(config.classes or ()), *names}
+    if names:
+        records = replace(records, labels=_in_names(records.labels, names, str(paths[0])))
+        split = split and replace(split, labels=_in_names(split.labels, names, str(test[0])))
     said = {**said, **(taken or {})}
-    known = config.classes
     source = make_source(name, records, split, classes=known, taken=said, labelled=labelled(config))
     return replace(source, columns=features, label=label)
+
+
+def _in_names(labels: Array, names: Sequence[str], origin: str) -> Array:
+    """Classes by name of their numbers ``[record]``."""
+    if labels.dtype.kind not in "iu":
+        return labels
+    strange = (labels < 0) | (labels >= len(names))
+    if strange.any():
+        row = int(np.argmax(strange))
+        raise DataError(
+            f"{origin}: label {labels[row]} of record {row} is the number of none of the {len(names)} "
+            "classes; give it one or remove the record"
+        )
+    return np.array(names, dtype=np.str_)[labels]
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
@@ -89,17 +109,19 @@ def _read(paths: Sequence[Path], config: DataConfig) -> _Table:
     tables: list[Any] = []
     for path in paths:
         try:
+            before = sum(table.num_rows for table in tables)
+            if path.suffix == ".arrow":
+                tables.append(_mapped(pyarrow, path, before))
+                continue
             with parquet.ParquetFile(path) as file:
-                rows, columns = file.metadata.num_rows, file.metadata.num_columns
-                before = sum(table.num_rows for table in tables)
-                if (before + rows) * columns > MAX_VALUES:
-                    raise DataError(f"{path}: declares {rows} rows of {columns} columns; give fewer records")
+                _check_size(path, file.metadata.num_rows, file.metadata.num_columns, before)
                 tables.append(file.read())
         except _unreadable(pyarrow) as error:
             raise DataError(
-                f"{path}: not a readable Parquet file ({one_line(error)}); write it again"
+                f"{path}: not a readable {_kind(path)} file ({one_line(error)}); write it again"
             ) from error
-        if not tables[-1].schema.equals(tables[0].schema):
+    for path, table in zip(paths, tables, strict=True):
+        if not table.schema.equals(tables[0].schema):
             raise DataError(
                 f"{path}: its columns or their types are not those of {paths[0].name}; write them alike"
             )
@@ -109,8 +131,40 @@ def _read(paths: Sequence[Path], config: DataConfig) -> _Table:
         return _parse(pyarrow, whole, origin, config)
     except _unreadable(pyarrow) as error:
         raise DataError(
-            f"{paths[0]}: not a readable Parquet file ({one_line(error)}); write it again"
+            f"{paths[0]}: not a readable {_kind(paths[0])} file ({one_line(error)}); write it again"
         ) from error
+
+
+def arrow_columns(path: Path) -> tuple[str, ...]:
+    """The columns of an Arrow stream by name.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged.
+    """
+    pyarrow, _ = _pyarrow()
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            return tuple(stream.schema.names)
+    except _unreadable(pyarrow) as error:
+        raise DataError(f"{path}: not a readable Arrow file ({one_line(error)}); write it again") from error
+
+
+def _mapped(pyarrow: ModuleType, path: Path, before: int) -> Any:
+    """The table of an Arrow stream, in the memory that the file takes, checked through and through."""
+    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        table = stream.read_all()
+    _check_size(path, table.num_rows, table.num_columns, before)
+    table.validate(full=True)
+    return table
+
+
+def _check_size(path: Path, rows: int, columns: int, before: int) -> None:
+    if (before + rows) * columns > MAX_VALUES:
+        raise DataError(f"{path}: declares {rows} rows of {columns} columns; give fewer records")
+
+
+def _kind(path: Path) -> str:
+    return "Arrow" if path.suffix == ".arrow" else "Parquet"
 
 
 def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, Array]:

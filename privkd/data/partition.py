@@ -287,9 +287,9 @@ def _check_groups(groups: NDArray[np.str_], free: Indices, config: DataConfig) -
     left, all_of_them = len(np.unique(groups[free])), len(np.unique(groups))
     if left < config.devices:
         raise DataError(
-            f"source {config.source!r} has {all_of_them} groups of {config.group!r}, {all_of_them - left} of "
-            f"them public: {left} are too few for {config.devices} devices; lower devices, or "
-            "public_records, validation_records, proxy_records and test_records"
+            f"source {config.source!r} has {all_of_them} groups of {config.group or 'users'!r}, "
+            f"{all_of_them - left} of them public: {left} are too few for {config.devices} devices; lower "
+            "devices, or public_records, validation_records, proxy_records and test_records"
         )
 
 

@@ -17,7 +17,9 @@ from privkd.data.docstrings import LIBRARIES, load_docstrings
 from privkd.data.folders import holds
 from privkd.data.idx import find_idx, load_idx_folder, load_idx_images
 from privkd.data.images import IMAGE_SUFFIXES, load_image_folder, load_images
+from privkd.data.leaf import leaf_files, load_leaf, looks_like_leaf
 from privkd.data.parquet import load_parquet
+from privkd.data.saved import is_saved, load_saved
 from privkd.data.tabular import load_csv, load_npz
 from privkd.data.text import TEXT_SUFFIXES, load_json_lines, load_text_folder, load_texts
 from privkd.errors import DataError, one_line
@@ -169,6 +171,7 @@ _FILE_READERS: dict[str, Callable[[Path, str, DataConfig], Source]] = {
     ".parquet": lambda path, name, config: load_parquet([path], name, config),
     ".jsonl": load_json_lines,
     ".ndjson": load_json_lines,
+    ".json": lambda path, name, config: load_leaf([path], name, config),
 }
 _BYTES_MAX = 255
 _TEN = tuple("0123456789")
@@ -332,8 +335,8 @@ def _from_path(config: DataConfig) -> Source:
             f"{path}: unknown format {path.suffix!r}; expected one of {', '.join(_FILE_READERS)}, or a folder"
         )
     suffix = path.suffix.lower()
-    columns = suffix != ".npz"
-    refuse_columns(config, label=True, header=suffix == ".csv", text=columns, tokens=not columns)
+    named, arrays = suffix != ".json", suffix == ".npz"
+    refuse_columns(config, label=named, header=suffix == ".csv", text=named and not arrays, tokens=arrays)
     return reader(path, str(path), config)
 
 
@@ -352,9 +355,15 @@ def _from_folder(folder: Path, config: DataConfig) -> Source:
         refuse_columns(config)
         read_idx_of = load_idx_folder if labelled(config) else load_idx_images
         return read_idx_of(folder, str(folder))
+    if is_saved(folder):
+        refuse_columns(config, label=True, text=True)
+        return load_saved(folder, str(folder), config)
     if table_folders(folder):
         refuse_columns(config, label=True, text=True)
         return load_table_folder(folder, str(folder), config)
+    if looks_like_leaf(leaf := leaf_files(folder)):
+        refuse_columns(config)
+        return load_leaf(leaf, str(folder), config, leaf_files(folder, "test"))
     refuse_other_tables(folder)
     refuse_columns(config)
     if holds(folder, TEXT_SUFFIXES) and not holds(folder, IMAGE_SUFFIXES):
