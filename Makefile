@@ -10,7 +10,7 @@ PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: run setup test test-all lint types proto clean
+.PHONY: run setup test test-all lint types docs proto clean
 
 run: $(STAMP)
 	$(BIN)/privkd train --epsilon 3
@@ -38,10 +38,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The documentation as a site, in site/. The tutorials run while it is built, so that it shows what they print.
+docs: $(STAMP)
+	RUN_TUTORIALS=true $(BIN)/mkdocs build --strict
+
 # The parties' protocol as Python: what is committed is what this makes.
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
 		privkd/secure/aggregator.proto
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache site

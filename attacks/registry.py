@@ -101,6 +101,7 @@ ATTACKS: Registry[Attack] = Registry(
     },
     reserved=("all", LABELS, *GRADIENT_ATTACKS),
 )
+"""Every attack by its name, in the order in which an audit makes them."""
 
 
 @overload

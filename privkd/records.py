@@ -151,7 +151,8 @@ class Value(ABC):
     def _repr_html_(self) -> str:
         from rich.console import Console
 
-        console = Console(record=True, file=io.StringIO(), width=WIDTH)
+        # In a kernel rich would show it by itself, beside what is returned.
+        console = Console(record=True, file=io.StringIO(), width=WIDTH, force_jupyter=False)
         console.print(self, crop=False)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 

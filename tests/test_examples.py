@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from pages import ROOT
 
+FIRST_RUN, PLUG_IN, SIGN = NAMES = ("first_run", "plug_in_your_own", "sign_a_report")
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-MOST_LINES = 15
+MOST_LINES = 25
 SHOWN = """
+import ast, json, sys
+import matplotlib.pyplot as plt
 for cell in json.load(sys.stdin):
     *before, last = ast.parse(cell).body
     exec(compile(ast.Module(before, []), "cell", "exec"))
@@ -22,7 +25,6 @@ for cell in json.load(sys.stdin):
     else:
         exec(compile(ast.Module([last], []), "cell", "exec"))
 print(*(row["attack"] for row in audit.rows()))
-print(*(len(plt.figure(number).axes[0].patches) for number in plt.get_fignums()))
 """
 """As a notebook does: the last expression of a cell is shown."""
 
@@ -36,8 +38,21 @@ def source(cell: dict[str, Any]) -> str:
     return "".join(cell["source"])
 
 
-def test_there_is_one() -> None:
-    assert [notebook.name for notebook in NOTEBOOKS] == ["first_run.ipynb"]
+def shown_by(name: str, folder: Path, then: str) -> list[str]:
+    """What each cell of the notebook ``name`` showed, run in ``folder``; at the end, what ``then`` prints."""
+    pytest.importorskip("pandas")
+    written = [source(cell) for cell in cells(ROOT / "examples" / f"{name}.ipynb")]
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWN + then], input=json.dumps(written),
+        capture_output=True, text=True, check=False, timeout=300, cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "MPLBACKEND": "agg"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_they_are_these() -> None:
+    assert [notebook.stem for notebook in NOTEBOOKS] == list(NAMES)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
@@ -57,15 +72,8 @@ class TestNotebook:
 
 
 def test_the_first_run_trains_audits_and_draws(tmp_path: Path) -> None:
-    pytest.importorskip("pandas")
-    code = f"import ast, json, sys\nimport matplotlib.pyplot as plt\n{SHOWN}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps([source(cell) for cell in cells(NOTEBOOKS[0])]),
-        capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "MPLBACKEND": "agg"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run, audit, plot, attacked, drawn = done.stdout.splitlines()
+    patches = "print(*(len(plt.figure(number).axes[0].patches) for number in plt.get_fignums()))"
+    run, audit, plot, attacked, drawn = shown_by(FIRST_RUN, tmp_path, patches)
     assert (run.split()[0], audit.split()[0]) == ("Run", "MembershipReport")
     assert all(int(line.split()[1]) > 1000 for line in (run, audit)), "tables of a notebook"
     assert plot.startswith("Axes ")
@@ -73,3 +81,23 @@ def test_the_first_run_trains_audits_and_draws(tmp_path: Path) -> None:
     assert drawn.split() == ["4", str(len(attacked.split()))], "two rounds by two curves, and a bar an attack"
     (kept,) = (tmp_path / "runs").iterdir()
     assert (kept / "result.json").is_file()
+
+
+def test_all_that_is_plugged_in_is_used(tmp_path: Path) -> None:
+    used = "print(run.config.reverse.aggregation, run.config.student.models[0].name, run.alarm)"
+    run, audit, attacked, plugged = shown_by(PLUG_IN, tmp_path, used)
+    assert (run.split()[0], audit.split()[0]) == ("Run", "MembershipReport")
+    assert {"surplus", "lira-online"} <= set(attacked.split())
+    rule, student, alarm = plugged.split()
+    assert (rule, alarm) == ("middle", "None")
+    assert student.endswith("small")
+
+
+def test_a_signature_lapses_when_what_is_stated_changes(tmp_path: Path) -> None:
+    answers = "print(shown, *(verdict.word for verdict in signed.verdicts))"
+    report, signature, _, _, verdicts = shown_by(SIGN, tmp_path, answers)
+    assert report.startswith("RunReport ")
+    assert signature.startswith("Signature ")
+    assert verdicts.split() == ["False", "No", "Yes"], "still holds, fit for release, consistent"
+    signed = (tmp_path / "runs" / "signed" / "signature.toml").read_text()
+    assert "A. Reader, officer for this notebook" in signed

@@ -189,6 +189,14 @@ class TestValue:
             name, ""
         ) in shown
 
+    def test_is_shown_once_in_a_notebook(
+        self, values: dict[str, Value], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        display = pytest.importorskip("IPython.display")
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+        monkeypatch.setattr(display, "display", lambda *shown: pytest.fail("what is returned is shown"))
+        assert values["result"]._repr_html_().startswith("<pre")
+
     def test_without_pandas_it_says_what_to_install(
         self, values: dict[str, Value], monkeypatch: pytest.MonkeyPatch
     ) -> None:

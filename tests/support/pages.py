@@ -3,13 +3,30 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-import click
+import typer
+import yaml
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml, whose tags are mkdocs' own."""
+
+
+_Loader.add_constructor("!ENV", lambda loader, node: None)
+SITE: dict[str, Any] = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)
+
+
+def nav_pages(nav: list[dict[str, Any]] = SITE["nav"]) -> list[str]:
+    """The site's pages in the order of its navigation, as paths below ``docs``."""
+    below = (place for entry in nav for place in entry.values())
+    return [page for place in below for page in ([place] if isinstance(place, str) else nav_pages(place))]
 
 
 def commands_of(page: str) -> list[list[str]]:
@@ -43,16 +60,17 @@ def symbols_missed(text: str) -> list[str]:
 
 
 def links_of(page: str) -> set[str]:
-    """What the page links to within the project, pictures too."""
-    return {link for link in re.findall(r"\]\(([^)]+)\)", page) if not link.startswith("https://")}
+    """What the page links to within the project, pictures too, without the place in it."""
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    return {link.partition("#")[0] for link in links if not link.startswith(("https://", "#"))}
 
 
 def parsed(words: list[str]) -> None:
     """Let the command line parse ``words`` without running them; it raises on what it does not know."""
-    command: click.Command = get_command(app)
-    context = click.Context(command, info_name="privkd")
-    while isinstance(command, click.Group):
-        found = command.get_command(context, words[0])
-        assert found is not None, words
-        command, words = found, words[1:]
+    command = get_command(app)
+    context = typer.Context(command, info_name="privkd")
+    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+        _, found, words = command.resolve_command(context, list(words))
+        assert found is not None
+        command = found
     command.make_context(command.name, list(words), parent=context)
