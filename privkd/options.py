@@ -59,6 +59,9 @@ _ALL = (
     Option("proxy", "data.proxy", "Unlabelled public inputs of their own. [drawn]"),
     Option("test", "data.test", "The global test set. [what --data brings, else drawn]"),
     Option("classes", "data.classes", "The classes by name, comma-separated. [those that are known]"),
+    Option(
+        "image_size", "data.image_size", "Square that image files are resized and cropped to. [as they are]"
+    ),
     Option("label", "data.label", "The label's column in a table, or array in an npz archive. [by its name]"),
     Option("text", "data.text", "The column, or field of JSON lines, that holds the text. [text]"),
     Option("drop", "data.drop", "Columns that are neither feature nor label, comma-separated. [none]"),

@@ -119,6 +119,8 @@ class DataConfig(Settings):
         standardise: whether each feature of a table of numbers is brought to mean 0 and deviation 1 by the
             public records, and clipped at 5 deviations; ``auto`` does so to CSV and Parquet files, and to
             arrays ``[record, feature]`` that are no whole numbers by type. 0/1 flags stay.
+        image_size: side of a square, in pixels, that all image files are brought to: the shorter side is
+            resized to it, what is longer is cut at both ends. ``None``: all must be of one size.
         label: the column of a table, or the array of an npz archive, that holds the labels; a column without
             a name by its number from 1. ``None``: the one that is called like a label; without a header
             the last.
@@ -161,6 +163,7 @@ class DataConfig(Settings):
     test_records: Positive | None = None
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     scale: PositiveFloat | None = None
+    image_size: Annotated[int, Field(ge=1, le=_WIDEST)] | None = None
     standardise: Literal["auto", "yes", "no"] = "auto"
     label: Annotated[str, Field(min_length=1)] | None = None
     drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()

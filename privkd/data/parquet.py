@@ -236,7 +236,7 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         return _Table(
             RawSet(inputs, labels, groups=groups), columns.said, columns.feature_names, columns.label_name
         )
-    pixels, colour = _images(pyarrow, table, image, origin)
+    pixels, colour = _images(pyarrow, table, image, origin, config.image_size)
     records = RawSet(pixels, labels, colour, groups)
     return _Table(records, _of_images(table, columns, image), (), columns.label_name)
 
@@ -292,7 +292,9 @@ def _binary(pyarrow: ModuleType, kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _images(pyarrow: ModuleType, table: Any, image: int, origin: _Origin) -> tuple[Array, Array]:
+def _images(
+    pyarrow: ModuleType, table: Any, image: int, origin: _Origin, image_size: int | None
+) -> tuple[Array, Array]:
     column, name = table.column(image), table.column_names[image]
     if pyarrow.types.is_struct(column.type):
         inner = column.type.get_field_index(_IMAGE_BYTES)
@@ -305,7 +307,7 @@ def _images(pyarrow: ModuleType, table: Any, image: int, origin: _Origin) -> tup
         for path, rows in zip(origin.paths, origin.rows, strict=True)
         for row in range(rows)
     )
-    return decode_images(column.to_pylist(), places)
+    return decode_images(column.to_pylist(), places, image_size)
 
 
 def _features(pyarrow: ModuleType, table: Any, columns: Columns, origin: _Origin) -> Array:

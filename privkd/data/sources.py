@@ -22,7 +22,7 @@ from privkd.data.parquet import load_parquet
 from privkd.data.saved import is_saved, load_saved
 from privkd.data.tabular import load_csv, load_npz
 from privkd.data.text import TEXT_SUFFIXES, load_json_lines, load_text_folder, load_texts
-from privkd.errors import DataError, one_line
+from privkd.errors import ConfigError, DataError, one_line
 from privkd.plugins import Registry, plugin_file, users_callable
 
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -184,8 +184,22 @@ def load(config: DataConfig) -> Source:
     """Read the data set that ``config.source`` names.
 
     Raises:
+        ConfigError: a setting is about what it has not.
         DataError: it is unknown, missing or malformed; the message names the file, the value and the cure.
     """
+    found = _read(config)
+    side = config.image_size
+    if side is None:
+        return found
+    if found.records.colour is None:
+        raise ConfigError(
+            f"data.image_size={side}: source {config.source!r} has no image files to resize; leave it out"
+        )
+    said = f"{side} x {side}: the shorter side brought to it (bicubic), the longer cut at both ends"
+    return replace(found, taken={**found.taken, "image size": said})
+
+
+def _read(config: DataConfig) -> Source:
     if not is_named(config.source):
         return _from_path(config)
     own = is_function_name(config.source)
@@ -370,7 +384,7 @@ def _from_folder(folder: Path, config: DataConfig) -> Source:
         read_texts_of = load_text_folder if labelled(config) else load_texts
         return read_texts_of(folder, str(folder))
     read_images_of = load_image_folder if labelled(config) else load_images
-    return read_images_of(folder, str(folder))
+    return read_images_of(folder, str(folder), config.image_size)
 
 
 SOURCES: Registry[Callable[[DataConfig], Source]] = Registry(

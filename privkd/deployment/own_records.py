@@ -28,7 +28,10 @@ def own_records(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
 
 
 def _all_of(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
-    given = {name: getattr(config, name) for name in ("source", "data_dir", "label", "drop", "header")}
+    given = {
+        name: getattr(config, name)
+        for name in ("source", "data_dir", "label", "drop", "header", "image_size")
+    }
     source = load(DataConfig(**given, classes=plan.classes))
     check_columns(source, plan.scale.columns)
     records = source.records

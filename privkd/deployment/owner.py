@@ -35,6 +35,7 @@ class RecordsConfig(Settings):
         label: the column or array of the labels.
         drop: columns that are neither features nor label.
         header: whether a CSV file begins with names.
+        image_size: side of the square that image files are brought to, as the cloud says.
         part: ``[number, devices]`` of a public data set, for trials: the shard of the device of that number
             in a simulation of so many devices at its default settings.
     """
@@ -44,6 +45,7 @@ class RecordsConfig(Settings):
     label: str | None = None
     drop: tuple[str, ...] = ()
     header: Literal["auto", "yes", "no"] = "auto"
+    image_size: Annotated[int, Field(ge=1)] | None = None
     part: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
 
     @model_validator(mode="after")
@@ -288,6 +290,7 @@ source = {source}          # a file, a folder, or package.module:function
 # label = "diagnosis"          # column or array of the labels
 # drop = ["id"]                # columns that are neither features nor label
 # header = "auto"              # whether a CSV file begins with names
+# image_size = 32              # the square that image files are brought to, as the cloud says
 # part = [0, 5]                # for trials: device 0 of 5 of an embedded data set
 
 [budget]                       # for good, over all runs and clouds; `privkd device budget` changes it
