@@ -43,8 +43,9 @@ class Tokens:
     Attributes:
         vocabulary: ids are of ``0 .. vocabulary - 1``.
         length: of each record in ids; what is longer is cut.
-        tokenizer: contents of a ``tokenizer.json``; ``None`` where records are ids as they come, of which
-            those that are too large become ``vocabulary - 1``, the unknown token.
+        tokenizer: contents of a ``tokenizer.json``, which cuts and pads to ``length`` too; ``None`` where
+            records are ids as they come, of which those that are too large become ``vocabulary - 1``, the
+            unknown token.
     """
 
     vocabulary: int
@@ -61,16 +62,13 @@ class Tokens:
             return torch.from_numpy(found)
         for start in range(0, len(raw), _AT_ONCE):
             texts = raw[start : start + _AT_ONCE].tolist()
-            for row, encoding in enumerate(self._fast.encode_batch(texts), start):
+            for row, encoding in enumerate(self._parsed.encode_batch(texts), start):
                 found[row] = encoding.ids
-        return torch.from_numpy(found)
+        return torch.from_numpy(np.minimum(found, self.vocabulary - 1))
 
     @cached_property
-    def _fast(self) -> Any:
-        found = _parsed(self.tokenizer or "", TOKENIZER_FILE)
-        found.enable_truncation(self.length)
-        found.enable_padding(pad_id=PADDING, length=self.length)
-        return found
+    def _parsed(self) -> Any:
+        return _cut_to(_parsed(self.tokenizer or "", TOKENIZER_FILE), self.length)
 
     @property
     def digest(self) -> str | None:
@@ -94,10 +92,10 @@ def tokens_of_texts(public: Sequence[str], config: DataConfig) -> tuple[Tokens, 
     else:
         tokenizer = _learned(public, config.vocabulary or _VOCABULARY)
         how = "by a byte-level BPE learned from the public text"
-    size = tokenizer.get_vocab_size()
+    size = 1 + max(tokenizer.get_vocab().values())
     length = config.length or _usual_length(tokenizer, public)
     said = f"token ids of {size}, {how}; the first {length} of each text"
-    return Tokens(size, length, tokenizer.to_str()), said
+    return Tokens(size, length, _cut_to(tokenizer, length).to_str()), said
 
 
 def tokens_of_ids(public: Sequence[Array], config: DataConfig) -> tuple[Tokens, str]:
@@ -115,6 +113,26 @@ def tokens_of_ids(public: Sequence[Array], config: DataConfig) -> tuple[Tokens, 
     return Tokens(vocabulary, length), said
 
 
+def check_tokenizer(text: str, length: int, name: str) -> None:
+    """Do nothing where ``text`` is a tokenizer whose ids depend on a text alone.
+
+    Raises:
+        ConfigError: it is none, or draws at random.
+    """
+    try:
+        _cut_to(_parsed(text, name), length).encode("a text")
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise ConfigError(f"{name}: fails on a text ({one_line(error)})") from error
+
+
+def _cut_to(tokenizer: Any, length: int) -> Any:
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=PADDING, pad_token=_PADDING_NAME, length=length)
+    return tokenizer
+
+
 def _tokenizers() -> ModuleType:
     try:
         import tokenizers
@@ -130,6 +148,10 @@ def _parsed(text: str, name: str) -> Any:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
         raise ConfigError(f"{name}: not a readable tokenizer ({one_line(error)})") from error
+    if getattr(found.model, "dropout", None):
+        raise ConfigError(
+            f"{name}: it draws tokens at random (dropout), which no run can repeat; turn it off"
+        )
     found.no_truncation()
     found.no_padding()
     found.encode_special_tokens = True  # a text that spells one is no padding

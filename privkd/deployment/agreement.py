@@ -106,7 +106,13 @@ class Agreement:
 
     def _built(self, model: ModelConfig) -> nn.Module:
         published = self.published
-        return build(model, input_shape=published.input_shape, classes=len(published.classes), seed=0)
+        return build(
+            model,
+            input_shape=published.input_shape,
+            classes=len(published.classes),
+            seed=0,
+            vocabulary=published.scale.vocabulary,
+        )
 
 
 class Cost(Record):
@@ -278,15 +284,17 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         else f"rho {plan.rho:.4g} a release{_by(published)}",
         "noise of the training": f"multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps a round",
         "answers a round": f"{plan.queries} of {len(published.classes)} classes, {config.channel.sends}",
-        "student": named(models[number % len(models)], published.input_shape),
-        "teacher on this device": named(config.teacher.model, published.input_shape)
+        "student": named(models[number % len(models)], published.input_shape, published.scale.vocabulary),
+        "teacher on this device": named(
+            config.teacher.model, published.input_shape, published.scale.vocabulary
+        )
         if config.student.needs_teacher
         else "not needed",
         "student left here in the end": _left_here(config.student.own_weight),
         "devices on the roster": len(published.roster),
         "nominal records a device": published.records_per_device,
         "classes": ", ".join(published.classes),
-        "inputs": f"{list(published.input_shape)}, {published.scale.constants.words}",
+        "inputs": f"{list(published.input_shape)}, {published.constants.words}",
         "answers at multiples of": f"{published.answer_seconds:g} s",
     }
 

@@ -266,7 +266,7 @@ def export(owner: Owner, run: str | None, form: str, out: Path | None) -> "Expor
     kept = _read(owner.state / round_file(last.run, last.round), last.file)
     path = out or Path(f"{owner.name}{suffix_of(form)}")
     plan, student = agreement.published, kept_student(kept, agreement)
-    artefact = export_model(student, agreement.proxy, plan.scale.constants, plan.classes, form, path)
+    artefact = export_model(student, agreement.proxy, plan.constants, plan.classes, form, path)
     delivered = isinstance(last, Delivered)
     return Exported(
         run=last.run,

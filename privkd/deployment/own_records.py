@@ -28,16 +28,18 @@ def own_records(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
 
 
 def _all_of(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
-    given = {
-        name: getattr(config, name)
-        for name in ("source", "data_dir", "label", "drop", "header", "image_size")
-    }
-    source = load(DataConfig(**given, classes=plan.classes))
+    names = ("source", "data_dir", "label", "drop", "text", "header", "image_size")
+    given, tokens = {name: getattr(config, name) for name in names}, plan.scale.tokens
+    as_ids = tokens is not None and tokens.tokenizer is None
+    source = load(DataConfig(**given, classes=plan.classes, tokens=as_ids))
+    if source.tokens != (tokens is not None):
+        wanted, found = ("text", "numbers") if tokens is not None else ("numbers", "text")
+        raise DataError(f"{config.source}: holds {found}, and the plan is about {wanted}")
     check_columns(source, plan.scale.columns)
     records = source.records
     labels = numbered(records.labels, plan.classes)
     known = labels < len(plan.classes)
-    inputs = plan.scale.constants.features(records.inputs[known])
+    inputs = plan.constants.features(records.inputs[known])
     return LabelledSet(inputs, torch.from_numpy(labels[known]))
 
 

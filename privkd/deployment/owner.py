@@ -34,6 +34,7 @@ class RecordsConfig(Settings):
         data_dir: the base of a relative path.
         label: the column or array of the labels.
         drop: columns that are neither features nor label.
+        text: the column, or the field of JSON lines, that holds the text.
         header: whether a CSV file begins with names.
         image_size: side of the square that image files are brought to, as the cloud says.
         part: ``[number, devices]`` of a public data set, for trials: the shard of the device of that number
@@ -44,6 +45,7 @@ class RecordsConfig(Settings):
     data_dir: Path | None = None
     label: str | None = None
     drop: tuple[str, ...] = ()
+    text: str | None = None
     header: Literal["auto", "yes", "no"] = "auto"
     image_size: Annotated[int, Field(ge=1)] | None = None
     part: tuple[Annotated[int, Field(ge=0)], Positive] | None = None

@@ -2,7 +2,8 @@
 
 ``plan.json`` is canonical, and its SHA-256 is the run's name: a cloud that changes one field has another run,
 to which no device has agreed. It holds no path and no seed. Beside it lies ``proxy.safetensors``, the public
-proxy set: devices are asked about rows of it by number, so that no question can bring inputs of its own.
+proxy set, and of text ``tokenizer.json``: devices are asked about rows of the set by number, so that no
+question can bring inputs of its own.
 
 A device believes no figure of it that it can compute: `PublishedPlan.checked` calibrates the noise again.
 """
@@ -17,7 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+import torch
+from pydantic import Field, PrivateAttr, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
@@ -28,6 +30,7 @@ from privkd.config import Config, config_tree, parse_config
 from privkd.data.constants import Constants
 from privkd.data.preprocessing import Column
 from privkd.data.scenario import Scenario
+from privkd.data.tokens import TOKENIZER_FILE, Tokens, check_tokenizer
 from privkd.errors import ConfigError, RunError
 from privkd.plan import Plan, PublicFacts, make_plan
 from privkd.privacy.events import DpSgd, PartyId
@@ -42,6 +45,17 @@ _OWN = ("ca", "certificate", "key")
 """Settings of the channel that are the cloud's own files."""
 
 
+class TokenScale(Record):
+    """How texts or whole numbers become token ids; see `privkd.data.tokens.Tokens`.
+
+    ``tokenizer`` is the SHA-256 of ``tokenizer.json``; ``None`` where records are ids as they come.
+    """
+
+    vocabulary: Annotated[int, Field(ge=2)]
+    length: Annotated[int, Field(ge=1)]
+    tokenizer: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+
+
 class Scale(Record):
     """How raw features become inputs; see `privkd.data.constants.Constants`."""
 
@@ -50,16 +64,20 @@ class Scale(Record):
     channels: Literal[1, 3] | None
     columns: tuple[Column, ...] = ()
     bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    tokens: TokenScale | None = None
 
     @classmethod
     def of(cls, constants: Constants) -> Self:
         """That of a scenario."""
-        return cls(**{name: getattr(constants, name) for name in cls.model_fields})
+        given = {name: getattr(constants, name) for name in cls.model_fields}
+        if (own := constants.tokens) is not None:
+            given["tokens"] = TokenScale(vocabulary=own.vocabulary, length=own.length, tokenizer=own.digest)
+        return cls(**given)
 
     @property
-    def constants(self) -> Constants:
-        """As data are read by them."""
-        return Constants(**dict(self), said="as the plan says")
+    def vocabulary(self) -> int | None:
+        """Inputs are token ids below it; ``None``: they are numbers."""
+        return None if self.tokens is None else self.tokens.vocabulary
 
 
 class PublishedPlan(FileRecord):
@@ -97,12 +115,16 @@ class PublishedPlan(FileRecord):
     epsilon_device: Real
     answer_seconds: Annotated[Real, Field(gt=0)]
     proxy: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    _tokenizer: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _scaled_as_shaped(self) -> Self:
         columns = len(self.scale.columns)
         if columns and self.input_shape != (columns,):
             raise ValueError(f"{columns} scaled columns are not inputs of shape {list(self.input_shape)}")
+        tokens = self.scale.tokens
+        if tokens is not None and self.input_shape != (tokens.length,):
+            raise ValueError(f"{tokens.length} tokens are not inputs of shape {list(self.input_shape)}")
         return self
 
     @classmethod
@@ -110,7 +132,8 @@ class PublishedPlan(FileRecord):
         cls, config: Config, scenario: Scenario, plan: Plan, roster: Sequence[PartyId], answer_seconds: float
     ) -> Self:
         """That of a run with these settings, for the devices on ``roster``."""
-        return cls(
+        tokens = scenario.constants.tokens
+        found = cls(
             settings=public_settings(config),
             roster=tuple(roster),
             records_per_device=scenario.records_per_device,
@@ -126,6 +149,15 @@ class PublishedPlan(FileRecord):
             answer_seconds=answer_seconds,
             proxy=hashlib.sha256(proxy_bytes(scenario.proxy)).hexdigest(),
         )
+        found._tokenizer = None if tokens is None else tokens.tokenizer
+        return found
+
+    @property
+    def constants(self) -> Constants:
+        """How raw features become inputs, as data are read by it."""
+        given, own = dict(self.scale), self.scale.tokens
+        tokens = None if own is None else Tokens(own.vocabulary, own.length, self._tokenizer)
+        return Constants(**given | {"tokens": tokens}, said="as the plan says")
 
     @cached_property
     def canonical(self) -> bytes:
@@ -196,7 +228,7 @@ class PublishedPlan(FileRecord):
         return self.roster.index(device)
 
     def write(self, folder: Path, proxy: Tensor) -> None:
-        """Write both files into ``folder``, which exists.
+        """Write both files, and of text the tokenizer, into ``folder``, which exists.
 
         Raises:
             RunError: they cannot be written.
@@ -204,6 +236,8 @@ class PublishedPlan(FileRecord):
         try:
             (folder / PLAN_FILE).write_bytes(self.canonical)
             (folder / PROXY_FILE).write_bytes(proxy_bytes(proxy))
+            if self._tokenizer is not None:
+                (folder / TOKENIZER_FILE).write_bytes(self._tokenizer.encode())
         except OSError as error:
             raise RunError(f"{folder}: {error.strerror or error}") from None
 
@@ -212,7 +246,8 @@ class PublishedPlan(FileRecord):
         """The plan and its proxy set ``[query, *shape]`` in ``folder``.
 
         Raises:
-            RunError: a file is missing, damaged, not canonical, or the proxy set is not the plan's.
+            RunError: a file is missing, damaged, not canonical, or the proxy set or the tokenizer is not the
+                plan's.
         """
         plan = cls.read(folder / PLAN_FILE)
         proxy = _bytes_of(folder / PROXY_FILE)
@@ -224,9 +259,33 @@ class PublishedPlan(FileRecord):
             inputs = parse_tensors(proxy)["inputs"]
         except (SafetensorError, KeyError) as error:
             raise RunError(f"{folder / PROXY_FILE} holds no inputs ({error})") from None
-        if tuple(inputs.shape[1:]) != plan.input_shape or not bool(inputs.isfinite().all()):
-            raise RunError(f"{folder / PROXY_FILE}: inputs of shape {list(inputs.shape)} are not the plan's")
+        if tuple(inputs.shape[1:]) != plan.input_shape or not plan._takes(inputs):
+            kind = f"{inputs.dtype} inputs of shape {list(inputs.shape)}"
+            raise RunError(f"{folder / PROXY_FILE}: {kind} are not the plan's")
+        plan._tokenizer = plan._tokenizer_in(folder)
         return plan, inputs
+
+    def _takes(self, inputs: Tensor) -> bool:
+        """Whether ``inputs`` are finite numbers or, of tokens, ids of the vocabulary."""
+        vocabulary = self.scale.vocabulary
+        if vocabulary is None:
+            return inputs.is_floating_point() and bool(inputs.isfinite().all())
+        return inputs.dtype == torch.int64 and bool(((inputs >= 0) & (inputs < vocabulary)).all())
+
+    def _tokenizer_in(self, folder: Path) -> str | None:
+        """The contents of ``tokenizer.json``, where the plan names one."""
+        tokens, path = self.scale.tokens, folder / TOKENIZER_FILE
+        if tokens is None or tokens.tokenizer is None:
+            return None
+        found = _bytes_of(path)
+        if hashlib.sha256(found).hexdigest() != tokens.tokenizer:
+            raise RunError(f"{path} is not the tokenizer of the plan beside it")
+        try:
+            text = found.decode()
+            check_tokenizer(text, tokens.length, str(path))
+        except (UnicodeDecodeError, ConfigError) as error:
+            raise RunError(f"{path}: {error}") from None
+        return text
 
 
 def _equal(published: float | None, computed: float | None) -> bool:

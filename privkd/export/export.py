@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from privkd.data.constants import Constants
+from privkd.data.tokens import TOKENIZER_FILE
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Answering, Deployable, Format, check_equal
 from privkd.export.formats import format_named, suffix_of
@@ -70,11 +72,11 @@ def export_model(
 
     Args:
         student: from inputs to logits.
-        records: public ones as inputs of training, float32 ``[record, *shape]``, at least one.
+        records: public ones as inputs of training, ``[record, *shape]``, at least one.
         constants: how raw features became inputs.
         classes: by name, in the order of the logits.
         form: of `formats.FORMATS`.
-        path: of the artefact.
+        path: of the artefact; a tokenizer goes beside it.
 
     Raises:
         ConfigError: an unknown format, or one whose packages are missing.
@@ -84,12 +86,14 @@ def export_model(
     writer = format_named(form)
     student = copy.deepcopy(student).cpu().eval()
     raw = constants.raw(records[:_CHECKED].cpu())
-    # Not the records themselves: what was rounded on the way back must not count as the artefact's fault.
-    inputs = constants.features(raw.numpy())
+    with torch.no_grad():
+        # Not the records themselves: what was rounded on the way back must not count as the artefact's fault.
+        inputs = constants.module()(raw)
     with _replacing(path) as temporary:
         answer = written(writer, Deployable(student, constants.module(), classes), raw, temporary)
         check = check_equal(student, answer, inputs, raw)
         latency, original = latencies_ms((answer, raw), (student, inputs))
+    tokenizer = _with_tokenizer(path, constants)
     return Artefact(
         format=form,
         file=str(path),
@@ -98,12 +102,25 @@ def export_model(
         input_shape=tuple(raw.shape[1:]),
         preprocessing=constants.words,
         columns=tuple(column.tree() for column in constants.columns),
+        vocabulary=constants.vocabulary,
+        tokenizer=tokenizer,
         classes=answer(raw[:1]).shape[-1],
         class_names=tuple(classes),
         check=check,
         latency_ms=latency,
         original_ms=original,
     )
+
+
+def _with_tokenizer(path: Path, constants: Constants) -> str | None:
+    """Where the tokenizer of text lies, beside the artefact at ``path``."""
+    tokens = constants.tokens
+    if tokens is None or tokens.tokenizer is None:
+        return None
+    beside = path.with_name(f"{path.stem}-{TOKENIZER_FILE}")
+    with _replacing(beside) as temporary:
+        temporary.write_text(tokens.tokenizer, encoding="utf-8")
+    return str(beside)
 
 
 def written(writer: Format, model: Deployable, raw: Tensor, path: Path) -> Answering:

@@ -35,9 +35,12 @@ class Artefact(Record):
         file: where it lies.
         size_bytes: its size.
         parameters: of the student.
-        input_shape: of one raw record, float32, to which the artefact does its preprocessing itself.
+        input_shape: of one raw record, float32, to which the artefact does its preprocessing itself; or int64
+            of token ids.
         preprocessing: that, in words.
         columns: of a table, each a `preprocessing.Column`, in the order in which the artefact takes them.
+        vocabulary: ids are below it; ``None``: raw records are numbers.
+        tokenizer: where the one lies that makes ids of text.
         classes: number of logits.
         class_names: of the logits, in their order; none in records of version 0.1.0.
         check: how the artefact was found equal to the student.
@@ -52,6 +55,8 @@ class Artefact(Record):
     input_shape: tuple[Count, ...]
     preprocessing: str
     columns: tuple[Mapping[str, Plain], ...] = ()
+    vocabulary: Count | None = None
+    tokenizer: str | None = None
     classes: Count
     class_names: tuple[str, ...] = ()
     check: Check
@@ -100,7 +105,7 @@ class Exported(Artefact, FileRecord, Value):
                 "which",
                 "as delivered" if self.delivered else "as the device trained it, nothing was delivered",
             ),
-            ("input", f"raw float32 [record, {shape}]"),
+            ("input", f"{'raw float32' if self.vocabulary is None else 'token ids int64'} [record, {shape}]"),
             ("preprocessing inside", self.preprocessing),
             ("output", f"logits [record, {self.classes}]{_named(self.class_names)}"),
             ("size", f"{self.size_bytes:,} bytes ({self.parameters:,} parameters)"),

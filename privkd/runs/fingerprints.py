@@ -29,6 +29,7 @@ from privkd.cloud import RULES
 from privkd.config import Config, DataConfig
 from privkd.data.scenario import Scenario
 from privkd.data.sources import SOURCES, data_files, is_function_name, may_be_code
+from privkd.data.tokens import TOKENIZER_FILE
 from privkd.errors import RunError
 from privkd.plugins import (
     OwnCode,
@@ -89,8 +90,10 @@ class Fingerprints:
         return {folder: self.of(_all_of({name: files[name] for name in names})) for folder, names in folders}
 
     def of_classes(self, scenario: Scenario) -> str:
-        """The digest of the label space."""
-        return self.of([repr((scenario.classes, scenario.gap_classes)).encode()])
+        """The digest of the label space and, of text, of its tokenizer."""
+        tokens = scenario.constants.tokens
+        of_tokens = () if tokens is None else ((tokens.vocabulary, tokens.length, tokens.digest),)
+        return self.of([repr((scenario.classes, scenario.gap_classes, *of_tokens)).encode()])
 
     def of_records(self, scenario: Scenario) -> str:
         """The digest of the records as they were split: public ones, and each device's own to train on."""
@@ -144,6 +147,9 @@ def bind(folder: RunFolder, scenario: Scenario, root: NoiseRoot) -> None:
         return
     if saved(folder).rounds:
         now.check_unbound(scenario)
+    tokens = scenario.constants.tokens
+    if tokens is not None and tokens.tokenizer is not None:
+        folder.write_text(TOKENIZER_FILE, tokens.tokenizer)
     folder.note(STEP, **asdict(now.binding(root, scenario)))
 
 
@@ -275,7 +281,7 @@ class _Now:
         if self.root is None:
             return
         if noted.classes != self._private(self.root).of_classes(scenario):
-            raise self._changed("data", "the classes are others")
+            raise self._changed("data", "the classes, or the tokenizer, are others")
         if noted.records != _records(self.root, scenario):
             raise self._changed("data", "the records are others")
 
