@@ -289,7 +289,7 @@ class TestPublished:
         plan = PublishedPlan.of(config, scenario, make_plan(config, facts_of(scenario)), names, 1.0)
         (tmp_path / "plan").mkdir()
         plan.write(tmp_path / "plan", scenario.proxy)
-        assert plan.scale.constants.columns == scenario.constants.columns
+        assert plan.constants.columns == scenario.constants.columns
         return plan
 
     def test_devices_apply_its_values_and_not_their_own(self, plan: PublishedPlan, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class TestPublished:
         path = table(tmp_path / "own.csv", 9)
         found = own_records(RecordsConfig(source=str(path)), again)
         raw = load(DataConfig(source=str(path), classes=plan.classes)).records.inputs
-        assert torch.equal(found.inputs, plan.scale.constants.features(raw))
+        assert torch.equal(found.inputs, plan.constants.features(raw))
         assert float(found.inputs[:, 0].mean().abs()) > 1e-3, "they are not their own mean"
 
     def test_a_table_of_other_columns_is_refused(self, plan: PublishedPlan, tmp_path: Path) -> None:
