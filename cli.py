@@ -131,6 +131,20 @@ def train(
 
 
 @app.command()
+def demo(
+    out: Annotated[Text, typer.Option(help="Folder for the two runs. [one each under runs/]")] = None,
+    json_: Json = False,
+) -> None:
+    """Show the point in two minutes: devices with and without protection, and what the cloud finds out."""
+    from audits import demo as show_both
+    from privkd.terminal import progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = show_both(out, progress=progress)
+    show(found, as_json=json_)
+
+
+@app.command()
 @with_settings("data", "data_dir", "label", "drop", "devices")
 def curve(
     *,

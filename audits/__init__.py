@@ -13,6 +13,7 @@ from privkd.plugins import load_siblings
 load_siblings("attacks")
 
 if TYPE_CHECKING:
+    from audits.beside import demo
     from audits.comparison import compare
     from audits.mechanism_audit import mechanism
     from audits.membership_audit import membership
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "closing_audit",
     "compare",
+    "demo",
     "mechanism",
     "membership",
     "reconstruction",
@@ -38,6 +40,7 @@ __all__ = [
 
 _ROOMS = {
     "compare": "audits.comparison",
+    "demo": "audits.beside",
     "mechanism": "audits.mechanism_audit",
     "membership": "audits.membership_audit",
     "reconstruction": "audits.reconstructions.audit",
