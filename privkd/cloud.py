@@ -186,11 +186,14 @@ def train_teacher(
 ) -> nn.Module:
     """The teacher trained on the public labelled data by cross-entropy."""
 
+    parted = Parted.of(model)
+    features = parted.features(public.inputs)
+
     def loss(trained: nn.Module, chosen: Tensor) -> Tensor:
         chosen = chosen.to(public.labels.device)
-        return F.cross_entropy(trained(public.inputs[chosen]), public.labels[chosen])
+        return F.cross_entropy(trained(features[chosen]), public.labels[chosen])
 
-    return fit(model, loss, records=len(public), config=config, generator=generator)
+    return parted.rejoined(fit(parted.rest, loss, records=len(public), config=config, generator=generator))
 
 
 def distil_public(
@@ -231,24 +234,24 @@ def learn(
     if not len(targets.queries):
         return Update(teacher, 0.0)
     weights = ReverseWeights(config.trust, config.anchor)
-    device = data.train.labels.device
+    device, parted = data.train.labels.device, Parted.of(teacher)
+    known, proxy = parted.features(data.train.inputs), parted.features(data.proxy)
 
     def loss(trained: nn.Module, chosen: Tensor) -> Tensor:
         chosen = chosen.to(device)
         asked = torch.randint(len(targets.queries), (config.fit.batch_size,), generator=generator)
-        queries = data.proxy[targets.queries[asked]]
         return reverse_loss(
-            trained(data.train.inputs[chosen]),
+            trained(known[chosen]),
             data.train.labels[chosen],
-            trained(queries),
+            trained(proxy[targets.queries[asked]]),
             targets.probabilities[asked],
             targets.weights[asked],
             targets.prior[asked],
             weights,
         )
 
-    proposal = fit(teacher, loss, records=len(data.train), config=config.fit, generator=generator)
-    return gate(teacher, proposal, data.validation, config.tolerance)
+    learnt = fit(parted.rest, loss, records=len(data.train), config=config.fit, generator=generator)
+    return gate(teacher, parted.rejoined(learnt), data.validation, config.tolerance)
 
 
 def gate(old: nn.Module, proposal: nn.Module, validation: LabelledSet, tolerance: float) -> Update:
@@ -509,7 +512,7 @@ class Cloud:
     def _build(self, model: ModelConfig, *purpose: str | int) -> nn.Module:
         seed = derive_seed(self.config.seed, "init", *purpose)
         built = build(
-            model,
+            model.on(self.config.encoder),
             input_shape=self.input_shape,
             classes=self.classes,
             seed=seed,

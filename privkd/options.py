@@ -93,10 +93,15 @@ _ALL = (
     Option(
         "student",
         "student.models",
-        "mlp, cnn, resnet, scatter, text-embedding, text-cnn, transformer or package.module:factory; "
+        "linear, mlp, cnn, resnet, scatter, text-embedding, text-cnn, transformer or package.module:factory; "
         "a comma deals several. [auto]",
     ),
     Option("teacher", "teacher.model.name", "One of the same names. [auto]"),
+    Option(
+        "encoder",
+        "encoder",
+        "Frozen encoder below all models: package.module:function, or a folder of Hugging Face's. [none]",
+    ),
     Option("partition", "data.partition", "iid, dirichlet or classes. [iid]"),
     Option("seed", "seed", "Decides everything but deployment noise. [0]"),
     Option("device", "device", "auto, cpu or cuda. [auto]"),

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from audits.mechanisms.canaries import Scores
 from privkd.data.scenario import Device, LabelledSet
 from privkd.engines.simulation import RandomnessOf, Simulation
+from privkd.models.features import Parted
 from privkd.models.zoo import trained_parameters
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Check
@@ -237,6 +238,9 @@ class _Crafted:
         most = max(_LEAST_POOL, _MOST_NUMBERS // weights)
         most = min(most, _MOST_POOL_ONE_BY_ONE) if _one_by_one(run, start) else most
         pool = _pool(run, seed, most)
+        for model in (start, teacher):
+            # Kept from here on, each record by itself.
+            Parted.of(model).features(pool.inputs)
         once = _plain_steps(mechanism, 1, _QUIET_STEP)
         alone = [LabelledSet(pool.inputs[i : i + 1], pool.labels[i : i + 1]) for i in range(len(pool))]
         quiet = _Quiet(SeededRandomness(seed), everything=True)

@@ -1,7 +1,7 @@
 """The settings of a run: frozen and validated. Every field is public."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -38,6 +38,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, le=_LARGEST, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 def _either(names: Iterable[str]) -> str:
@@ -260,17 +261,24 @@ class ModelConfig(Settings):
     """An architecture by name, or the user's own. The name alone may stand for the whole.
 
     Attributes:
-        name: ``mlp``, ``cnn``, ``resnet``, ``scatter`` (fixed scattering features and a linear head, for
-            images); of text ``text-embedding`` (the mean of embeddings), ``text-cnn``, ``transformer``; or
-            ``package.module:factory``. ``auto`` is ``cnn`` for images, ``text-embedding`` for text and
-            ``mlp`` for anything else.
+        name: ``linear``, ``mlp``, ``cnn``, ``resnet``, ``scatter`` (fixed scattering features and a linear
+            head, for images); of text ``text-embedding`` (the mean of embeddings), ``text-cnn``,
+            ``transformer``; or ``package.module:factory``. ``auto`` is ``cnn`` for images,
+            ``text-embedding`` for text and ``mlp`` for anything else, such as an encoder's features.
+        encoder: what stands below it in place of the run's ``encoder``; ``none`` for nothing.
         width: scales the layers of a named architecture; ``scatter`` has none to scale.
         activation: the non-linearity of a named architecture.
     """
 
-    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = "auto"
+    name: Name = "auto"
     width: Annotated[int, Field(ge=1, le=_WIDEST)] = 32
     activation: Literal["tanh", "relu"] = "tanh"
+    encoder: Name | None = None
+
+    def on(self, encoder: str | None) -> "ModelConfig":
+        """The same on the run's ``encoder``, unless it has its own; on none where that is ``none``."""
+        own = encoder if self.encoder is None else self.encoder
+        return self.model_copy(update={"encoder": None if own == "none" else own})
 
     @classmethod
     def tree_of(cls, given: Any) -> Any:
@@ -542,6 +550,9 @@ class Config(Settings):
         rounds: how often devices are trained and the teacher learns from their answers.
         seed: decides everything but noise that comes from the ``system``.
         device: what trains: ``auto`` is CUDA where there is one.
+        encoder: a frozen encoder below the teacher and all students, which is public and costs no privacy:
+            ``package.module:function``, or a folder with ``config.json`` and ``model.safetensors`` as
+            Hugging Face's transformers save them. Each record goes through it once. ``None``: no encoder.
         controls: whether to measure what the gain is compared with. A deployment measures no control that
             trains on private records.
         plugins: modules of the user's that add channels, attacks, aggregation rules, data sources or export
@@ -557,6 +568,7 @@ class Config(Settings):
     rounds: Annotated[int, Field(ge=1, le=_MOST_ROUNDS)] = 3
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    encoder: Name | None = None
     controls: bool = True
     plugins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     data: DataConfig = DataConfig()
@@ -602,6 +614,23 @@ class Config(Settings):
         for name, setting in short.items():
             tree = put(tree, setting, given[name], by=name)
         return tree
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The teacher and the students, each on its encoder."""
+        return tuple(model.on(self.encoder) for model in (self.teacher.model, *self.student.models))
+
+    def with_encoders(self, spelt: Callable[[str], str]) -> "Config":
+        """The same settings, with what each encoder is called by ``spelt``."""
+
+        def renamed(model: ModelConfig) -> ModelConfig:
+            own = model.encoder
+            return model if own in (None, "none") else model.model_copy(update={"encoder": spelt(own)})
+
+        teacher = self.teacher.model_copy(update={"model": renamed(self.teacher.model)})
+        student = self.student.model_copy(update={"models": tuple(map(renamed, self.student.models))})
+        encoder = None if self.encoder is None else spelt(self.encoder)
+        return self.model_copy(update={"encoder": encoder, "teacher": teacher, "student": student})
 
     @property
     def silent_devices(self) -> int:

@@ -231,7 +231,7 @@ def located(config: Config) -> Config:
         if (value := getattr(channel, name)) is not None
     }
     plugins = tuple(str(plugin_file(name) or name) for name in config.plugins)
-    return config.model_copy(
+    return config.with_encoders(_located_encoder).model_copy(
         update={
             "plugins": plugins,
             "data": data.model_copy(
@@ -246,6 +246,10 @@ def located(config: Config) -> Config:
 def _located(source: str, data_dir: Path | None) -> str:
     path = None if is_named(source) else _existing(source, data_dir)
     return source if path is None else str(path.absolute())
+
+
+def _located_encoder(name: str) -> str:
+    return name if ":" in name else str(Path(name).expanduser().absolute())
 
 
 def data_files(config: DataConfig) -> dict[str, Path]:

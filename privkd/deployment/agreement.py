@@ -41,19 +41,21 @@ class Agreement:
         proxy: its public inputs ``[record, *shape]``.
         plan: its figures, computed again.
         number: the device's place on the roster.
+        encoders: what the owner offers below the models, among which the plan's are looked for.
     """
 
     published: PublishedPlan
     proxy: Tensor
     plan: Plan
     number: int
+    encoders: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, folder: Path, device: PartyId) -> Self:
+    def read(cls, folder: Path, device: PartyId, encoders: Sequence[str] = ()) -> Self:
         """That of the two files in ``folder``. Raises as `PublishedPlan.load`, ``checked`` and ``number``."""
         published, proxy = PublishedPlan.load(folder)
         KINDS.check(published.config.channel.kind)
-        return cls(published, proxy, published.checked(len(proxy)), published.number(device))
+        return cls(published, proxy, published.checked(len(proxy)), published.number(device), tuple(encoders))
 
     @property
     def run(self) -> str:
@@ -107,11 +109,12 @@ class Agreement:
     def _built(self, model: ModelConfig) -> nn.Module:
         published = self.published
         return build(
-            model,
+            model.on(published.config.encoder),
             input_shape=published.input_shape,
             classes=len(published.classes),
             seed=0,
             vocabulary=published.scale.vocabulary,
+            offered=self.encoders,
         )
 
 
@@ -183,7 +186,7 @@ def show(owner: Owner, folder: Path) -> Proposal:
         RunError: the plan is damaged, or its figures are not those of its settings.
         ConfigError: it makes no plan, or the device is not on its roster.
     """
-    return _proposal(owner, Agreement.read(folder, owner.name))
+    return _proposal(owner, Agreement.read(folder, owner.name, owner.encoders))
 
 
 def agree(owner: Owner, folder: Path, digest: str) -> Proposal:
@@ -198,7 +201,7 @@ def agree(owner: Owner, folder: Path, digest: str) -> Proposal:
     """
     from privkd.deployment.own_records import own_records
 
-    agreement = Agreement.read(folder, owner.name)
+    agreement = Agreement.read(folder, owner.name, owner.encoders)
     if agreement.run != digest:
         raise RunError(f"{folder} holds run {agreement.run}, not {digest}: agree to what you were shown")
     # Before any model is built, as one may be code of its own.
@@ -284,10 +287,8 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         else f"rho {plan.rho:.4g} a release{_by(published)}",
         "noise of the training": f"multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps a round",
         "answers a round": f"{plan.queries} of {len(published.classes)} classes, {config.channel.sends}",
-        "student": named(models[number % len(models)], published.input_shape, published.scale.vocabulary),
-        "teacher on this device": named(
-            config.teacher.model, published.input_shape, published.scale.vocabulary
-        )
+        "student": _called(models[number % len(models)].on(config.encoder), published),
+        "teacher on this device": _called(config.teacher.model.on(config.encoder), published)
         if config.student.needs_teacher
         else "not needed",
         "student left here in the end": _left_here(config.student.own_weight),
@@ -297,6 +298,12 @@ def _asks(published: PublishedPlan, plan: Plan, number: int) -> dict[str, Any]:
         "inputs": f"{list(published.input_shape)}, {published.constants.words}",
         "answers at multiples of": f"{published.answer_seconds:g} s",
     }
+
+
+def _called(model: ModelConfig, published: PublishedPlan) -> str:
+    if model.encoder is None:
+        return named(model, published.input_shape, published.scale.vocabulary)
+    return f"{model.name} on the encoder {model.encoder}"
 
 
 def _by(published: PublishedPlan) -> str:

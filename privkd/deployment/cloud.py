@@ -283,7 +283,11 @@ def _still_published(settings: CloudSettings, config: Config) -> PublishedPlan:
     plan = published_in(settings)
     if plan is None:
         raise RunError(f"{settings.published}: nothing is published yet; `privkd cloud publish` does it")
-    now = (plain(public_settings(config)), Roster.at(settings.roster).names, settings.answer_seconds)
+    now = (
+        plain(public_settings(config, InputType(plan.input_shape))),
+        Roster.at(settings.roster).names,
+        settings.answer_seconds,
+    )
     if now != (plan.tree()["settings"], plan.roster, plan.answer_seconds):
         raise RunError(
             f"{settings.published}: the settings or the roster changed since the plan was published; bring "

@@ -216,7 +216,9 @@ class DeviceProgram:
         if run not in agreed_runs(self._owner):
             raise _RefusedError(Reason.NOT_AGREED, f"nobody agreed to run {run}")
         with _as(Reason.NOT_AGREED):
-            agreement = Agreement.read(run_folder(self._state.path, run), self._owner.name)
+            agreement = Agreement.read(
+                run_folder(self._state.path, run), self._owner.name, self._owner.encoders
+            )
             self._owner.check(agreement.published)
         if agreement.run != run:
             raise _RefusedError(Reason.NOT_AGREED, f"the plan kept for run {run} is another's")

@@ -262,7 +262,7 @@ def export(owner: Owner, run: str | None, form: str, out: Path | None) -> "Expor
     from privkd.export.record import Exported
 
     last = _last_student(owner, run)
-    agreement = Agreement.read(run_folder(owner.state, last.run), owner.name)
+    agreement = Agreement.read(run_folder(owner.state, last.run), owner.name, owner.encoders)
     kept = _read(owner.state / round_file(last.run, last.round), last.file)
     path = out or Path(f"{owner.name}{suffix_of(form)}")
     plan, student = agreement.published, kept_student(kept, agreement)

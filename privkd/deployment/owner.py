@@ -142,6 +142,8 @@ class Owner(Settings):
         socket: where the courier reaches it.
         threads: of a training.
         nice: how far the process stands back for others.
+        encoders: the frozen encoders that this device has, which a plan names by their digests: folders in
+            Hugging Face's layout, or each ``package.module:function``, which may then be run here.
         records: see `RecordsConfig`.
         budget: see `BudgetConfig`.
         bounds: see `BoundsConfig`.
@@ -154,6 +156,7 @@ class Owner(Settings):
     socket: Path = Path("device.sock")
     threads: Positive = 1
     nice: Annotated[int, Field(ge=0, le=19)] = 0
+    encoders: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     records: RecordsConfig
     budget: BudgetConfig = BudgetConfig()
     bounds: BoundsConfig = BoundsConfig()
@@ -246,6 +249,7 @@ def _anchored(owner: Owner, folder: Path) -> Owner:
         update={
             "state": folder / owner.state,
             "socket": folder / owner.socket,
+            "encoders": tuple(name if ":" in name else str(folder / name) for name in owner.encoders),
             "records": records.model_copy(update={"data_dir": data_dir}),
             "aggregators": own.model_copy(update=files),
         }
@@ -286,6 +290,7 @@ state = "state"                # root key, ledger, student: for this device's us
 socket = "device.sock"         # where the courier brings questions
 threads = 1                    # of a training
 nice = 0                       # 0 to 19: how far it stands back for others
+encoders = []                  # folders of frozen encoders that a plan may ask for by digest
 
 [records]                      # private; they never leave
 source = {source}          # a file, a folder, or package.module:function

@@ -32,12 +32,14 @@ from privkd.data.preprocessing import Column
 from privkd.data.scenario import Scenario
 from privkd.data.tokens import TOKENIZER_FILE, Tokens, check_tokenizer
 from privkd.errors import ConfigError, RunError
+from privkd.models.encoder import encoder_named
+from privkd.models.inputs import InputType
 from privkd.plan import Plan, PublicFacts, make_plan
 from privkd.privacy.events import DpSgd, PartyId
 from privkd.records import Count, FileRecord, Plain, Real, Record
 
 PLAN_FILE, PROXY_FILE = "plan.json", "proxy.safetensors"
-_SHOWN = ("rounds", "teacher", "student", "privacy", "channel", "reverse")
+_SHOWN = ("rounds", "encoder", "teacher", "student", "privacy", "channel", "reverse")
 """The groups of settings that devices must know. Others are the cloud's own: data, seed, plug-ins."""
 _ROUNDING = 1e-9
 """By how much, of itself, a figure may differ on another machine."""
@@ -134,7 +136,7 @@ class PublishedPlan(FileRecord):
         """That of a run with these settings, for the devices on ``roster``."""
         tokens = scenario.constants.tokens
         found = cls(
-            settings=public_settings(config),
+            settings=public_settings(config, InputType.of(scenario.proxy)),
             roster=tuple(roster),
             records_per_device=scenario.records_per_device,
             classes=scenario.labels,
@@ -158,6 +160,11 @@ class PublishedPlan(FileRecord):
         given, own = dict(self.scale), self.scale.tokens
         tokens = None if own is None else Tokens(own.vocabulary, own.length, self._tokenizer)
         return Constants(**given | {"tokens": tokens}, said="as the plan says")
+
+    @property
+    def inputs(self) -> InputType:
+        """What the models take."""
+        return InputType(self.input_shape, torch.float32 if self.scale.tokens is None else torch.int64)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -294,8 +301,13 @@ def _equal(published: float | None, computed: float | None) -> bool:
     return math.isclose(published, computed, rel_tol=_ROUNDING)
 
 
-def public_settings(config: Config) -> dict[str, Any]:
-    """The settings that devices are told."""
+def public_settings(config: Config, inputs: InputType) -> dict[str, Any]:
+    """The settings that devices are told; encoders by their digests, as each device has its own copy.
+
+    Raises:
+        ModelError: an encoder cannot be loaded.
+    """
+    config = config.with_encoders(lambda name: encoder_named(name, inputs).digest)
     tree = {name: group for name, group in config_tree(config).items() if name in _SHOWN}
     channel = {name: value for name, value in tree.get("channel", {}).items() if name not in _OWN}
     shown: dict[str, Any] = json.loads(json.dumps(tree | {"channel": channel}, default=os.fspath))

@@ -15,6 +15,7 @@ from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Answering, Deployable, Format, check_equal
 from privkd.export.formats import format_named, suffix_of
 from privkd.export.record import Artefact, Exported
+from privkd.models.features import Parted
 from privkd.models.latency import latencies_ms
 from privkd.models.zoo import parameter_count
 from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
@@ -84,7 +85,7 @@ def export_model(
         RunError: ``path`` cannot be written.
     """
     writer = format_named(form)
-    student = copy.deepcopy(student).cpu().eval()
+    student = Parted.of(copy.deepcopy(student).cpu().eval()).opened()
     raw = constants.raw(records[:_CHECKED].cpu())
     with torch.no_grad():
         # Not the records themselves: what was rounded on the way back must not count as the artefact's fault.

@@ -10,6 +10,7 @@ have neither that nor complex numbers.
 """
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,10 +49,10 @@ class Scattering(FrontEnd):
         self.scales = 2 if min(height, width) >= _LARGE else 1
         self._wavelets(torch.device("cpu"), torch.float32)
 
-    def same_as(self, other: FrontEnd) -> bool:
-        """See `FrontEnd.same_as`: filters depend on the size alone."""
-        size = (self.height, self.width)
-        return isinstance(other, Scattering) and size == (other.height, other.width)
+    @property
+    def key(self) -> Hashable:
+        """See `FrontEnd.key`: filters depend on the size alone."""
+        return type(self), self.height, self.width
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""

@@ -8,7 +8,7 @@ break per-example clipping.
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
+from privkd.models.encoder import Encoder, encoder_named
 from privkd.models.inputs import InputType
 from privkd.models.scattering import Scattering
 from privkd.models.text import HEADS, Convolved, Embedded, Transformer
@@ -49,6 +50,11 @@ class Residual(nn.Module):
         """``[record, channel, height, width]`` to the same with ``outputs`` channels, strided."""
         out: Tensor = self.activation(self.skip(x) + self.body(x))
         return out
+
+
+def _linear(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
+    head = nn.Linear(math.prod(shape), classes)
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), head=head))
 
 
 def _mlp(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
@@ -112,6 +118,7 @@ def _scatter(config: ModelConfig, shape: Shape, classes: int) -> nn.Sequential:
 
 
 _NAMED: dict[str, Callable[[ModelConfig, Shape, int], nn.Sequential]] = {
+    "linear": _linear,
     "mlp": _mlp,
     "cnn": _cnn,
     "resnet": _resnet,
@@ -141,17 +148,27 @@ _OF_TOKENS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {
 
 
 def build(
-    config: ModelConfig, *, input_shape: Shape, classes: int, seed: int, vocabulary: int | None = None
+    config: ModelConfig,
+    *,
+    input_shape: Shape,
+    classes: int,
+    seed: int,
+    vocabulary: int | None = None,
+    offered: Sequence[str] = (),
 ) -> nn.Module:
     """A freshly initialised model from ``[record, *input_shape]`` to logits ``[record, classes]``.
 
     The initial weights are a function of ``seed`` alone; the global generator is left as it was. Inputs are
-    numbers or, with a ``vocabulary``, token ids below it, int64.
+    numbers or, with a ``vocabulary``, token ids below it, int64. A model on an encoder is an `nn.Sequential`
+    of that and of the architecture that takes its features; see `encoder.encoder_named` for ``offered``.
 
     Raises:
         ConfigError: the name is unknown.
         ModelError: the model cannot be built, or does not map inputs to ``classes`` logits.
     """
+    if config.encoder is not None:
+        encoder = encoder_named(config.encoder, _input_type(input_shape, vocabulary), offered)
+        return _on_encoder(encoder, config, classes, seed)
     config = config.model_copy(update={"name": named(config, input_shape, vocabulary)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -168,6 +185,14 @@ def build(
 
 def _input_type(shape: Shape, vocabulary: int | None) -> InputType:
     return InputType(shape, torch.float32 if vocabulary is None else torch.int64)
+
+
+def _on_encoder(encoder: Encoder, config: ModelConfig, classes: int, seed: int) -> nn.Module:
+    above = build(
+        config.model_copy(update={"encoder": None}), input_shape=encoder.shape, classes=classes, seed=seed
+    )
+    children = above.named_children() if type(above) is nn.Sequential else [("model", above)]
+    return nn.Sequential(OrderedDict([("encoder", encoder), *children]))
 
 
 def named(config: ModelConfig, input_shape: Shape, vocabulary: int | None = None) -> str:

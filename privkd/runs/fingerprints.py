@@ -31,6 +31,8 @@ from privkd.data.scenario import Scenario
 from privkd.data.sources import SOURCES, data_files, is_function_name, may_be_code
 from privkd.data.tokens import TOKENIZER_FILE
 from privkd.errors import RunError
+from privkd.models.encoder import encoder_named
+from privkd.models.inputs import InputType
 from privkd.plugins import (
     OwnCode,
     importable,
@@ -229,7 +231,7 @@ class _Now:
     def code(self) -> OwnCode:
         """The user's modules, as far as they are imported."""
         config = self.config
-        models = [model.name for model in (config.teacher.model, *config.student.models)]
+        models = [name for model in config.models for name in (model.name, model.encoder or "")]
         read = [config.data.source, *config.data.own_files.values()]
         source = list(filter(is_function_name, read))
         added = (
@@ -246,6 +248,7 @@ class _Now:
             data=self._private(root).of_data(self.config.data),
             records=_records(root, scenario),
             classes=self._private(root).of_classes(scenario),
+            encoders=self._encoders(scenario),
             code=self._coded(root).of_files(code.files),
             folders=code.folders,
             versions=versions,
@@ -277,7 +280,14 @@ class _Now:
                     f"PYTHONPATH={place}"
                 )
 
+    def _encoders(self, scenario: Scenario) -> dict[str, str]:
+        """They are public."""
+        names = filter(None, (model.encoder for model in self.config.models))
+        inputs = InputType.of(scenario.public.inputs)
+        return {name: encoder_named(name, inputs).digest for name in names}
+
     def check_scenario(self, noted: Binding, scenario: Scenario) -> None:
+        self._compare("encoder", noted.encoders, self._encoders(scenario))
         if self.root is None:
             return
         if noted.classes != self._private(self.root).of_classes(scenario):

@@ -16,12 +16,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from privkd.errors import ModelError
+from privkd.models.architecture import Example
+from privkd.models.features import FrontEnd, Parted
 from privkd.models.inputs import InputType
 from privkd.privacy.randomness import SeededRandomness
 from privkd.training.losses import forward_loss
@@ -34,6 +37,7 @@ _POOL = 256
 _CLOSE, _NEGLIGIBLE = 1e-3, 1e-5
 _CLOSE_LOGITS, _CLOSE_DOUBLES = 1e-3, 1e-7
 _PERTURBED = 0.1
+_KEPT = 8
 
 ForRecords = Callable[[Tensor], Tensor]
 
@@ -162,6 +166,10 @@ def check_apart(model: nn.Module, probe: Probe, who: str) -> None:
     Raises:
         ModelError: it does; the layer and a cure are named. Or it cannot answer the probe at all.
     """
+    parted = Parted.of(model)
+    if parted.front is not None and parted.front.opened() is not parted.front:
+        _check_encoder(Example.of(parted.front), probe)
+        model, probe = parted.rest, probe.through(parted.features)
     for tried in (copy.deepcopy(model), perturbed(model)):
         try:
             exact = probe.inputs.double() if probe.inputs.is_floating_point() else probe.inputs
@@ -172,6 +180,38 @@ def check_apart(model: nn.Module, probe: Probe, who: str) -> None:
             found = _in_its_own_type(tried, probe)
         if found is not None:
             raise ModelError(f"the {who} {_CANNOT[who]}: {found}")
+
+
+@lru_cache(maxsize=_KEPT)
+def _check_encoder(example: Example, probe: Probe) -> None:
+    """Refuse an encoder whose features of a record are not those of the record alone, and always the same."""
+    assert isinstance(example.model, FrontEnd)
+    encoder = example.model.opened().eval()
+    try:
+        found = _own_features(encoder, probe)
+    except ModelError:
+        raise
+    except Exception as error:
+        found = f"it fails on public records: {with_cure(encoder, str(error))}"
+    if found is not None:
+        raise ModelError(f"the encoder cannot stand below what is trained privately: {found}")
+
+
+def _own_features(encoder: nn.Module, probe: Probe) -> str | None:
+    whole = not probe.inputs.is_floating_point()
+    encoder, inputs = encoder.double(), probe.inputs if whole else probe.inputs.double()
+    first, again = (_drawn_features(encoder, inputs[:1], seed) for seed in (0, 1))
+    if not torch.equal(first, again):
+        return "it gives a record other features the next time: draw nothing, and keep nothing between calls"
+    return _dependence(encoder, inputs, probe, _CLOSE_DOUBLES)
+
+
+@torch.no_grad()
+def _drawn_features(encoder: nn.Module, inputs: Tensor, seed: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        features: Tensor = encoder(inputs)
+    return features
 
 
 def _in_its_own_type(model: nn.Module, probe: Probe) -> str | None:

@@ -53,7 +53,7 @@ class Recordwise(TorchDispatchMode):
             ModelError: it draws what cannot be drawn for each record by itself.
         """
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if torch.Tag.nondeterministic_seeded not in func.tags or _drops_nothing(func, args, kwargs):
             return func(*args, **kwargs)
         if not self._streams:
             self._streams = self._open()
@@ -78,6 +78,16 @@ class Recordwise(TorchDispatchMode):
             return self._streams[0](math.prod(shape)).view(shape).to(like.device)
         each = math.prod(shape) // records
         return torch.cat([stream(each) for stream in self._streams]).view(shape).to(like.device)
+
+
+def _drops_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it could draw for a dropout alone, as attention does, and there is none."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    place = names.index("dropout_p")
+    given = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+    return bool(given == 0.0)
 
 
 Draw = Callable[..., Any]
