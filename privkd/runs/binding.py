@@ -19,19 +19,19 @@ class Binding:
         data: digests of the files of the data set, by name.
         records: digest of the records as they were split, always a keyed one.
         classes: digest of the label space.
-        encoders: digests of the frozen encoders, by name.
         code: digests of the user's own modules, by file name.
         folders: where those were imported from, and marks to know them again: see `userscode.OwnCode`.
         versions: of the libraries that matter, by name.
+        encoders: digests of the frozen encoders, by name.
     """
 
     data: Mapping[str, str]
     records: str
     classes: str
-    encoders: Mapping[str, str]
     code: Mapping[str, str]
     folders: Mapping[str, str]
     versions: Mapping[str, str]
+    encoders: Mapping[str, str]
 
 
 def binding_of(journal: Iterable[Mapping[str, Any]], path: Path) -> Binding | None:
@@ -48,10 +48,10 @@ def binding_of(journal: Iterable[Mapping[str, Any]], path: Path) -> Binding | No
             data=_texts(row["data"]),
             records=str(row["records"]),
             classes=str(row["classes"]),
-            encoders=_texts(row.get("encoders", {})),
             code=_texts(row["code"]),
             folders=_texts(row["folders"]),
             versions=_texts(row["versions"]),
+            encoders=_texts(row.get("encoders", {})),
         )
     except (AttributeError, LookupError, TypeError) as error:
         raise RunError(f"{path} is not of this version's form ({error!r}): restore it from a copy") from None
