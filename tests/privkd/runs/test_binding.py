@@ -573,7 +573,9 @@ def test_a_note_of_another_form_is_one_line(tmp_path: Path, note: dict[str, Any]
 
 
 def test_a_note_survives_its_way_through_the_journal(tmp_path: Path) -> None:
-    noted = Binding({"a": "sha256:1"}, "r", "c", {"b.py": "sha256:2"}, {"/x": "b.py 1-2"}, {"torch": "2"}, {"e": "f"})
+    noted = Binding(
+        {"a": "sha256:1"}, "r", "c", {"b.py": "sha256:2"}, {"/x": "b.py 1-2"}, {"torch": "2"}, {"e": "f"}
+    )
     with RunFolder.create(tmp_path / "run", small()) as folder:
         folder.note("bound", **asdict(noted))
     assert binding(tmp_path / "run") == noted
