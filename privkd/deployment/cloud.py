@@ -26,6 +26,7 @@ from privkd.deployment.published import PLAN_FILE, PublishedPlan, public_setting
 from privkd.deployment.remote import Patience, RemoteFleet
 from privkd.errors import ConfigError, InterruptError, RunError
 from privkd.federation import advance
+from privkd.models.inputs import InputType
 from privkd.plugins import load_plugins
 from privkd.prepared import Prepared, prepare, reopen
 from privkd.privacy.events import PartyId

@@ -65,7 +65,9 @@ class _Rows:
         digests = [hashlib.sha256(row.tobytes()).digest() for row in inputs.cpu().flatten(1).numpy()]
         fresh = {digest: n for n, digest in enumerate(digests) if digest not in self._places}
         if fresh:
-            made = _in_blocks(front, inputs[list(fresh.values())])
+            # In blocks of one size a record's features are the same bits whatever stands beside it.
+            filled = [*fresh.values(), *[0] * (-len(fresh) % _BLOCK)]
+            made = _in_blocks(front, inputs[filled])[: len(fresh)]
             if not self._keep(fresh, made, room):
                 return _in_blocks(front, inputs)
         return self._table[[self._places[digest] for digest in digests]]
@@ -90,10 +92,8 @@ _rows: OrderedDict[Hashable, _Rows] = OrderedDict()
 
 
 def _in_blocks(front: FrontEnd, inputs: Tensor) -> Tensor:
-    """Blocks of one size stay in the processor's cache, and a record's features do not depend on the rest."""
-    rest = -len(inputs) % _BLOCK
-    filled = torch.cat([inputs, inputs[:1].expand(rest, *inputs.shape[1:])])
-    return torch.cat([front(block) for block in filled.split(_BLOCK)])[: len(inputs)]
+    """Small blocks stay in the processor's cache."""
+    return torch.cat([front(block) for block in inputs.split(_BLOCK)])
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from privkd.export.export import export_student
 from privkd.models import features
 from privkd.models.encoder import Encoder, encoder_named
 from privkd.models.features import Parted
+from privkd.models.inputs import InputType
 from privkd.models.zoo import build, parameter_count, trained_parameters
 from privkd.prepared import prepare, reopen
 from privkd.runs.binding import binding_of
@@ -112,9 +113,13 @@ def saved(folder: Path, kind: str, **settings: Any) -> Path:
     return folder
 
 
-def model_on(name: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> nn.Module:
-    config = ModelConfig(name="linear", encoder=name, **settings)
-    return build(config, input_shape=shape, classes=4, seed=0)
+def named(name: str, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> Encoder:
+    return encoder_named(name, InputType(shape, dtype))
+
+
+def model_on(name: str, shape: tuple[int, ...] = SHAPE, vocabulary: int | None = None) -> nn.Module:
+    config = ModelConfig(name="linear", encoder=name)
+    return build(config, input_shape=shape, classes=4, seed=0, vocabulary=vocabulary)
 
 
 class TestFront:
@@ -162,7 +167,7 @@ class TestFront:
         assert formulation(model_on(f"{own}:encoder"), SHAPE) == "bookkeeping"
 
     def test_a_compiled_encoder_is_taken_as_it_was(self, own: str) -> None:
-        one, other = (encoder_named(f"{own}:{name}", SHAPE) for name in ("encoder", "compiled"))
+        one, other = (named(f"{own}:{name}") for name in ("encoder", "compiled"))
         assert one.digest == other.digest
 
 
@@ -208,13 +213,13 @@ class TestHub:
         folder = saved(tmp_path / "bert", "text")
         tokens = torch.randint(1, 30, (3, 10))
         tokens[0, 4:] = 0
-        found = encoder_named(str(folder), (10,))(tokens)
+        found = named(str(folder), (10,), torch.int64)(tokens)
         model = pytest.importorskip("transformers").BertModel.from_pretrained(folder).eval()
         with torch.no_grad():
             alone = model(input_ids=tokens[:1, :4]).last_hidden_state.mean(1)
             rest = model(input_ids=tokens[1:]).last_hidden_state.mean(1)
         torch.testing.assert_close(found, torch.cat([alone, rest]))
-        assert encoder_named(str(folder), (10,))(torch.full((1, 10), 99)).isfinite().all()
+        assert named(str(folder), (10,), torch.int64)(torch.full((1, 10), 99)).isfinite().all()
 
     def test_images_are_standardised(self, tmp_path: Path) -> None:
         folder = saved(tmp_path / "vit", "images")
@@ -223,21 +228,21 @@ class TestHub:
         model = pytest.importorskip("transformers").ViTModel.from_pretrained(folder).eval()
         with torch.no_grad():
             expected = model(pixel_values=(images - 0.5) / 0.25).last_hidden_state.mean(1)
-        torch.testing.assert_close(encoder_named(str(folder), SHAPE)(images), expected)
+        torch.testing.assert_close(named(str(folder))(images), expected)
 
     @pytest.mark.parametrize("kind", ["text", "images"])
     def test_it_is_proved(self, tmp_path: Path, kind: str) -> None:
         shape = (10,) if kind == "text" else SHAPE
-        public = torch.randint(0, 30, (40, 10)).float() if kind == "text" else torch.rand(40, *SHAPE)
-        model = model_on(str(saved(tmp_path / "hub", kind)), shape)
+        public = torch.randint(0, 30, (40, 10)) if kind == "text" else torch.rand(40, *SHAPE)
+        model = model_on(str(saved(tmp_path / "hub", kind)), shape, 30 if kind == "text" else None)
         check_apart(model, Probe.of(public, 4), "student")
 
     def test_a_changed_folder_is_read_again(self, tmp_path: Path) -> None:
         folder = saved(tmp_path / "vit", "images")
-        first = encoder_named(str(folder), SHAPE).digest
-        assert encoder_named(str(folder), SHAPE).digest == first
+        first = named(str(folder)).digest
+        assert named(str(folder)).digest == first
         saved(folder, "images", hidden_act="relu")
-        assert encoder_named(str(folder), SHAPE).digest != first
+        assert named(str(folder)).digest != first
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -275,26 +280,26 @@ class TestHub:
         folder = saved(tmp_path / "vit", "images")
         change(folder)
         with pytest.raises(ModelError, match=said) as refused:
-            encoder_named(str(folder), SHAPE)
+            named(str(folder))
         assert "\n" not in str(refused.value)
 
     @pytest.mark.parametrize(
-        ("settings", "shape", "said"),
+        ("settings", "shape", "dtype", "said"),
         [
-            ({"pad_token_id": 1}, (10,), "with token 1"),
-            ({}, (13,), "at most 12 tokens"),
-            ({}, SHAPE, r"takes tokens \[length\]"),
+            ({"pad_token_id": 1}, (10,), torch.int64, "with token 1"),
+            ({}, (13,), torch.int64, "at most 12 tokens"),
+            ({}, (10,), torch.float32, "takes texts as tokens"),
         ],
     )
     def test_other_records_are_refused(
-        self, tmp_path: Path, settings: dict[str, Any], shape: tuple[int, ...], said: str
+        self, tmp_path: Path, settings: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, said: str
     ) -> None:
         with pytest.raises(ModelError, match=said):
-            encoder_named(str(saved(tmp_path / "bert", "text", **settings)), shape)
+            named(str(saved(tmp_path / "bert", "text", **settings)), shape, dtype)
 
     def test_a_missing_folder_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="no such folder; expected one with "):
-            encoder_named(str(tmp_path / "nowhere"), SHAPE)
+            named(str(tmp_path / "nowhere"))
 
     def test_damage_ends_in_one_line(self, tmp_path: Path) -> None:
         folder = saved(tmp_path / "vit", "images")
@@ -307,7 +312,7 @@ class TestHub:
             path.write_bytes(data.draw(damaged(whole[path])))
             try:
                 with no_hang():
-                    encoder_named(str(folder), SHAPE)
+                    named(str(folder))
             except ModelError as error:
                 assert "\n" not in str(error)  # noqa: PT017
             finally:
@@ -367,7 +372,7 @@ class TestRuns:
 class TestDeployment:
     def test_the_plan_has_the_digest_and_the_device_its_own_copy(self, tmp_path: Path, own: str) -> None:
         cloud = clouds(f"encoder={own}:encoder")
-        digest = encoder_named(f"{own}:encoder", SHAPE).digest
+        digest = named(f"{own}:encoder").digest
         assert cloud.published.config.encoder == digest
         assert own not in cloud.published.canonical.decode()
         assert not any("encoder" in name for name in cloud.tensors(0))
