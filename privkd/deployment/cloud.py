@@ -26,7 +26,6 @@ from privkd.deployment.published import PLAN_FILE, PublishedPlan, public_setting
 from privkd.deployment.remote import Patience, RemoteFleet
 from privkd.errors import ConfigError, InterruptError, RunError
 from privkd.federation import advance
-from privkd.models.inputs import InputType
 from privkd.plugins import load_plugins
 from privkd.prepared import Prepared, prepare, reopen
 from privkd.privacy.events import PartyId
@@ -285,7 +284,7 @@ def _still_published(settings: CloudSettings, config: Config) -> PublishedPlan:
     if plan is None:
         raise RunError(f"{settings.published}: nothing is published yet; `privkd cloud publish` does it")
     now = (
-        plain(public_settings(config, InputType(plan.input_shape))),
+        plain(public_settings(config, plan.inputs)),
         Roster.at(settings.roster).names,
         settings.answer_seconds,
     )
