@@ -748,6 +748,17 @@ Gaussian = Annotated[
 ]
 
 
+Independent = Annotated[
+    bool,
+    typer.Option(
+        "--independent",
+        help="Each score has nothing to do with the others, such as from a run of its own: bounds that "
+        "assume it count too.",
+    ),
+]
+AuditOut = Annotated[Text, typer.Option(help="Folder for the report, tables and figures. [none are written]")]
+
+
 @audit.command()
 def scores(
     file: Annotated[
@@ -760,18 +771,9 @@ def scores(
     ],
     epsilon: ClaimedEpsilon = None,
     delta: ClaimedDelta = None,
-    independent: Annotated[
-        bool,
-        typer.Option(
-            "--independent",
-            help="Each score has nothing to do with the others, such as from a run of its own: bounds that "
-            "assume it count too.",
-        ),
-    ] = False,
+    independent: Independent = False,
     gaussian: Gaussian = False,
-    out: Annotated[
-        Text, typer.Option(help="Folder for the report, tables and figures. [none are written]")
-    ] = None,
+    out: AuditOut = None,
     plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
@@ -784,6 +786,62 @@ def scores(
     claim = claimed(epsilon, delta, independent=independent, gaussian=gaussian)
     load_plugins(plugin or ())
     show(scores_of_file(Path(file), claim, out=_path(out)), as_json=json_)
+
+
+@audit.command()
+@with_settings("data", "data_dir", "label", "drop")
+def model(
+    train: Annotated[
+        str,
+        typer.Argument(
+            help="package.module:train of yours: train(inputs, labels, seed) returns predict(inputs), which "
+            "gives probabilities, logits or scores, or an object with membership(inputs, labels), which "
+            "gives scores."
+        ),
+    ],
+    *,
+    settings: Mapping[str, Any],
+    epsilon: ClaimedEpsilon = None,
+    delta: ClaimedDelta = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no model that would end later. [60, without --models]")
+    ] = None,
+    models: Annotated[int | None, typer.Option(help="At most so many models. [as time allows]")] = None,
+    canaries: Annotated[
+        int | None,
+        typer.Option(help="Mislabelled records; 1: each model is a trial. [a third, at most 1,000]"),
+    ] = None,
+    independent: Independent = False,
+    gaussian: Gaussian = False,
+    seed: Annotated[int, typer.Option(help="Decides the coins and the trainings' seeds.")] = 0,
+    out: AuditOut = None,
+    json_: Json = False,
+) -> None:
+    """Audit a training function of yours by canaries of its data. Exit code 3: they beat the claim."""
+    from audits.bounding import claimed
+    from privkd.config import load_config
+
+    claimed(epsilon, delta)
+    data = load_config(None, (), settings).data
+    from audits import model as attack_model
+    from privkd.terminal import progress_on_stderr, show
+
+    with progress_on_stderr() as progress:
+        found = attack_model(
+            train,
+            data,
+            epsilon=epsilon,
+            delta=delta,
+            seconds=seconds,
+            models=models,
+            canaries=canaries,
+            independent=independent,
+            gaussian=gaussian,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
+    show(found, as_json=json_)
 
 
 device = typer.Typer(

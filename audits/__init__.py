@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from audits.comparison import compare
     from audits.mechanism_audit import mechanism
     from audits.membership_audit import membership
+    from audits.model_audit import model
     from audits.reconstructions.audit import reconstruction
     from audits.reports.compose import report
     from audits.scores_audit import scores
@@ -32,6 +33,7 @@ __all__ = [
     "demo",
     "mechanism",
     "membership",
+    "model",
     "reconstruction",
     "report",
     "scores",
@@ -43,6 +45,7 @@ _ROOMS = {
     "demo": "audits.beside",
     "mechanism": "audits.mechanism_audit",
     "membership": "audits.membership_audit",
+    "model": "audits.model_audit",
     "reconstruction": "audits.reconstructions.audit",
     "report": "audits.reports.compose",
     "scores": "audits.scores_audit",

@@ -135,7 +135,7 @@ def _one_run(scored: Scored, delta: float, confidence: float) -> _Estimated:
     m = len(scored.values)
     # A band is the tighter rule as far as delta lets it reach.
     reach = int(numbers_of_guesses(m, delta, 1 - confidence)[-1])
-    rule: GuessRule = BandGuesses() if 4 * reach >= m else _three_numbers(m, (100, 20, 4))
+    rule: GuessRule = BandGuesses() if 16 * reach >= m else _three_numbers(m, (100, 20, 4))
     found = epsilon_lower_bound_one_run(
         scored.values, scored.inside, rule=rule, estimator=one_run, delta=delta, confidence=confidence
     )

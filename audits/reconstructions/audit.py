@@ -35,7 +35,7 @@ from audits.requests import (
     folder_of,
     reconstruction_attacks_of,
 )
-from audits.roc import blank, rendered
+from audits.style import blank, rendered
 from audits.tables import ReconstructionReport
 from privkd.errors import ConfigError, InputError
 from privkd.prepared import Prepared, reopen_simulation
@@ -51,6 +51,7 @@ from privkd.training.vectorised import train_cohort
 _EXAMPLES = 10
 _SIDE = 0.85
 _LETTERS = 14
+_DOTS = 150
 _TITLES = ("target", "nearest public", "reconstruction")
 
 
@@ -105,7 +106,7 @@ def _rendered(pictures: Floats, captions: list[str], title: str) -> bytes:
     for side in panel.spines.values():
         side.set_visible(False)
     panel.set_title(title, fontsize=8)
-    return rendered(figure, "png")
+    return rendered(figure, "png", dots=_DOTS)["png"]
 
 
 def _mosaic(pictures: Floats) -> tuple[Floats, int, int]:

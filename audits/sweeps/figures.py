@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
@@ -15,6 +14,7 @@ from matplotlib.patches import Patch
 from audits.estimators.rates import Interval
 from audits.evidence import Accuracies
 from audits.requests import VIEWS
+from audits.style import HAIR, INK, MUTED, SETTINGS, rendered
 from audits.sweeps.grid import Grid, spelt
 from audits.sweeps.points import Outcome, Point, audited_views, cloud_view, points_of, seeds_note
 from privkd.channels.registry import known
@@ -25,23 +25,8 @@ FIGURES = {
     "theory": "Lower bounds from attacks against the ledger's upper bound, by view; one mark is one run",
 }
 
-INK, MUTED, HAIR = "#222222", "#5a5a5a", "#d9d9d9"
 FORBIDDEN = "#fbe9df"
 TEACHER, STUDENT = "#0072B2", "#E69F00"
-_SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.labelsize": 9.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-    "legend.fontsize": 9,
-    "svg.hashsalt": "privkd",
-}
 _DOTS = 110
 _BEYOND = 12.0
 """Percentage points that the accuracies' axis reaches beyond the estimates at most: wide bars run out."""
@@ -60,7 +45,7 @@ def draw_figures(grid: Grid, outcomes: Sequence[Outcome]) -> Mapping[str, Mappin
     found = {"utility": _utility(grid, points)}
     if views := sorted(audited_views(outcomes), key=_place):
         found |= {"leak": _leak(points), "theory": _theory(grid, outcomes, views)}
-    return {name: _rendered(figure) for name, figure in found.items()}
+    return {name: rendered(figure, "svg", "png", dots=_DOTS) for name, figure in found.items()}
 
 
 def _place(view: str) -> int:
@@ -70,7 +55,7 @@ def _place(view: str) -> int:
 
 def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
     """A white figure with a grid of quiet axes, sizes in inches."""
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
@@ -101,18 +86,6 @@ def _bars(values: Sequence[Interval], scale: float, least: float, most: float) -
     down = [scale * one.estimate - max(least, scale * one.low) for one in values]
     up = [min(most, scale * one.high) - scale * one.estimate for one in values]
     return [[max(0.0, length) for length in side] for side in (down, up)]
-
-
-def _rendered(figure: Figure) -> Mapping[str, bytes]:
-    """Equal figures are equal files."""
-    files = {}
-    for kind in ("svg", "png"):
-        buffer = BytesIO()
-        with mpl.rc_context(_SETTINGS):
-            metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(buffer, format=kind, dpi=_DOTS, metadata=metadata)
-        files[kind] = buffer.getvalue()
-    return files
 
 
 def _utility(grid: Grid, points: Sequence[Point]) -> Figure:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from attacks.membership.shadows import Shadows
 from audits.bounding import Claim, bounds_of, claimed, pair_bound
 from audits.estimators import mu_of_epsilon
 from audits.findings import Refused
+from audits.roc import spread
 from audits.score_files import read_scores, score_set
 from audits.tables import Scored, ScoresReport
 from cli import app
@@ -181,6 +183,37 @@ def test_the_report_comes_back_and_shows_itself(tmp_path: Path) -> None:
     assert {Path(name).name for name in found.written} >= {"scores.json", "roc.png", "roc.svg"}
     assert len(found.rows()) == 5
     assert "balanced accuracy" in found._repr_html_()
+
+
+def test_what_is_written_is_what_was_found(tmp_path: Path) -> None:
+    scores, member = canaries(300, 2.0)
+    found = audits.scores(scores, member, epsilon=2.0, delta=DELTA, out=tmp_path)
+    with (tmp_path / "scores.csv").open() as file:
+        raw = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in raw] == scores.tolist()
+    assert [row["member"] == "1" for row in raw] == member.tolist()
+    again = read_scores(tmp_path / "scores.csv")
+    assert np.array_equal(again.scores[0], scores)
+    with (tmp_path / "roc.csv").open() as file:
+        rates = [[float(row[f"{kind}_positive_rate"]) for row in csv.DictReader(file)] for kind in ("false",)]
+    assert rates[0] == sorted(rates[0])
+    assert rates[0][-1] == 1.0
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert f"| {found.epsilon_lower:.2f} | 2 |" in lines[2]
+    latex = (tmp_path / "table.tex").read_text()
+    assert latex.count(r"\\") == 2
+    assert r"one\_run" in latex
+    assert b"score</text>" in (tmp_path / "roc.svg").read_bytes()
+    assert (tmp_path / "roc.pdf").read_bytes().startswith(b"%PDF")
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted))
+def test_names_of_curves_never_overprint(starts: list[float]) -> None:
+    heights = spread(starts, 0.05)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in pairwise(heights))
+    assert max(heights) <= max(1.0, 0.05 * (len(starts) - 1)) + 1e-9
+    assert spread([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
 
 
 def test_a_pair_stands_beside_and_never_counts() -> None:
