@@ -70,6 +70,7 @@ _ALL = (
         "data.group",
         "The column that says whose each record is: a natural partition, by whole groups.",
     ),
+    Option("missing", "data.missing", "Missing features: refuse, mean, most-frequent or drop. [refuse]"),
     Option("devices", "data.devices", "Number of devices. [5]"),
     Option("rounds", "rounds", "Number of rounds. [3]"),
     Option("channel", "channel.kind", "plain, noised, secure or a plug-in's. [secure]"),

@@ -139,6 +139,14 @@ class DataConfig(Settings):
             do not exceed, 128 at most; or as arrays have it.
         tokens: whether whole-number arrays ``[record, position]`` are token ids, of which 0 pads.
         header: whether the first line of a CSV file names the columns; ``auto`` asks where that is doubtful.
+        delimiter: what separates the cells of a CSV or TSV file; ``auto`` takes tabs in a ``.tsv``, else
+            commas, and asks where the first line has as many cells by something else.
+        decimal: what stands before the fraction of a number in such a file.
+        missing: what is done about missing features of a table: ``refuse`` them, fill them with the ``mean``
+            or the ``most-frequent`` value of the public records (of text always the latter), or ``drop``
+            their records.
+        categorical: columns of a table whose values are names, whatever they spell; as text, with commas
+            between. Text columns are, where the public records hold few different values.
         device_test_records: size of each device's own test set, of its own distribution.
         partition: how private records fall to devices.
         dirichlet_alpha: concentration of ``dirichlet``; small is uneven.
@@ -175,6 +183,10 @@ class DataConfig(Settings):
     length: Annotated[int, Field(ge=1, le=_LONGEST)] | None = None
     tokens: bool = False
     header: Literal["auto", "yes", "no"] = "auto"
+    delimiter: Literal["auto", "comma", "semicolon", "tab"] = "auto"
+    decimal: Literal["point", "comma"] = "point"
+    missing: Literal["refuse", "mean", "most-frequent", "drop"] = "refuse"
+    categorical: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     device_test_records: Annotated[int, Field(ge=0)] = 20
     partition: Literal["iid", "dirichlet", "classes"] = "iid"
     dirichlet_alpha: PositiveFloat = 1.0
@@ -204,7 +216,7 @@ class DataConfig(Settings):
     def _number_too(cls, value: Any) -> Any:
         return str(value) if type(value) is int else value
 
-    @field_validator("drop", mode="before")
+    @field_validator("drop", "categorical", mode="before")
     @classmethod
     def _columns_by_commas(cls, value: Any) -> Any:
         if isinstance(value, str):

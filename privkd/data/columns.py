@@ -258,8 +258,9 @@ def refuse_columns(
     config: DataConfig,
     *,
     label: bool = False,
-    header: bool = False,
+    lines: bool = False,
     group: bool = False,
+    table: bool = False,
     text: bool = False,
     tokens: bool = False,
 ) -> None:
@@ -268,8 +269,9 @@ def refuse_columns(
     Args:
         config: the settings.
         label: whether the source knows ``data.label`` all the same, and with it ``data.group``.
-        header: whether it knows ``data.header``, and with it the others.
+        lines: whether it is text in lines: it knows ``data.header``, ``data.delimiter``, ``data.decimal``.
         group: whether it knows ``data.group``, and nothing else.
+        table: whether it has columns of text or with missing values.
         text: whether it knows ``data.text``.
         tokens: whether it knows ``data.tokens``.
 
@@ -282,7 +284,11 @@ def refuse_columns(
         "label": config.label is not None and not label,
         "drop": bool(config.drop) and not label,
         "group": config.group is not None and not (label or group),
-        "header": config.header != "auto" and not header,
+        "header": config.header != "auto" and not lines,
+        "delimiter": config.delimiter != "auto" and not lines,
+        "decimal": config.decimal != "point" and not lines,
+        "missing": config.missing != "refuse" and not table,
+        "categorical": bool(config.categorical) and not table,
         "text": config.text is not None and not text,
         "tokens": config.tokens and not tokens,
     }

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from privkd.config import DataConfig
 from privkd.config.labels import in_order, is_fraction, is_number, numbers_of, same_number
 from privkd.data.dataset import Array, Indices, RawSet, Source
-from privkd.data.preprocessing import BOUND, Column, Pixels, Standardised, standards
+from privkd.data.encoding import columns_of
+from privkd.data.preprocessing import BOUND, Column, Pixels, Table, raw_columns
 from privkd.data.tokens import Tokens, tokens_of_ids, tokens_of_texts
 from privkd.errors import ConfigError, DataError
 
@@ -29,6 +30,7 @@ _FEW_CLASSES, _RECORDS_A_CLASS = 20, 10
 _SIZES = ("records_per_device", "public_records", "validation_records", "proxy_records")
 _PLACE = re.compile(r"(column|feature) [0-9]+")
 """What a feature is called that has no name of its own."""
+_MOST_NAMED = 4
 _BLOCK = 512
 """Records that are converted at once, so that memory holds little beside the inputs."""
 
@@ -64,7 +66,7 @@ class Constants:
     def module(self) -> nn.Module:
         """What makes inputs ``[record, *shape]`` of raw float32 features, each from its own record alone."""
         if self.columns:
-            return Standardised(self.columns, self.bound)
+            return Table(self.columns, self.bound)
         return Pixels(self.divisor, self.largest, self.channels)
 
     @torch.no_grad()
@@ -90,8 +92,7 @@ class Constants:
         if self.tokens is not None:
             return inputs
         if self.columns:
-            module = Standardised(self.columns, self.bound)
-            return inputs * module.scale + module.mean
+            return raw_columns(inputs, self.columns)
         return inputs if self.divisor == 1 else (inputs * self.divisor).round()
 
     @property
@@ -112,6 +113,7 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
     """The constants of ``source``, from settings and from its ``public`` records and test split.
 
     Raises:
+        DataError: as `columns_of`.
         ConfigError: ``data.scale`` is set for features that are no whole numbers, or must be set for images
             in whole numbers that are neither flags nor of 8 or 16 bits; or ``data.standardise`` asks it of
             what is no table of numbers; or a tokenizer cannot be read.
@@ -129,8 +131,8 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
     divisor = source.divisor if config.scale is None else config.scale
     if divisor is not None:
         return Constants(divisor, None, channels, f"divided by {divisor:g}")
-    if table:
-        return _of_table(source, public)
+    if table or (source.records.words is not None and source.records.inputs.dtype == np.float32):
+        return _of_table(source, public, config, standardise=table)
     low, high = _range(source, public)
     bytes_ = source.records.inputs.dtype == np.uint8
     images = source.whole and source.records.inputs.ndim > 2
@@ -145,7 +147,7 @@ def find_constants(source: Source, public: Indices, config: DataConfig) -> Const
 
 def _of_tokens(source: Source, public: Indices, config: DataConfig) -> Constants:
     """Of texts, or of whole numbers that are token ids."""
-    parts = list(_parts(source, public))
+    parts = [part.inputs for part in _parts(source, public)]
     if source.records.inputs.dtype.kind == "O":
         tokens, said = tokens_of_texts([text for part in parts for text in part.tolist()], config)
     else:
@@ -176,23 +178,42 @@ def _is_table(source: Source, config: DataConfig) -> bool:
     return config.standardise == "yes"
 
 
-def _of_table(source: Source, public: Indices) -> Constants:
-    """Of columns by their public means and deviations; flags alone stay as they are."""
+def _of_table(source: Source, public: Indices, config: DataConfig, *, standardise: bool) -> Constants:
+    """Of columns by their public values; where nothing is to be done to any, they are none."""
     width = source.records.inputs.shape[1]
     names = source.columns or tuple(f"feature {number}" for number in range(1, width + 1))
-    columns = standards(names, _parts(source, public))
+    try:
+        columns = columns_of(names, list(_parts(source, public)), config, standardise=standardise)
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from None
     if all(column.as_it_came for column in columns):
-        return Constants(1.0, None, None, "as they are, 0/1 flags in the public records")
-    return Constants(1.0, None, None, f"{_of_columns(columns, BOUND)}, by the public records", columns, BOUND)
+        low, high = _range(source, public)
+        return Constants(1.0, None, None, f"as they are, {low:.4g} to {high:.4g} in the public records")
+    bound = BOUND if standardise else None
+    return Constants(1.0, None, None, f"{_of_columns(columns, bound)}, by the public records", columns, bound)
 
 
 def _of_columns(columns: Sequence[Column], bound: float | None) -> str:
     """What they do to features, in words."""
-    as_they_came = sum(column.as_it_came for column in columns)
-    others = len(columns) - as_they_came
-    said = f"{others} column{'s' * (others > 1)} standardised to mean 0 and deviation 1"
+    text = [column for column in columns if column.vocabulary]
+    numbers = [column for column in columns if not column.vocabulary]
+    moved = sum((column.mean, column.scale) != (0, 1) for column in numbers)
     within = "" if bound is None else f", clipped at {bound:g} deviations"
-    return said + within + (f"; {as_they_came} as they are, 0/1 flags" if as_they_came else "")
+    said = [f"{_columns(moved)} standardised to mean 0 and deviation 1{within}"] if moved else []
+    if moved < len(numbers):
+        kept = len(numbers) - moved
+        said.append(f"{kept} as they are" if bound is None else f"{kept} as they are, 0/1 flags")
+    if text:
+        named = ", ".join(repr(column.name) for column in text[:_MOST_NAMED])
+        more = f" and {len(text) - _MOST_NAMED} more" if len(text) > _MOST_NAMED else ""
+        said.append(f"{named}{more} as categories, of {sum(len(c.vocabulary) for c in text)} known values")
+    if any(column.fill is not None for column in columns):
+        said.append("missing values filled")
+    return "; ".join(said)
+
+
+def _columns(number: int) -> str:
+    return f"{number} column{'' if number == 1 else 's'}"
 
 
 def check_columns(source: Source, columns: Sequence[Column]) -> None:
@@ -229,16 +250,16 @@ def _of_whole_images(source: Source, low: float, high: float, channels: int | No
 
 def _range(source: Source, public: Indices) -> tuple[float, float]:
     """The least and the largest value of the public records."""
-    parts = [part for part in _parts(source, public) if part.size]
+    parts = [part.inputs for part in _parts(source, public) if part.inputs.size]
     if not parts:
         return 0.0, 0.0
     return float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
 
 
-def _parts(source: Source, public: Indices) -> Iterator[Array]:
-    yield source.records.inputs[public]
+def _parts(source: Source, public: Indices) -> Iterator[RawSet]:
+    yield source.records.at(public)
     if source.test is not None:
-        yield source.test.inputs
+        yield source.test
 
 
 def _channels(source: Source, public: Indices) -> int | None:

@@ -27,6 +27,19 @@ _LARGEST_ID = 2**62
 
 
 @dataclass(frozen=True)
+class Words:
+    """A column of a table that holds text.
+
+    Attributes:
+        values: what is written in it, each once.
+        codes: for each record its place in ``values``, int32 ``[record]``; -1 where there is none.
+    """
+
+    values: tuple[str, ...]
+    codes: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class RawSet:
     """Records as they were read.
 
@@ -38,12 +51,36 @@ class RawSet:
         colour: which images are coloured ``[record]``, of three channels; ``None`` where ``inputs`` are no
             decoded images.
         groups: whose each record is ``[record]``, as text in a ``Source``; ``None`` where nobody says.
+        words: of a table, its columns of text by their places; a number that is missing is NaN in ``inputs``,
+            and so is all that is text. ``None``: it is no table.
+        rows: the records' places in their file, where some of it was left out.
     """
 
     inputs: Array
     labels: Array
     colour: NDArray[np.bool_] | None = None
     groups: Array | None = None
+    words: Mapping[int, Words] | None = None
+    rows: Indices | None = None
+
+    def at(self, places: Indices) -> "RawSet":
+        """The records at ``places``."""
+
+        def picked(values: Any) -> Any:
+            return None if values is None else values[places]
+
+        words = self.words and {
+            column: replace(each, codes=each.codes[places]) for column, each in self.words.items()
+        }
+        return replace(
+            self,
+            inputs=self.inputs[places],
+            labels=self.labels[places],
+            colour=picked(self.colour),
+            groups=picked(self.groups),
+            words=words,
+            rows=picked(self.rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +155,8 @@ def make_source(
     split_said = "none came with the data" if test is None else "came with the data"
     said = {"test split": split_said, **(taken or {}), "layout": _layout(records, checked)}
     tokens = tokens or checked.inputs.dtype.kind == "O"
+    if names is None and records.rows is not None:
+        names = tuple(map(str, records.rows.tolist()))
     source = Source(name, checked, names=names, whole=whole, tokens=tokens, taken=said)
     if test is None:
         return source
@@ -137,8 +176,11 @@ def _checked(name: str, records: RawSet, classes: Collection[str], tokens: bool)
     labels = label_texts(records.labels, name, classes)
     groups = None if records.groups is None else _group_texts(records.groups, len(labels), name)
     if inputs.dtype.kind != "O":
-        inputs = _token_ids(inputs, name) if tokens else _channels_first(_features(inputs, name))
-    return RawSet(inputs, labels, records.colour, groups)
+        absent = records.words is not None
+        inputs = (
+            _token_ids(inputs, name) if tokens else _channels_first(_features(inputs, name, absent=absent))
+        )
+    return replace(records, inputs=inputs, labels=labels, groups=groups)
 
 
 def texts_of(texts: Sequence[Any], name: str = "") -> Array:
@@ -289,11 +331,11 @@ def _missing(label: str, row: int, name: str) -> str:
     )
 
 
-def _features(inputs: Array, name: str) -> Array:
+def _features(inputs: Array, name: str, *, absent: bool) -> Array:
     """Bytes as they are; any other numbers as float32.
 
     Raises:
-        DataError: a feature is not a finite real number.
+        DataError: a feature is not a finite real number, or NaN where some may be ``absent``.
     """
     if inputs.dtype.kind not in "biuf":
         raise DataError(
@@ -303,7 +345,7 @@ def _features(inputs: Array, name: str) -> Array:
         return inputs[:, None] if inputs.ndim == 3 else inputs
     with np.errstate(over="ignore"):
         floats = np.array(inputs, dtype=np.float32, order="C")
-    fine = np.isfinite(floats)
+    fine = np.isfinite(floats) | np.isnan(floats) if absent else np.isfinite(floats)
     if not fine.all():
         where = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(fine)), fine.shape))
         place = f"record {where[0]}, feature {', '.join(map(str, where[1:]))}"

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from privkd.config import DataConfig
+from privkd.config.labels import is_missing
+from privkd.data.cells import categorical, said_of_missing, table_of
 from privkd.data.columns import Columns, choose_columns, labelled
-from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source, texts_of
+from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, Words, make_source, texts_of
+from privkd.data.encoding import dates
 from privkd.data.images import decode_images
 from privkd.errors import DataError, one_line
 
@@ -216,7 +219,7 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         raise DataError(f"{origin}: no records; give at least two")
     columns = choose_columns(table.column_names, config, str(origin), index=_row_numbers(table))
     text = columns.features[0] if config.text is not None else None
-    image = None if text is not None else _image_column(pyarrow, table, columns, str(origin))
+    image = None if config.text is not None else _image_column(pyarrow, table, columns, str(origin))
     labels = (
         np.full(table.num_rows, "")
         if columns.label is None
@@ -227,15 +230,16 @@ def _parse(pyarrow: ModuleType, table: Any, origin: _Origin, config: DataConfig)
         if columns.group is None
         else _texts_or_numbers(pyarrow, table, columns.group, origin, "column", "groups")
     )
+    if text is not None:
+        texts = _texts(pyarrow, table.column(text), table.column_names[text], origin)
+        records = RawSet(texts, labels, groups=groups)
+        return _Table(records, columns.said, columns.feature_names, columns.label_name)
     if image is None:
-        inputs = (
-            _features(pyarrow, table, columns, origin)
-            if text is None
-            else _texts(pyarrow, table.column(text), table.column_names[text], origin)
-        )
-        return _Table(
-            RawSet(inputs, labels, groups=groups), columns.said, columns.feature_names, columns.label_name
-        )
+        inputs, words = _features(pyarrow, table, columns, origin, config)
+        records = RawSet(inputs, labels, groups=groups, words=words)
+        records = table_of(records, columns.feature_names, config, str(origin))
+        said = {**columns.said, **said_of_missing(config)}
+        return _Table(records, said, columns.feature_names, columns.label_name)
     pixels, colour = _images(pyarrow, table, image, origin, config.image_size)
     records = RawSet(pixels, labels, colour, groups)
     return _Table(records, _of_images(table, columns, image), (), columns.label_name)
@@ -310,20 +314,57 @@ def _images(
     return decode_images(column.to_pylist(), places, image_size)
 
 
-def _features(pyarrow: ModuleType, table: Any, columns: Columns, origin: _Origin) -> Array:
-    """The feature columns, as ``[record, feature]``."""
-    types = pyarrow.types
-    found = []
-    for index in columns.features:
-        field = table.schema.field(index)
-        kind = field.type
-        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-            raise DataError(
-                f"{origin}: column {field.name!r} of type {kind} is not numeric; encode it as numbers, or "
-                "leave it out with --drop"
-            )
-        found.append(_values(table.column(index), field.name, origin))
-    return np.stack(found, axis=1)
+def _features(
+    pyarrow: ModuleType, table: Any, columns: Columns, origin: _Origin, config: DataConfig
+) -> tuple[Array, dict[int, Words]]:
+    """The feature columns ``[record, feature]``, and those of text by their places among them."""
+    text = categorical(table.column_names, columns.feature_names, config, str(origin))
+    found: list[Array] = []
+    words: dict[int, Words] = {}
+    for place, index in enumerate(columns.features):
+        column, name = table.column(index), table.column_names[index]
+        told = _words(pyarrow, column, forced=name in text)
+        if told is not None:
+            words[place] = told
+            found.append(np.full(len(column), np.nan))
+        else:
+            found.append(_numbers(pyarrow, column, name, origin))
+    return np.stack(found, axis=1), words
+
+
+def _words(pyarrow: ModuleType, column: Any, *, forced: bool) -> Words | None:
+    """A column of text, or one that is ``forced`` to be; ``None`` of any other."""
+    types, kind = pyarrow.types, column.type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    text = types.is_string(kind) or types.is_large_string(kind)
+    if not (
+        text or (forced and (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)))
+    ):
+        return None
+    coded = column.cast(kind).cast(pyarrow.large_string()).combine_chunks().dictionary_encode()
+    if isinstance(coded, pyarrow.ChunkedArray):
+        coded = coded.combine_chunks()
+    values = [value.strip() for value in coded.dictionary.to_pylist()]
+    known: dict[str, int] = {}
+    places = [-1 if is_missing(value) else known.setdefault(value, len(known)) for value in values]
+    codes = coded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
+    return Words(tuple(known), np.array([*places, -1], dtype=np.int32)[codes])
+
+
+def _numbers(pyarrow: ModuleType, column: Any, name: str, origin: _Origin) -> Array:
+    """A column of numbers, NaN where one is missing."""
+    types, kind = pyarrow.types, column.type
+    if types.is_temporal(kind):
+        shown = next((str(value) for value in column.to_pylist() if value is not None), str(kind))
+        raise DataError(f"{origin}: {dates(name, shown)}")
+    if types.is_decimal(kind) or types.is_null(kind) or types.is_boolean(kind):
+        column = column.cast(pyarrow.float64() if not types.is_boolean(kind) or column.null_count else kind)
+    elif not (types.is_integer(kind) or types.is_floating(kind)):
+        raise DataError(
+            f"{origin}: column {name!r} of type {kind} is not numeric; encode it as numbers, or leave it out "
+            "with --drop"
+        )
+    return np.asarray(column.to_numpy())
 
 
 def _texts_or_numbers(

@@ -22,6 +22,7 @@ from privkd.data.constants import (
     unset,
 )
 from privkd.data.dataset import Indices, RawSet, Source
+from privkd.data.encoding import encoded_source
 from privkd.data.own_files import load_all, load_public
 from privkd.data.partition import Split, public_indices, sets_of_all, split_indices
 from privkd.errors import ConfigError, DataError
@@ -178,6 +179,8 @@ def scenario_from(
     own = sets if source.public is None else _Numbered.of(source, classes)
     split = _split(source, own, sets, config, seed, classes=len(classes), shards=shards)
     constants = find_constants(shown, split.shown, config)
+    source = encoded_source(source, constants.columns)
+    sets, own = sets.by((source.public or source).records), own.by(source.records)
     style = config.simulated_gap == "style"
 
     def select(
@@ -255,6 +258,10 @@ class _Numbered:
     def of(cls, source: Source, classes: tuple[str, ...]) -> Self:
         """Those of a source, but for its test split."""
         return cls(source.records, numbered(source.records.labels, classes))
+
+    def by(self, raw: RawSet) -> Self:
+        """The same with features as ``raw`` has them."""
+        return replace(self, raw=raw)
 
 
 def _split(

@@ -13,6 +13,7 @@ from privkd.config import Config, DataConfig
 from privkd.data.columns import UNLABELLED, Beside, labelled, refuse_columns
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Array, RawSet, Source, make_source
+from privkd.data.delimited import SUFFIXES, load_csv
 from privkd.data.docstrings import LIBRARIES, load_docstrings
 from privkd.data.folders import holds
 from privkd.data.idx import find_idx, load_idx_folder, load_idx_images
@@ -20,7 +21,7 @@ from privkd.data.images import IMAGE_SUFFIXES, load_image_folder, load_images
 from privkd.data.leaf import leaf_files, load_leaf, looks_like_leaf
 from privkd.data.parquet import load_parquet
 from privkd.data.saved import is_saved, load_saved
-from privkd.data.tabular import load_csv, load_npz
+from privkd.data.tabular import load_npz
 from privkd.data.text import TEXT_SUFFIXES, load_json_lines, load_text_folder, load_texts
 from privkd.errors import ConfigError, DataError, one_line
 from privkd.plugins import Registry, plugin_file, users_callable
@@ -167,7 +168,7 @@ def _named(paths: Sequence[Path]) -> str:
 _DIGITS_MAX = 16
 _FILE_READERS: dict[str, Callable[[Path, str, DataConfig], Source]] = {
     ".npz": load_npz,
-    ".csv": load_csv,
+    **dict.fromkeys(SUFFIXES, load_csv),
     ".parquet": lambda path, name, config: load_parquet([path], name, config),
     ".jsonl": load_json_lines,
     ".ndjson": load_json_lines,
@@ -353,8 +354,9 @@ def _from_path(config: DataConfig) -> Source:
             f"{path}: unknown format {path.suffix!r}; expected one of {', '.join(_FILE_READERS)}, or a folder"
         )
     suffix = path.suffix.lower()
-    named, arrays = suffix != ".json", suffix == ".npz"
-    refuse_columns(config, label=named, header=suffix == ".csv", text=named and not arrays, tokens=arrays)
+    named, arrays, lines = suffix != ".json", suffix == ".npz", suffix in SUFFIXES
+    table = lines or suffix == ".parquet"
+    refuse_columns(config, label=named, lines=lines, table=table, text=named and not arrays, tokens=arrays)
     return reader(path, str(path), config)
 
 
@@ -377,7 +379,7 @@ def _from_folder(folder: Path, config: DataConfig) -> Source:
         refuse_columns(config, label=True, text=True)
         return load_saved(folder, str(folder), config)
     if table_folders(folder):
-        refuse_columns(config, label=True, text=True)
+        refuse_columns(config, label=True, table=True, text=True)
         return load_table_folder(folder, str(folder), config)
     if looks_like_leaf(leaf := leaf_files(folder)):
         refuse_columns(config)

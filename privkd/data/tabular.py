@@ -1,74 +1,19 @@
-"""Tables of numbers: NumPy archives and CSV files.
+"""NumPy archives. They hold numbers or strings alone; pickled objects are refused, and never loaded."""
 
-Archives hold numbers or strings alone; pickled objects are refused, and never loaded.
-"""
-
-import csv
-import itertools
 import lzma
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from privkd.config import DataConfig
-from privkd.config.labels import is_missing, is_number
-from privkd.data.columns import (
-    LABEL_NAMES,
-    UNLABELLED,
-    Beside,
-    Columns,
-    choose_columns,
-    label_among,
-    labelled,
-)
-from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source, texts_of
+from privkd.data.columns import UNLABELLED, Beside, label_among, labelled
+from privkd.data.dataset import MAX_VALUES, Array, RawSet, Source, make_source
 from privkd.errors import ConfigError, DataError, one_line
-
-_SHOWN = 40
-
-
-def has_header(cells: Sequence[str], config: DataConfig, origin: str) -> bool:
-    """Whether ``cells``, of the first line, are names: as set, else as they tell.
-
-    A feature is a number, so a line with text where features stand holds names, unless there are numbers
-    beside it and none of it is the label's name. A line of numbers is a record, with or without text at its
-    end.
-
-    Raises:
-        DataError: the line could be either: numbers that count the columns; text beside numbers; a label's
-            name that may be a class.
-    """
-    if config.header != "auto":
-        return config.header == "yes"
-    if isinstance(config, Beside) and config.features:
-        return bool(set(config.features) & set(cells))
-    numbers = [cell for cell in cells if is_number(cell)]
-    words = [cell for cell in cells if cell not in numbers and not is_missing(cell)]
-    in_features = [cell for cell in cells[:-1] if cell in words]
-    counting = _counts(cells) or (_counts(cells[:-1]) and len(cells) > 2 and cells[-1] in words)
-    names_label = any(word.lower() in LABEL_NAMES for word in words) or config.label in words
-    if words and (not numbers or (names_label and (in_features or counting))):
-        return True
-    if in_features or counting or names_label:
-        line = ",".join(cells)
-        shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
-        raise DataError(
-            f"{origin}: the first line, {shown!r}, could be a header or a record; say which with "
-            "--set data.header=yes or --set data.header=no"
-        )
-    return False
-
-
-def _counts(cells: Sequence[str]) -> bool:
-    """Whether ``cells`` count from 0 or from 1, as columns without names are called."""
-    return list(cells) in ([str(number + first) for number in range(len(cells))] for first in (0, 1))
-
 
 _INPUT_NAMES = ("x", "inputs", "input", "features", "data")
 _SPLITS = (
@@ -235,88 +180,3 @@ def _check_npy_header(member: IO[bytes], info: zipfile.ZipInfo, path: Path) -> N
     payload = info.file_size - member.tell()
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != payload:
         raise DataError(f"{path}: array {info.filename} declares shape {shape} but holds {payload} bytes")
-
-
-def load_csv(path: Path, name: str, config: DataConfig) -> Source:
-    """Comma-separated numeric features and one label column, with or without a header.
-
-    For what is a header see `header.has_header`. The label is the column ``config.label``, else the one
-    called ``label``, ``y``, ``class`` or ``target``, else, without a header, the last; it may be text.
-
-    Raises:
-        ConfigError: a setting names no column.
-        DataError: not text, lines of unequal length, a feature that is not a number, a label missing, or
-            nothing tells whether there is a header or which column is the label.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            records, columns = _parse_csv(file, path, config)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as CSV ({one_line(error)}); save it as UTF-8 text") from error
-    source = make_source(name, records, classes=config.classes, taken=columns.said, labelled=labelled(config))
-    return replace(
-        source,
-        columns=columns.feature_names,
-        label=columns.label_name,
-        label_by_place=columns.by_place,
-    )
-
-
-def _parse_csv(file: IO[str], path: Path, config: DataConfig) -> tuple[RawSet, Columns]:
-    lines = _cells(file)
-    number, first = next(lines, (0, []))
-    if not first:
-        raise DataError(f"{path}: empty; give a line per record")
-    if len(first) < 2 and labelled(config):
-        raise DataError(f"{path}: one column only; separate features and label by commas")
-    header = has_header(first, config, str(path))
-    names = first if header else [f"column {column}" for column in range(1, len(first) + 1)]
-    columns = choose_columns(names, config, str(path), named=header)
-    said = "the first line names the columns" if header else "none, the first line is a record"
-    columns = replace(columns, said={"header": said, **columns.said})
-    rows, texts, labels, groups = [], [], [], []
-    records = lines if header else itertools.chain([(number, first)], lines)
-    for number, cells in records:
-        if len(cells) != len(first):
-            raise DataError(
-                f"{path}: line {number} has {len(cells)} cells, the first has {len(first)}; mend it"
-            )
-        labels.append("" if columns.label is None else cells[columns.label])
-        if columns.group is not None:
-            groups.append(cells[columns.group])
-        if config.text is not None:
-            texts.append(cells[columns.features[0]])
-            continue
-        rows.append(
-            _numbers(
-                [cells[column] for column in columns.features],
-                f"{path}: line {number}",
-                [names[column] for column in columns.features],
-            )
-        )
-    if not labels:
-        raise DataError(f"{path}: a header but no records; give a line per record")
-    whose = np.array(groups, dtype=np.str_) if columns.group is not None else None
-    inputs = np.stack(rows) if config.text is None else texts_of(texts)
-    return RawSet(inputs, np.array(labels, dtype=np.str_), groups=whose), columns
-
-
-def _cells(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and stripped cells of every line that is not blank."""
-    reader = csv.reader(file, strict=True)
-    for cells in reader:
-        if cells:
-            yield reader.line_num, [cell.strip() for cell in cells]
-
-
-def _numbers(cells: Sequence[str], line: str, names: Sequence[str]) -> Array:
-    try:
-        return np.array(cells, dtype=np.float64)
-    except ValueError as error:
-        bad = next(column for column, cell in enumerate(cells) if not is_number(cell))
-        cure = (
-            "encode it as a number, leave its column out with --drop, or take it for the label with --label"
-        )
-        if len(cells) == 1:
-            cure = f"where it is the records' text, say --text {names[0]!r}"
-        raise DataError(f"{line}, {names[bad]!r}: {cells[bad]!r} is not a number; {cure}") from error

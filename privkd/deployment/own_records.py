@@ -4,11 +4,25 @@ import torch
 
 from privkd.config import DataConfig
 from privkd.data.constants import PUBLIC_SOURCES, check_columns, numbered
+from privkd.data.encoding import encoded
 from privkd.data.scenario import LabelledSet, build_scenario
 from privkd.data.sources import load
 from privkd.deployment.owner import RecordsConfig
 from privkd.deployment.published import PublishedPlan, Scale
 from privkd.errors import DataError
+
+_READ_BY = (
+    "source",
+    "data_dir",
+    "label",
+    "drop",
+    "text",
+    "header",
+    "delimiter",
+    "decimal",
+    "missing",
+    "image_size",
+)
 
 
 def own_records(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
@@ -28,15 +42,17 @@ def own_records(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
 
 
 def _all_of(config: RecordsConfig, plan: PublishedPlan) -> LabelledSet:
-    names = ("source", "data_dir", "label", "drop", "text", "header", "image_size")
-    given, tokens = {name: getattr(config, name) for name in names}, plan.scale.tokens
+    columns, tokens = plan.scale.columns, plan.scale.tokens
+    given = {name: getattr(config, name) for name in _READ_BY}
+    filled = {"missing": "mean"} if any(column.fill is not None for column in columns) else {}
+    text = tuple(column.name for column in columns if column.vocabulary)
     as_ids = tokens is not None and tokens.tokenizer is None
-    source = load(DataConfig(**given, classes=plan.classes, tokens=as_ids))
+    source = load(DataConfig(**given | filled, classes=plan.classes, categorical=text, tokens=as_ids))
     if source.tokens != (tokens is not None):
         wanted, found = ("text", "numbers") if tokens is not None else ("numbers", "text")
         raise DataError(f"{config.source}: holds {found}, and the plan is about {wanted}")
-    check_columns(source, plan.scale.columns)
-    records = source.records
+    check_columns(source, columns)
+    records = encoded(source.records, columns, source.name)
     labels = numbered(records.labels, plan.classes)
     known = labels < len(plan.classes)
     inputs = plan.constants.features(records.inputs[known])

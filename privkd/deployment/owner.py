@@ -37,6 +37,9 @@ class RecordsConfig(Settings):
         text: the column, or the field of JSON lines, that holds the text.
         header: whether a CSV file begins with names.
         image_size: side of the square that image files are brought to, as the cloud says.
+        delimiter: what separates the cells of a CSV file.
+        decimal: what stands before the fraction of its numbers.
+        missing: whether records with a missing value are refused or dropped, where the plan fills none.
         part: ``[number, devices]`` of a public data set, for trials: the shard of the device of that number
             in a simulation of so many devices at its default settings.
     """
@@ -48,6 +51,9 @@ class RecordsConfig(Settings):
     text: str | None = None
     header: Literal["auto", "yes", "no"] = "auto"
     image_size: Annotated[int, Field(ge=1)] | None = None
+    delimiter: Literal["auto", "comma", "semicolon", "tab"] = "auto"
+    decimal: Literal["point", "comma"] = "point"
+    missing: Literal["refuse", "drop"] = "refuse"
     part: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
 
     @model_validator(mode="after")

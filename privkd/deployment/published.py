@@ -121,9 +121,9 @@ class PublishedPlan(FileRecord):
 
     @model_validator(mode="after")
     def _scaled_as_shaped(self) -> Self:
-        columns = len(self.scale.columns)
-        if columns and self.input_shape != (columns,):
-            raise ValueError(f"{columns} scaled columns are not inputs of shape {list(self.input_shape)}")
+        columns = self.scale.columns
+        if columns and self.input_shape != (sum(column.width for column in columns),):
+            raise ValueError(f"{len(columns)} columns do not make inputs of shape {list(self.input_shape)}")
         tokens = self.scale.tokens
         if tokens is not None and self.input_shape != (tokens.length,):
             raise ValueError(f"{tokens.length} tokens are not inputs of shape {list(self.input_shape)}")

@@ -268,7 +268,13 @@ class TestExported:
         assert answer.exit_code == 0, answer.output
         assert "2 columns standardised" in " ".join(answer.stdout.split())
         kept = json.loads((run / "export" / "device-0000-torch.json").read_text())
-        assert kept["columns"][2] == {"name": "wet", "mean": 0.0, "scale": 1.0}
+        assert kept["columns"][2] == {
+            "name": "wet",
+            "mean": 0.0,
+            "scale": 1.0,
+            "fill": None,
+            "vocabulary": [],
+        }
 
     def test_of_a_run_that_knew_a_divisor_is_read_still(self) -> None:
         from privkd.export.record import Artefact
@@ -340,7 +346,7 @@ class TestPublished:
         tree = plan.tree()
         tree["scale"]["columns"] = (tree["scale"]["columns"] * 2)[:length]
         (tmp_path / "plan" / PLAN_FILE).write_text(json.dumps(tree, sort_keys=True, separators=(",", ":")))
-        with pytest.raises(RunError, match=f"{length} scaled columns are not inputs of shape"):
+        with pytest.raises(RunError, match=f"{length} columns do not make inputs of shape"):
             PublishedPlan.load(tmp_path / "plan")
 
 
