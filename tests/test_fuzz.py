@@ -14,6 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from csv import writer as csv_writer
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from running import SMALL, StopAt, play
 
 from privkd import prepared
 from privkd.config import Config, config_tree, load_config, parse_config
-from privkd.errors import ChannelError, ConfigError, DataError, PrivkdError, RunError
+from privkd.errors import ChannelError, ConfigError, DataError, InputError, PrivkdError, RunError
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
@@ -125,12 +126,64 @@ SAVED = {
 """What describes a folder that ``datasets`` saved."""
 
 
+def words(delimiter: str = ",") -> bytes:
+    """A table as people have them: quotes, a mark at its beginning, text, words for flags, missing values."""
+    rows = [
+        delimiter.join(
+            [f'"{row[0, 0]}"', ["red", "blue", ""][label], ["yes", "No"][label % 2], "NA", str(label)]
+        )
+        for row, label in zip(IMAGES, LABELS, strict=True)
+    ]
+    rows[0] = rows[0].replace("NA", "1.5")
+    return "\r\n".join([delimiter.join(["first", "colour", "wet", "gap", "label"]), *rows]).encode(
+        "utf-8-sig"
+    )
+
+
+def worded_parquet() -> bytes:
+    texts = [["red", "blue", None][label] for label in LABELS]
+    numbers = [None if label == 2 else float(label) for label in LABELS]
+    return parquet(colour=texts, gap=numbers, b=IMAGES[:, 0, 0] / 3, label=LABELS)
+
+
+POOLS = (
+    ("1", "2.5", "-3e2", "0", "NA", "nan"),
+    ("red", "blue", "dark blue, or grey", "", "?"),
+    ("yes", "No", "YES", "no", "null"),
+    ("2024-01-03", "2024-01-04"),
+    ("1,5", "2,5", "1 000"),
+    ("", "NA"),
+    ("1e400", "inf", "=1+1", "'", '"', "\\", "\x00", "\ufeff", "1_000", "0x1f", "\u0663", "%"),
+)
+"""What stands in the cells of a column."""
+
+
+@st.composite
+def table(draw: st.DrawFn) -> list[list[str]]:
+    """The lines of a table, each column of its own kind, and now and then a cell or a line of none."""
+    count = draw(st.integers(1, 12))
+    names = draw(st.lists(st.sampled_from(["a", "B c", "id", "day", ""]) | st.text(max_size=4), max_size=3))
+    columns = [
+        draw(st.lists(st.sampled_from(draw(st.sampled_from(POOLS))), min_size=count, max_size=count))
+        for _ in names
+    ]
+    labels = draw(st.lists(st.sampled_from(["u", "v"]), min_size=count, max_size=count))
+    lines = [list(line) for line in zip(*columns, labels, strict=True)]
+    if draw(st.integers(0, 9)) == 0:
+        lines[draw(st.integers(0, count - 1))][0] = draw(st.text(max_size=5))
+    odd = draw(st.lists(st.lists(st.text(max_size=3), max_size=3), max_size=1)) if draw(st.booleans()) else []
+    return [[*names, "label"], *lines, *odd]
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "train-images-idx3-ubyte": lambda: idx(IMAGES),
     "train-images-idx3-ubyte.gz": lambda: gzip.compress(idx(IMAGES)),
     "a.npz": lambda: npz(x=IMAGES, y=LABELS),
     "floats.npz": lambda: npz(x=IMAGES / 7, y=LABELS),
     "a.csv": csv,
+    "words.csv": words,
+    "words.tsv": lambda: words("\t"),
+    "words.parquet": worded_parquet,
     "a.parquet": lambda: parquet(a=IMAGES[:, 0, 0], b=IMAGES[:, 1, 0] / 3, label=LABELS),
     "images.parquet": lambda: parquet(img=[{"bytes": png(image)} for image in IMAGES], label=LABELS),
     "a.json": leaf,
@@ -170,17 +223,35 @@ class TestDataFiles:
         source = path if alone else place
         whole = FILES[name]()
         path.write_bytes(whole)
-        check(read(source))
+        filled = {"missing": "mean"} if name.startswith("words") else {}
+        check(read(source, **filled))
 
         @fuzzed()
         @given(damaged(whole))
         def damage(content: bytes) -> None:
             path.write_bytes(content)
-            found = attempt(f"data file, {path.suffix or 'idx'}", DataError, lambda: read(source))
+            found = attempt(f"data file, {path.suffix or 'idx'}", DataError, lambda: read(source, **filled))
             if found is not None:
                 check(found)
 
         damage()
+
+    @pytest.mark.parametrize("missing", ["refuse", "mean", "most-frequent", "drop"])
+    def test_tables_of_any_cells(self, folder: Path, missing: str) -> None:
+        """Whole files with whatever people may have written in a cell."""
+
+        @fuzzed()
+        @given(table(), st.sampled_from((".csv", ".tsv")))
+        def tried(lines: list[list[str]], suffix: str) -> None:
+            path = folder / f"cells{suffix}"
+            text = io.StringIO(newline="")
+            csv_writer(text, delimiter="," if suffix == ".csv" else "\t").writerows(lines)
+            path.write_text(text.getvalue(), encoding="utf-8", errors="replace")
+            found = attempt("table of any cells", InputError, lambda: read(path, missing=missing))
+            if found is not None:
+                check(found)
+
+        tried()
 
     @pytest.mark.parametrize("name", ["a.npz", "a.parquet", "a.csv", "0/a.png", "train-images-idx3-ubyte"])
     def test_a_pickle_of_any_name_is_not_loaded(self, tmp_path: Path, name: str) -> None:

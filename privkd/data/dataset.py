@@ -7,6 +7,7 @@ channels first, ``[record, channel, height, width]``.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -176,10 +177,8 @@ def _checked(name: str, records: RawSet, classes: Collection[str], tokens: bool)
     labels = label_texts(records.labels, name, classes)
     groups = None if records.groups is None else _group_texts(records.groups, len(labels), name)
     if inputs.dtype.kind != "O":
-        absent = records.words is not None
-        inputs = (
-            _token_ids(inputs, name) if tokens else _channels_first(_features(inputs, name, absent=absent))
-        )
+        numbers = partial(_features, absent=records.words is not None)
+        inputs = _token_ids(inputs, name) if tokens else _channels_first(numbers(inputs, name))
     return replace(records, inputs=inputs, labels=labels, groups=groups)
 
 

@@ -138,7 +138,7 @@ def dates(name: str, shown: str) -> str:
 
 def _check_no_numbering(name: str, values: Array) -> None:
     """Refuse whole numbers, called like it, that number the records or whose they are."""
-    if not _NUMBERING.fullmatch(name if name[-2:] in ("Id", "ID") else name.lower()):
+    if not (_NUMBERING.fullmatch(name) or _NUMBERING.fullmatch(name.lower())):
         return
     different = len(np.unique(values))
     if (values == np.floor(values)).all() and (different > 2 * _FEW or 2 * different > len(values)):

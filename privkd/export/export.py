@@ -1,6 +1,8 @@
 """``privkd export``: from a finished run to one device's student as an artefact that answers as it does."""
 
 import copy
+import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from privkd.data.constants import Constants
+from privkd.data.preprocessing import Column
 from privkd.data.tokens import TOKENIZER_FILE
 from privkd.errors import ModelError, RunError, one_line
 from privkd.export.artefact import Answering, Deployable, Format, check_equal
@@ -71,6 +74,8 @@ def export_model(
 
     The artefact is read back and put beside the student before it takes the place of ``path``.
 
+    Of a table, its columns are written beside it, as ``<path>.columns``: JSON.
+
     Args:
         student: from inputs to logits.
         records: public ones as inputs of training, ``[record, *shape]``, at least one.
@@ -87,6 +92,8 @@ def export_model(
     writer = format_named(form)
     student = Parted.of(copy.deepcopy(student).cpu().eval()).opened()
     raw = constants.raw(records[:_CHECKED].cpu())
+    if any(column.fill is not None for column in constants.columns):
+        raw[-1] = math.nan
     with torch.no_grad():
         # Not the records themselves: what was rounded on the way back must not count as the artefact's fault.
         inputs = constants.module()(raw)
@@ -94,6 +101,8 @@ def export_model(
         answer = written(writer, Deployable(student, constants.module(), classes), raw, temporary)
         check = check_equal(student, answer, inputs, raw)
         latency, original = latencies_ms((answer, raw), (student, inputs))
+        if constants.columns:
+            _write_columns(constants.columns, path)
     tokenizer = _with_tokenizer(path, constants)
     return Artefact(
         format=form,
@@ -122,6 +131,12 @@ def _with_tokenizer(path: Path, constants: Constants) -> str | None:
     with _replacing(beside) as temporary:
         temporary.write_text(tokens.tokenizer, encoding="utf-8")
     return str(beside)
+
+
+def _write_columns(columns: Sequence[Column], artefact: Path) -> None:
+    """Say beside the artefact what the raw features of a record are, in their order."""
+    tree = {"columns": [column.tree() for column in columns]}
+    artefact.with_name(f"{artefact.name}.columns").write_text(json.dumps(tree, indent=2))
 
 
 def written(writer: Format, model: Deployable, raw: Tensor, path: Path) -> Answering:

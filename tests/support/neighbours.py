@@ -3,8 +3,8 @@
 import io
 import struct
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +32,8 @@ class Record:
 class Form:
     """How a data set lies on the disk: ``write(folder, records)`` returns ``data.source``.
 
-    ``high`` is a value out of the range of the others, ``foreign`` a label that is no class.
+    ``high`` is a value out of the range of the others, ``foreign`` a label that is no class, ``settings`` are
+    what else it is read by.
     """
 
     write: Callable[[Path, Sequence[Record]], str]
@@ -41,6 +42,7 @@ class Form:
     labels: tuple[str, ...] = ("0", "1", "2")
     foreign: str = "9"
     images: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def records(self, seed: int) -> list[Record]:
         """A data set of this form, the first class twice as common as the others."""
@@ -88,6 +90,23 @@ def _csv_with_header(folder: Path, records: Sequence[Record]) -> str:
     names = [f"feature{number}" for number in range(records[0].values.size)]
     path.write_text(",".join([*names, "label"]) + "\n" + path.read_text())
     return str(path)
+
+
+def _csv_of_words(folder: Path, records: Sequence[Record]) -> str:
+    """Numbers, some of them missing, beside categories and flags in words."""
+
+    def cells(values: Sequence[float]) -> list[str]:
+        known = 0 <= values[1] < 1
+        return [
+            "NA" if values[0] < 0.1 else str(values[0]),
+            TEXT[int(3 * values[1])] if known else "unheard of",
+            ["no", "Yes"][int(2 * values[2])] if known else "perhaps",
+            "" if values[3] < 0.1 else f"code {int(3 * values[3])}",
+        ]
+
+    lines = [",".join([*cells(record.values.tolist()), record.label]) for record in records]
+    (folder / "own.csv").write_text("\n".join(["a,tree,wet,code,label", *lines]))
+    return str(folder / "own.csv")
 
 
 def _parquet(folder: Path, records: Sequence[Record]) -> str:
@@ -159,6 +178,7 @@ FORMS = {
     "csv": Form(_csv, _floats, high=-1e6),
     "csv, named": Form(_csv_with_header, _floats, high=-1e6),
     "csv, text": Form(_csv, _bytes, high=255, labels=TEXT, foreign="aaa"),
+    "csv, words": Form(_csv_of_words, _floats, high=1e6, settings={"missing": "mean"}),
     "parquet": Form(_parquet, _bytes, high=255, labels=TEXT, foreign="0"),
     "parquet, images": Form(_parquet_of_images, _grey, high=255, images=True),
     "folder, grey": Form(_folder, _grey, high=255, labels=TEXT, foreign="aaa", images=True),

@@ -10,6 +10,7 @@ from torch import Tensor, from_numpy
 from privkd.config import DataConfig
 from privkd.data import Source, load
 from privkd.data.constants import Constants, find_constants, label_space, numbered, numbered_test
+from privkd.data.encoding import encoded_source
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def in_public(source: Source, config: DataConfig | None = None) -> Read:
     config = config or DataConfig(source="own", standardise="no")
     classes = label_space(source, config)
     constants = find_constants(source, np.arange(len(source.records.labels)), config)
+    source = encoded_source(source, constants.columns)
     test_inputs, test_labels = None, None
     if source.test is not None:
         test_inputs = constants.features(source.test.inputs)

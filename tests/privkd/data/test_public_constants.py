@@ -36,7 +36,8 @@ SIZES = {
 
 def settings(form: Form, source: str, **others: Any) -> DataConfig:
     """All that a deployment must be given."""
-    return DataConfig(**{"source": source, "classes": form.labels, **SIZES, **others})
+    own = {"source": source, "classes": form.labels, **form.settings}
+    return DataConfig(**own | SIZES | others)
 
 
 def public_view(config: DataConfig, seed: int, *, deployment: bool = True) -> dict[str, Any]:
