@@ -141,7 +141,7 @@ class TestReaders:
     def test_one_column_of_text_is_asked_about(self, tmp_path: Path) -> None:
         path = tmp_path / "a.csv"
         path.write_text("body,label\n" + "\n".join(f"{text},{label}" for text, label in texts()))
-        refuses(DataConfig(source=str(path)), "--text 'body'")
+        refuses(DataConfig(source=str(path), devices=2, device_test_records=2), "--text 'body'")
 
     def test_groups_are_whole(self, tmp_path: Path) -> None:
         records = [{"text": t, "label": c, "who": f"w{row % 40}"} for row, (t, c) in enumerate(texts(320))]
