@@ -33,7 +33,8 @@ from reading import Read, read
 from running import SMALL, StopAt, play
 
 from privkd import prepared
-from privkd.config import Config, config_tree, load_config, parse_config
+from privkd.config import Config, DataConfig, config_tree, load_config, parse_config
+from privkd.data import build_scenario
 from privkd.errors import ChannelError, ConfigError, DataError, InputError, PrivkdError, RunError
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
@@ -252,6 +253,30 @@ class TestDataFiles:
                 check(found)
 
         tried()
+
+    @pytest.mark.parametrize("role", ["public", "proxy", "test"])
+    @pytest.mark.parametrize("name", ["a.npz", "a.csv", "a.json"])
+    def test_damaged_beside_the_data(self, folder: Path, name: str, role: str) -> None:
+        place = folder / f"beside-{role}-{name}"
+        place.mkdir()
+        own, path = place / f"own{Path(name).suffix}", place / name
+        whole = FILES[name]()
+        for file in (own, path):
+            file.write_bytes(whole)
+        settings = {"devices": 1, "device_test_records": 0, "records_per_device": 1, "gap": "none"}
+        sizes = {"public": 2, "validation": 1, "proxy": 2, "test": 1}
+        settings |= {f"{name}_records": size for name, size in sizes.items() if name != role}
+        config = DataConfig.model_validate({"source": str(own), role: str(path), **settings})
+        build_scenario(config, 0)
+
+        @fuzzed()
+        @given(damaged(whole))
+        def damage(content: bytes) -> None:
+            path.write_bytes(content)
+            found = attempt("data file beside the data", InputError, lambda: build_scenario(config, 0))
+            assert found is None or bool(found.proxy.isfinite().all())
+
+        damage()
 
     @pytest.mark.parametrize("name", ["a.npz", "a.parquet", "a.csv", "0/a.png", "train-images-idx3-ubyte"])
     def test_a_pickle_of_any_name_is_not_loaded(self, tmp_path: Path, name: str) -> None:

@@ -1,7 +1,7 @@
 """One clear line for a typo or a bad value in the settings."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -30,6 +30,8 @@ def _in_words(error: Any, kind: type[BaseModel]) -> str:
         expected = error["ctx"]["expected"].replace(" or ", ", ")
         return f"{name}={value}: expected one of [{expected}]"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if isinstance(error["input"], Mapping) and message.partition("=")[0].isidentifier():
+        return f"{name}.{message}" if name else message  # Two settings of a group, which the message names.
     return f"{name}={value}: {message}" if name else message
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from privkd.config import DataConfig
 from privkd.data.columns import Beside
 from privkd.data.dataset import Source, check_alike
-from privkd.data.sources import load
+from privkd.data.sources import is_named, load
 from privkd.errors import DataError
 
 _NOT_OF_A_FILE = {"public": None, "proxy": None, "test": None}
@@ -25,13 +25,18 @@ def load_all(config: DataConfig) -> Source:
     if config.public is None:
         return _with_sets(data, config)
     public = _beside(data, config, "public", config.public)
-    said = {"public records": f"all of {_called(config.public)}", **_otherwise(data, public, "public")}
-    if data.test is None and public.test is not None:
-        said["test split"] = f"that of {_called(config.public)}, {public.taken['test split']}"
+    file = _called(config.public)
+    said = {"public records": f"all of {file}", **_otherwise(data, public, "public")}
+    if data.test is None:
+        brought = "" if public.test is None else f"that of {file}, {public.taken['test split']}"
+        said["test split"] = brought or f"drawn from {file}"
         data = replace(data, test=public.test)
     whole = _with_sets(replace(data, taken={**data.taken, **said}), config)
-    shown = replace(public, test=whole.test, divisor=public.divisor or data.divisor)
-    return replace(whole, public=replace(shown, classes=public.classes or data.classes))
+    shown = replace(public, test=whole.test)
+    if is_named(config.source):  # All the world knows what it knows of such a data set.
+        shown = replace(shown, divisor=public.divisor or data.divisor)
+        shown = replace(shown, classes=public.classes or data.classes)
+    return replace(whole, public=shown)
 
 
 def load_public(config: DataConfig) -> Source:

@@ -18,7 +18,9 @@ from privkd.config import Config, DataConfig, load_config
 from privkd.data import Scenario, build_scenario
 from privkd.data.scenario import public_scenario
 from privkd.data.sources import data_files, located
+from privkd.deployment.published import PublishedPlan
 from privkd.errors import ConfigError, DataError, InputError, RunError
+from privkd.prepared import prepare, reopen
 from privkd.runs.folder import RunFolder
 
 RNG = np.random.default_rng(0)
@@ -90,6 +92,7 @@ class TestRoles:
         sets = (found.public.inputs, found.validation.inputs, found.proxy, found.test.inputs)
         assert sorted(itertools.chain(*map(firsts, sets))) == list(range(1000, 1060))
         assert [len(each) for each in sets] == [30, 6, 12, 12]
+        assert found.taken["test split"] == "drawn from 'public.csv'"
 
     def test_proxy_and_test_alone_leave_their_records_to_devices(self, tmp_path: Path) -> None:
         found = build_scenario(settings(tmp_path, public=None, gap="none"), 0)
@@ -221,7 +224,7 @@ class TestAlike:
     @pytest.mark.parametrize(
         ("more", "words"),
         [
-            ({"public_records": 9}, "public_records=9"),
+            ({"public_records": 9}, "data.public_records=9: data.public='a.csv' is taken whole"),
             ({"proxy_records": 9}, "proxy_records=9"),
             ({"test_records": 9}, "test_records=9"),
             ({"gap": "withheld"}, "gap='withheld'"),
@@ -330,8 +333,6 @@ class TestBinding:
         own, public = table(tmp_path / "own.csv", 90), table(tmp_path / "public.csv", 60)
         play(tmp_path / "run", f"data.source={own}", f"data.public={public}", *self.SETTINGS)
         table(tmp_path / "public.csv", 59)
-        from privkd.prepared import reopen
-
         with (
             RunFolder.resume(tmp_path / "run") as folder,
             pytest.raises(RunError, match=r"data\.public/public\.csv was changed"),
@@ -367,3 +368,16 @@ def test_a_public_file_alone_may_have_the_default_gap_written_down(tmp_path: Pat
     """A run keeps every setting, the default ones too, and is read again from them."""
     config = load_config(None, (), {"public": "p.csv", "data": "own.csv", "data.gap": "rare"})
     assert config.data.simulated_gap == "none"
+
+
+def test_a_cloud_s_plan_is_made_of_them_alone(tmp_path: Path) -> None:
+    """What devices are told follows from the public files, and names none of them."""
+    data = settings(tmp_path, records_per_device=30)
+    (tmp_path / "own.csv").unlink()
+    config = Config(data=data, student={"models": ["mlp"]}, privacy={"noise": "system"})
+    found = prepare(config, public=True)
+    published = PublishedPlan.of(config, found.scenario, found.plan, ["a", "b"], 10.0)
+    assert published.classes == ("no", "yes")
+    assert published.input_shape == (2,)
+    assert published.queries == 20
+    assert "csv" not in json.dumps(published.tree())
