@@ -41,6 +41,7 @@ from privkd.channels.channel import Channel
 from privkd.channels.registry import KINDS, Canaries, open_channel
 from privkd.channels.secure import SecureOptions
 from privkd.config import ChannelConfig, load_config
+from privkd.models.zoo import PARTS
 from privkd.prepared import Prepared, prepare
 from privkd.privacy.accounting import price
 from privkd.privacy.bounds import Check
@@ -151,7 +152,7 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
         run, teacher, students[:1], derive_seed(seed, "mechanism", *settings), most=_TRIALS[student.engine]
     )
     bounded = _bounded(audit.scores, plan.sampling_rate, level, seed)
-    part = "all layers" if student.dp.part == "all" else f"the {student.dp.part.replace('_', ' ')}"
+    part = PARTS[student.dp.part]
     crafted = f"{part}, q={plan.sampling_rate:g}, {run.config.privacy.noise}"
     estimator = "gaussian" if plan.sampling_rate == 1 else "clopper_pearson"
     claim = [plan.record_event] * plan.rounds

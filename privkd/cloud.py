@@ -416,7 +416,8 @@ class Cloud:
     def untrained_students(self) -> list[nn.Module]:
         """A student of each architecture that is dealt, as it is before it learned anything."""
         models = self.config.student.models[: self.plan.devices]
-        return [self._build(model, "student", number) for number, model in enumerate(models)]
+        rank = self.config.student.rank
+        return [self._build(model, "student", number, rank=rank) for number, model in enumerate(models)]
 
     def check_models(self) -> None:
         """Prove that the teacher can be built and every student trained privately, before anything is spent.
@@ -509,7 +510,7 @@ class Cloud:
         """``teacher`` after learning ``targets`` in ``round``."""
         return learn(teacher, targets, self.data, self.config.reverse, self._generator("absorb", round))
 
-    def _build(self, model: ModelConfig, *purpose: str | int) -> nn.Module:
+    def _build(self, model: ModelConfig, *purpose: str | int, rank: int | None = None) -> nn.Module:
         seed = derive_seed(self.config.seed, "init", *purpose)
         built = build(
             model.on(self.config.encoder),
@@ -517,6 +518,7 @@ class Cloud:
             classes=self.classes,
             seed=seed,
             vocabulary=self.data.vocabulary,
+            rank=rank,
         )
         return built.to(self.data.proxy.device)
 

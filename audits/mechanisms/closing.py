@@ -12,6 +12,7 @@ from audits.mechanisms.on_device import audit_training
 from privkd.channels.channel import Channel
 from privkd.channels.registry import KINDS
 from privkd.federation import Federation
+from privkd.models.zoo import PARTS
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Audited, LowerBound
 from privkd.privacy.events import Unit
@@ -64,7 +65,7 @@ def _of_records(run: Prepared, state: State, confidence: float, seed: int) -> Au
     epsilon = bound_many_trials(
         audit.scores, sampling_rate=plan.sampling_rate, delta=plan.delta, confidence=confidence, seed=seed
     )
-    part = {"all": "all layers", "last_block": "the last block", "head": "the head"}[student.dp.part]
+    part = PARTS[student.dp.part]
     kinds = "student" if len(starts) == 1 else f"{len(starts)} kinds of student"
     path = (
         f"the run's own {kinds}, {part} trained by engine {student.engine}, "

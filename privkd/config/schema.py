@@ -326,7 +326,9 @@ class DpSgdConfig(Settings):
             this standard deviation: strong noise calls for small steps.
         momentum: of ``sgd``; ignored by ``adam``.
         optimizer: ``sgd`` or ``adam``, fed with the noised gradients.
-        part: which part of the student is trained on private records.
+        part: which part of the student is trained on private records; ``lora`` is the head, and beside each
+            linear layer below it a change of low ``rank``, which is merged into the layer on export.
+        rank: of the changes of ``lora``.
         averaging: share of the last steps whose weights are averaged into the result (free).
     """
 
@@ -337,7 +339,8 @@ class DpSgdConfig(Settings):
     step_noise: PositiveFloat = 0.2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
-    part: Literal["all", "last_block", "head"] = "all"
+    part: Literal["all", "last_block", "head", "lora"] = "all"
+    rank: Positive = 4
     averaging: Share = 0.5
 
 
@@ -386,6 +389,11 @@ class StudentConfig(Settings):
     own_weight: Share = 0.5
     delivery_fit: FitConfig = FitConfig(steps=200)
     engine: Literal["cohort", "opacus"] = "cohort"
+
+    @property
+    def rank(self) -> int | None:
+        """That of the students' adapters; ``None`` where they have none."""
+        return self.dp.rank if self.dp.part == "lora" else None
 
     @property
     def delivers(self) -> bool:

@@ -78,7 +78,7 @@ class Agreement:
     def student(self) -> nn.Module:
         """A student of this device's architecture, before its weights are known."""
         models = self.published.config.student.models
-        return self._built(models[self.number % len(models)])
+        return self._built(models[self.number % len(models)], self.published.config.student.rank)
 
     def teacher(self) -> nn.Module:
         """Likewise, the cloud's teacher."""
@@ -106,7 +106,7 @@ class Agreement:
             probe=self.probe,
         )
 
-    def _built(self, model: ModelConfig) -> nn.Module:
+    def _built(self, model: ModelConfig, rank: int | None = None) -> nn.Module:
         published = self.published
         return build(
             model.on(published.config.encoder),
@@ -115,6 +115,7 @@ class Agreement:
             seed=0,
             vocabulary=published.scale.vocabulary,
             offered=self.encoders,
+            rank=rank,
         )
 
 

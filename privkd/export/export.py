@@ -20,6 +20,7 @@ from privkd.export.formats import format_named, suffix_of
 from privkd.export.record import Artefact, Exported
 from privkd.models.features import Parted
 from privkd.models.latency import latencies_ms
+from privkd.models.lora import merged
 from privkd.models.zoo import parameter_count
 from privkd.prepared import HELD_BY_DEVICES, finished, reopen_simulation
 from privkd.progress import Silent
@@ -90,7 +91,7 @@ def export_model(
         RunError: ``path`` cannot be written.
     """
     writer = format_named(form)
-    student = Parted.of(copy.deepcopy(student).cpu().eval()).opened()
+    student = merged(Parted.of(copy.deepcopy(student).cpu().eval()).opened())
     raw = constants.raw(records[:_CHECKED].cpu())
     if any(column.fill is not None for column in constants.columns):
         raw[-1] = math.nan

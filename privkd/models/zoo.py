@@ -18,12 +18,13 @@ from privkd.config import ModelConfig
 from privkd.errors import ConfigError, ModelError
 from privkd.models.encoder import Encoder, encoder_named
 from privkd.models.inputs import InputType
+from privkd.models.lora import Adapted, adapted
 from privkd.models.scattering import Scattering
 from privkd.models.text import HEADS, Convolved, Embedded, Transformer
 from privkd.plugins import users_callable
 
 Shape = tuple[int, ...]
-Part = Literal["all", "last_block", "head"]
+Part = Literal["all", "last_block", "head", "lora"]
 
 _GROUPS = 4
 _SMALLEST = 4
@@ -155,12 +156,14 @@ def build(
     seed: int,
     vocabulary: int | None = None,
     offered: Sequence[str] = (),
+    rank: int | None = None,
 ) -> nn.Module:
     """A freshly initialised model from ``[record, *input_shape]`` to logits ``[record, classes]``.
 
     The initial weights are a function of ``seed`` alone; the global generator is left as it was. Inputs are
     numbers or, with a ``vocabulary``, token ids below it, int64. A model on an encoder is an `nn.Sequential`
-    of that and of the architecture that takes its features; see `encoder.encoder_named` for ``offered``.
+    of that and of the architecture that takes its features; see `encoder.encoder_named` for ``offered``. With
+    a ``rank`` it has adapters; see `lora.adapted`.
 
     Raises:
         ConfigError: the name is unknown.
@@ -168,18 +171,23 @@ def build(
     """
     if config.encoder is not None:
         encoder = encoder_named(config.encoder, _input_type(input_shape, vocabulary), offered)
-        return _on_encoder(encoder, config, classes, seed)
+        return _on_encoder(encoder, config, classes, seed, rank)
     config = config.model_copy(update={"name": named(config, input_shape, vocabulary)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.name in _NAMED or config.name in _OF_TOKENS:
-            return _named(config, input_shape, classes, vocabulary)
-        if ":" not in config.name:
-            names = ", ".join(["auto", *sorted(_NAMED), *_OF_TOKENS])
-            raise ConfigError(f"model {config.name!r}: expected one of {names}, or package.module:factory")
-        model = _from_factory(config.name, input_shape, classes, vocabulary)
-        # Lazy layers draw their weights in this first pass, so it is seeded too.
-        _check_logits(config.name, model, _input_type(input_shape, vocabulary), classes)
+        model = _made(config, input_shape, classes, vocabulary)
+        return model if rank is None else adapted(model, rank, head_of(model))
+
+
+def _made(config: ModelConfig, input_shape: Shape, classes: int, vocabulary: int | None) -> nn.Module:
+    if config.name in _NAMED or config.name in _OF_TOKENS:
+        return _named(config, input_shape, classes, vocabulary)
+    if ":" not in config.name:
+        names = ", ".join(["auto", *sorted(_NAMED), *_OF_TOKENS])
+        raise ConfigError(f"model {config.name!r}: expected one of {names}, or package.module:factory")
+    model = _from_factory(config.name, input_shape, classes, vocabulary)
+    # Lazy layers draw their weights in this first pass, so it is seeded too.
+    _check_logits(config.name, model, _input_type(input_shape, vocabulary), classes)
     return model
 
 
@@ -187,9 +195,15 @@ def _input_type(shape: Shape, vocabulary: int | None) -> InputType:
     return InputType(shape, torch.float32 if vocabulary is None else torch.int64)
 
 
-def _on_encoder(encoder: Encoder, config: ModelConfig, classes: int, seed: int) -> nn.Module:
+def _on_encoder(
+    encoder: Encoder, config: ModelConfig, classes: int, seed: int, rank: int | None
+) -> nn.Module:
     above = build(
-        config.model_copy(update={"encoder": None}), input_shape=encoder.shape, classes=classes, seed=seed
+        config.model_copy(update={"encoder": None}),
+        input_shape=encoder.shape,
+        classes=classes,
+        seed=seed,
+        rank=rank,
     )
     children = above.named_children() if type(above) is nn.Sequential else [("model", above)]
     return nn.Sequential(OrderedDict([("encoder", encoder), *children]))
@@ -204,12 +218,21 @@ def named(config: ModelConfig, input_shape: Shape, vocabulary: int | None = None
     return "cnn" if len(input_shape) == 3 and min(input_shape[1:]) >= _SMALLEST else "mlp"
 
 
+PARTS: dict[Part, str] = {
+    "all": "all layers",
+    "last_block": "the last block",
+    "head": "the head",
+    "lora": "adapters and the head",
+}
+"""In words."""
+
+
 def trained_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:
     """The parameters of the ``part`` that is trained privately, in the model's order.
 
     The head is the last child that holds parameters; the last block is the child before it and the head.
     A model that wraps a single child is looked into. Parameters that are frozen (``requires_grad`` is false)
-    stay so and are left out.
+    stay so and are left out. ``lora`` is the adapters and the head.
     """
     return [parameter for parameter in _parameters_of(model, part) if parameter.requires_grad]
 
@@ -217,11 +240,27 @@ def trained_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:
 def _parameters_of(model: nn.Module, part: Part) -> list[nn.Parameter]:
     if part == "all":
         return list(model.parameters())
+    if part == "lora":
+        adapters = [each for each in model.modules() if isinstance(each, Adapted)]
+        layers = [layer for each in adapters for layer in (each.down, each.up)]
+        wanted = {id(p) for layer in [*layers, head_of(model)] for p in layer.parameters()}
+        return [p for p in model.parameters() if adapters and id(p) in wanted]
+    if part == "head":
+        return list(head_of(model).parameters())
     children = [child for child in model.children() if any(True for _ in child.parameters())]
     if len(children) == 1 and any(True for _ in children[0].children()):
         return _parameters_of(children[0], part)
-    kept = children[-1:] if part == "head" else children[-2:]
-    return [parameter for child in kept for parameter in child.parameters()] or list(model.parameters())
+    return [parameter for child in children[-2:] for parameter in child.parameters()] or list(
+        model.parameters()
+    )
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The last child that holds parameters, of a model that wraps a single child its head; else itself."""
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if len(children) == 1 and any(True for _ in children[0].children()):
+        return head_of(children[0])
+    return children[-1] if children else model
 
 
 def parameter_count(model: nn.Module) -> int:
