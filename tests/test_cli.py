@@ -197,7 +197,7 @@ BAD: list[tuple[list[str], str]] = [
     (["train", "--partition", "even"], "data.partition='even'"),
     (["train", "--seed", "-1"], "seed='-1'"),
     (["train", "--device", "tpu"], "device='tpu'"),
-    (["train", "--student", "mpl"], "model 'mpl': expected one of auto, cnn, mlp, resnet"),
+    (["train", "--student", "mpl"], "model 'mpl': expected one of auto, cnn, linear, mlp, resnet"),
     (["train", "--student", "mlp,"], "student.models.1.name=''"),
     (["train", "--student", "no_such_module:factory"], "'no_such_module:factory': cannot be imported"),
     (["train", "--teacher", "broken_factory:factory"], "failed: no"),

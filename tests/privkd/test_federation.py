@@ -368,10 +368,10 @@ class TestRefusals:
             ("data.proxy_records=0", ConfigError, "proxy set is empty"),
             ("data.devices=100000", DataError, "too few"),
             ("data.source=nowhere.npz", DataError, "nowhere.npz"),
-            ("student.models=['mpl']", ConfigError, "expected one of auto, cnn, mlp, resnet"),
+            ("student.models=['mpl']", ConfigError, "expected one of auto, cnn, linear, mlp, resnet"),
             ("student.models=['no_such_module:f']", ModelError, "cannot be imported"),
             ("teacher.model=no_such_module:f", ModelError, "cannot be imported"),
-            ("teacher.model=nonsense", ConfigError, "expected one of auto, cnn, mlp, resnet"),
+            ("teacher.model=nonsense", ConfigError, "expected one of auto, cnn, linear, mlp, resnet"),
             ("data.classes_per_device=11", ConfigError, "classes_per_device=11"),
         ],
     )

@@ -102,7 +102,7 @@ class TestNamed:
         config = ModelConfig.model_construct(name=name, width=8, activation="tanh")
         with pytest.raises(
             ConfigError,
-            match="expected one of auto, cnn, mlp, resnet, scatter, text-embedding, text-cnn, "
+            match="expected one of auto, cnn, linear, mlp, resnet, scatter, text-embedding, text-cnn, "
             "transformer, or package",
         ):
             build(config, input_shape=(1, 8, 8), classes=2, seed=0)
