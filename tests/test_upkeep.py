@@ -1,15 +1,13 @@
-"""What those who carry on are given: hooks, forms, the citation; and the walk that the site begins with."""
+"""What those who carry on are given: hooks, forms, the citation."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pages import ROOT, commands_of
+from pages import ROOT
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -60,27 +58,3 @@ def test_there_is_a_form_for_false_claims_and_it_leads_to_the_private_way() -> N
     assert {form.stem for form in FORMS} == {"bug", "false-claim", "feature"}
     assert "SECURITY.md" in read(ROOT / ".github/ISSUE_TEMPLATE/false-claim.yml")["description"]
     assert "private security advisory" in (ROOT / "SECURITY.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_walk_from_nothing_to_a_signed_report(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "start.md").read_text()
-    (stated,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
-    commands = [words for words in commands_of(page) if words[0] == "privkd" and words[1] != "doctor"]
-    assert [words[1] for words in commands] == ["train", "train", "audit", "report", "report"]
-    for words in commands:
-        if "--sign" in words:
-            (tmp_path / "runs/first/about.toml").write_text(stated)
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
-    assert "Is this fit for release? No" in done.stdout
-    assert "Is the evidence consistent? Yes" in done.stdout
-    assert "Not stated" not in done.stdout
-    assert 'name = "A. Reader, officer for this page"' in (tmp_path / "runs/first/signature.toml").read_text()
