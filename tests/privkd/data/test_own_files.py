@@ -381,3 +381,23 @@ def test_a_cloud_s_plan_is_made_of_them_alone(tmp_path: Path) -> None:
     assert published.input_shape == (2,)
     assert published.queries == 20
     assert "csv" not in json.dumps(published.tree())
+
+
+def test_text_columns_are_told_by_their_names_too(tmp_path: Path) -> None:
+    """The same records in another order of columns give the same inputs, by the public file's vocabulary."""
+    rows = [(f"{number}", ("red", "blue", "green")[number % 3], "uv"[number % 2]) for number in range(60)]
+
+    def write(name: str, order: tuple[int, ...]) -> str:
+        lines = [[("size", "colour", "label")[place] for place in order]]
+        lines += [[row[place] for place in order] for row in rows]
+        (tmp_path / name).write_text("".join(",".join(line) + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    own, public = write("own.csv", (0, 1, 2)), write("public.csv", (2, 1, 0))
+    config = DataConfig(source=own, public=public, devices=2, device_test_records=0)
+    straight = build_scenario(config.model_copy(update={"proxy": write("a.csv", (0, 1))}), 0)
+    turned = build_scenario(config.model_copy(update={"proxy": write("b.csv", (1, 0))}), 0)
+    assert straight.proxy.tolist() == turned.proxy.tolist()
+    assert len(straight.proxy.unique(dim=0)) == 60
+    held = [tuple(row) for device in turned.devices for row in device.train.inputs.tolist()]
+    assert sorted(held) == sorted(map(tuple, turned.proxy.tolist()))
