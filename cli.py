@@ -642,6 +642,10 @@ AuditedView = Annotated[
         "what the run has but teacher, which takes long."
     ),
 ]
+AuditOut = Annotated[
+    Text,
+    typer.Option(help="Folder for report, raw scores, tables (.md, .tex) and figures. [none are written]"),
+]
 AuditedDevice = Annotated[int, typer.Option(help="Number of the audited device.")]
 
 
@@ -657,6 +661,7 @@ def membership(
     canaries: Annotated[str, typer.Option(help="natural, mislabelled or crafted.")] = "natural",
     device: AuditedDevice = 0,
     seed: Annotated[int, typer.Option(help="Decides the coins and the replays.")] = 0,
+    out: AuditOut = None,
     plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
@@ -677,7 +682,7 @@ def membership(
     from privkd.terminal import progress_on_stderr, show
 
     with progress_on_stderr() as progress:
-        found = attack_run(run, request, progress=progress)
+        found = attack_run(run, request, out=out, progress=progress)
     show(found, as_json=json_)
 
 
@@ -756,7 +761,6 @@ Independent = Annotated[
         "assume it count too.",
     ),
 ]
-AuditOut = Annotated[Text, typer.Option(help="Folder for the report, tables and figures. [none are written]")]
 
 
 @audit.command()

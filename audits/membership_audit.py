@@ -1,6 +1,7 @@
 """``privkd audit membership``: what a run's views give away about who is in a device's records."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from attacks.evidence import ChannelEvidence, Evidence
@@ -24,6 +25,7 @@ from audits.requests import (
     is_wire,
 )
 from audits.roc import write_curves
+from audits.score_outputs import write_membership
 from audits.scoring import Signals, evidence_on_models, scores_of
 from audits.tables import MembershipReport, Scored
 from audits.views import Replays, Wires
@@ -49,6 +51,7 @@ def membership(
     run: RunLike = None,
     request: MembershipRequest | None = None,
     *,
+    out: str | Path | None = None,
     progress: Progress | None = None,
     **asked: Any,
 ) -> MembershipReport:
@@ -57,6 +60,7 @@ def membership(
     Args:
         run: a run, or its folder; the latest under ``runs/`` by default.
         request: what to audit; or ``asked``, its fields by name.
+        out: folder for tables, raw scores and figures as well.
         progress: told of each stage.
 
     Raises:
@@ -64,7 +68,8 @@ def membership(
     """
     wanted = request or MembershipRequest(**asked)
     with RunFolder.resume(folder_of(run, "run")) as folder:
-        return keep_membership(folder, audit_membership(folder, wanted, progress or Silent()))
+        found = keep_membership(folder, audit_membership(folder, wanted, progress or Silent()))
+    return found if out is None else write_membership(found, Path(out))
 
 
 def keep_membership(folder: RunFolder, report: MembershipReport) -> MembershipReport:

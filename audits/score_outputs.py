@@ -1,4 +1,4 @@
-"""What an audit of scores leaves in a folder: report, tables, raw scores, ROC points and figures."""
+"""What an audit of membership leaves in a folder: report, tables, raw scores, ROC points and figures."""
 
 import csv
 import io
@@ -6,46 +6,63 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from audits.estimators import Auc, TprAtFpr
+from audits.estimators.rates import Interval
 from audits.evidence import write_whole
 from audits.findings import Finding, Refused
 from audits.roc import draw_scored, roc
-from audits.tables import ScoresReport
+from audits.tables import MembershipReport, ScoresReport
 from audits.wording import epsilon_text
 
 _ESCAPES = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#"})
 
 
 def write_scores(report: ScoresReport, out: Path) -> ScoresReport:
-    """Write the files to ``out``; returns the report with their paths.
+    """Write ``scores.json`` and what is beside it to ``out``; returns the report with their paths.
 
     Raises:
         RunError: one cannot be written.
     """
+    return report.model_copy(update={"written": _written(out, "scores", report)})
+
+
+def write_membership(report: MembershipReport, out: Path) -> MembershipReport:
+    """The same of a run's audit, with ``membership.json``.
+
+    Raises:
+        RunError: one cannot be written.
+    """
+    return report.model_copy(update={"written": _written(out, "membership", report)})
+
+
+def _written(out: Path, name: str, report: ScoresReport | MembershipReport) -> tuple[str, ...]:
     names = []
-    for name, data in _files(report):
-        write_whole(out / name, data)
-        names.append(str(out / name))
-    return report.model_copy(update={"written": tuple(names)})
+    for file, data in _files(name, report):
+        write_whole(out / file, data)
+        names.append(str(out / file))
+    return tuple(names)
 
 
-def _files(report: ScoresReport) -> Iterator[tuple[str, bytes]]:
-    yield "scores.json", (json.dumps(report.tree(), indent=2, allow_nan=False) + "\n").encode()
-    head, rows = _head(report.findings), [_row(finding) for finding in report.findings]
+def _files(name: str, report: ScoresReport | MembershipReport) -> Iterator[tuple[str, bytes]]:
+    yield f"{name}.json", (json.dumps(report.tree(), indent=2, allow_nan=False) + "\n").encode()
+    if not report.scored:
+        return
+    head, *rows = _table(report.findings)
     yield "table.md", as_markdown(head, rows).encode()
     yield "table.tex", as_latex(head, rows).encode()
     scored = (
-        (one.attack, repr(float(score)), int(inside))
+        (one.view, one.attack, repr(float(score)), int(inside))
         for one in report.scored
         for score, inside in zip(one.values, one.inside, strict=True)
     )
-    yield "scores.csv", _csv(("attack", "score", "member"), scored)
-    curves = [roc(one.attack, one.members, one.nonmembers) for one in report.scored]
+    yield "scores.csv", _csv(("view", "attack", "score", "member"), scored)
     points = (
-        (curve.name, repr(float(fpr)), repr(float(tpr)))
-        for curve in curves
+        (one.view, one.attack, repr(float(fpr)), repr(float(tpr)))
+        for one in report.scored
+        for curve in [roc(one.attack, one.members, one.nonmembers)]
         for fpr, tpr in zip(curve.false_positive, curve.true_positive, strict=True)
     )
-    yield "roc.csv", _csv(("attack", "false_positive_rate", "true_positive_rate"), points)
+    yield "roc.csv", _csv(("view", "attack", "false_positive_rate", "true_positive_rate"), points)
     for kind, drawn in draw_scored(report.scored).items():
         yield f"roc.{kind}", drawn
 
@@ -65,32 +82,38 @@ def as_latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _head(findings: Sequence[Finding]) -> Sequence[str]:
-    first = findings[0]
-    rates = [f"TPR at {100 * rate.fpr:g} % FPR" for rate in first.tpr_at_fpr]
-    bounds = [f"epsilon, {bound.estimator}" for bound in first.bounds]
-    return ["attack", "AUC", "balanced accuracy", *rates, *bounds, "epsilon, lower bound", "epsilon, claimed"]
-
-
-def _row(finding: Finding) -> Sequence[str]:
-    """The figures of one attack; a dash is what is refused."""
-    area, accuracy = finding.auc, finding.balanced_accuracy
-    rates = [
-        "-"
-        if isinstance(rate, Refused)
-        else f"{100 * rate.estimate:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-        for rate in finding.tpr_at_fpr
+def _table(findings: Sequence[Finding]) -> Sequence[Sequence[str]]:
+    """The head and a row an attack: percentages with intervals, epsilons; a dash is what there is not."""
+    estimators = tuple(dict.fromkeys(bound.estimator for finding in findings for bound in finding.bounds))
+    head = [
+        *("view", "attack", "AUC", "balanced accuracy"),
+        *(f"TPR at {100 * rate.fpr:g} % FPR" for rate in findings[0].tpr_at_fpr),
+        *(f"epsilon, {estimator}" for estimator in estimators),
+        *("epsilon, lower bound", "epsilon, upper bound"),
     ]
-    bounds = [bound.epsilon_lower for bound in finding.bounds]
+    return [head, *(_row(finding, estimators) for finding in findings)]
+
+
+def _row(finding: Finding, estimators: Sequence[str]) -> Sequence[str]:
+    found = {bound.estimator: bound.epsilon_lower for bound in finding.bounds}
+    bounds = [found.get(estimator) for estimator in estimators]
     return [
+        finding.view,
         finding.attack,
-        "-" if area is None else f"{area.estimate:.3f} [{area.low:.3f}, {area.high:.3f}]",
-        "-" if accuracy is None else f"{accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]",
-        *rates,
+        _interval(finding.auc),
+        _interval(finding.balanced_accuracy),
+        *(_interval(None if isinstance(rate, Refused) else rate, 100, 1) for rate in finding.tpr_at_fpr),
         *("-" if epsilon is None else f"{epsilon:.2f}" for epsilon in bounds),
         f"{finding.epsilon_lower:.2f}",
         epsilon_text(finding.epsilon_upper),
     ]
+
+
+def _interval(found: Auc | Interval | TprAtFpr | None, scale: float = 1.0, digits: int = 3) -> str:
+    if found is None:
+        return "-"
+    estimate, low, high = (f"{scale * end:.{digits}f}" for end in (found.estimate, found.low, found.high))
+    return f"{estimate} [{low}, {high}]"
 
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

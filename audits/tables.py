@@ -74,6 +74,7 @@ class MembershipReport(FileRecord, Value):
         target: what was attacked, in words.
         scored: the scores behind the findings that rank; they are not written.
         curves: the ROC curves by their names in the run's folder, where they were drawn; likewise.
+        written: files that were written elsewhere; likewise.
     """
 
     run: str
@@ -83,6 +84,7 @@ class MembershipReport(FileRecord, Value):
     labels: tuple[LabelFinding, ...] = Field(default=(), alias="label_distributions")
     scored: tuple[InstanceOf[Scored], ...] = Field(default=(), exclude=True, repr=False)
     curves: tuple[str, ...] = Field(default=(), exclude=True)
+    written: tuple[str, ...] = Field(default=(), exclude=True)
 
     @model_validator(mode="after")
     def _found_something(self) -> Self:
@@ -124,7 +126,8 @@ class MembershipReport(FileRecord, Value):
             shown += [_findings_table(self.findings, f"Membership audit of {self.run}"), *_remarks(self)]
             shown += [*_beside(self.findings)]
         shown += [_labels(finding) for finding in self.labels]
-        return Group(*shown, *(_path(f"curves: {self.run}/{name}") for name in self.curves))
+        shown += [_path(f"curves: {self.run}/{name}") for name in self.curves]
+        return Group(*shown, *(_path(file) for file in self.written))
 
 
 class ScoresReport(FileRecord, Value):

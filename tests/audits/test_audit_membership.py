@@ -420,6 +420,25 @@ def test_a_run_whose_mechanism_is_broken_ends_in_exit_code_3(
     assert "epsilon is at least" in result.stderr
 
 
+def test_a_gaussian_pair_stands_beside_gradient_canaries(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "secure" not in finished.name:
+        pytest.skip("the run without DP has no gradient view")
+    monkeypatch.setattr(audits.membership_audit, "_TRIALS", 5000)
+    words = ["audit", "membership", str(finished), "--view", "gradient", "--json", "--out", str(tmp_path)]
+    found = json.loads(CliRunner().invoke(app, words).stdout)["views"]
+    for finding in found:
+        (pair,) = finding["bounds"]
+        assert (pair["estimator"], pair["counts"]) == ("gaussian_pair", False)
+        assert finding["epsilon_lower"] < pair["epsilon_lower"] < 3.1
+        assert finding["estimator"] in ("f_dp_one_run", "gaussian")
+    assert json.loads((tmp_path / "membership.json").read_text())["views"] == found
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "roc.csv", "roc.pdf", "scores.csv", "table.md", "table.tex",
+    }  # fmt: skip
+
+
 def test_bad_arguments_end_in_one_line_and_exit_code_2(tmp_path: Path, plain: Path) -> None:
     for arguments in (
         [str(tmp_path)],
