@@ -35,6 +35,10 @@ _WIDER = 0.35
 _NO_BOUND = 1.14
 """Where runs without a bound stand, relative to the largest finite one."""
 _LEAST_GAP = 0.05
+_SHOWN_DECIMALS = 1
+"""Of a gain in percentage points: less than that is no more gain."""
+_APART, _FAR_RIGHT = 0.05, 0.85
+"""Shares of a panel: marks nearer than the first have one label, which is to their left beyond the second."""
 
 
 def draw_figures(grid: Grid, outcomes: Sequence[Outcome]) -> Mapping[str, Mapping[str, bytes]]:
@@ -222,16 +226,19 @@ def _chance(panel: Axes) -> None:
 def _front_panel(panel: Axes, marks: Sequence[_Mark], scale: float) -> None:
     """A line a channel, a mark a budget, and the front through the marks that no other beats."""
     if not marks:
+        panel.set_axis_off()
         panel.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED)
         return
     for channel in dict.fromkeys(mark.point.channel for mark in marks):
         _channel(panel, channel, [mark for mark in marks if mark.point.channel == channel], scale)
-    front = pareto_front([mark.gain.estimate for mark in marks], [mark.leak.estimate for mark in marks])
+    gains = [round(100 * mark.gain.estimate, _SHOWN_DECIMALS) for mark in marks]
+    front = pareto_front(gains, [mark.leak.estimate for mark in marks])
     x = [100 * marks[one].gain.estimate for one in front]
     y = [scale * marks[one].leak.estimate for one in front]
     panel.plot(x, y, color=INK, linewidth=1.0, marker="o", markersize=11, markerfacecolor="none", zorder=5)
     panel.set_xlim(*_leak_limits([mark.gain for mark in marks], 100, -math.inf, 2.0))
     panel.set_ylim(*_leak_limits([mark.leak for mark in marks], scale, 0, 0.05 if scale == 1 else 1.5))
+    _budgets(panel, marks, scale)
 
 
 def pareto_front(gains: Sequence[float], leaks: Sequence[float]) -> list[int]:
@@ -257,10 +264,46 @@ def _channel(panel: Axes, channel: str, marks: Sequence[_Mark], scale: float) ->
     across, along = _bars(gains, 100, -100, 100), _bars(leaks, scale, 0, most)
     panel.errorbar(x, y, xerr=across, yerr=along, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.55)
     panel.plot(x, y, color=colour, marker=kind.marker, markersize=6.5, linewidth=1.5, zorder=4)
-    for mark, place in zip(marks, zip(x, y, strict=True), strict=True):
-        words = "∞" if math.isinf(mark.point.epsilon) else spelt(mark.point.epsilon)
-        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "zorder": 6, "color": colour}
-        panel.annotate(words, place, xytext=kind.label, **style)
+
+
+def _budgets(panel: Axes, marks: Sequence[_Mark], scale: float) -> None:
+    """The budgets beside their marks, in one label where marks lie together, a line a channel in its "
+    "colour."""
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+    places = [(100 * mark.gain.estimate, scale * mark.leak.estimate) for mark in marks]
+    shares = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in places]
+    for cluster in clusters(shares, _APART):
+        channels = dict.fromkeys(marks[one].point.channel for one in cluster)
+        x, y = (max(places[one][axis] for one in cluster) for axis in (0, 1))
+        inward = shares[cluster[0]][0] > _FAR_RIGHT
+        for line, channel in enumerate(channels):
+            budgets = sorted(
+                marks[one].point.epsilon for one in cluster if marks[one].point.channel == channel
+            )
+            panel.annotate(
+                ", ".join("∞" if math.isinf(epsilon) else spelt(epsilon) for epsilon in budgets),
+                (x, y),
+                xytext=(-9 if inward else 9, 5 + 10 * line),
+                textcoords="offset points",
+                ha="right" if inward else "left",
+                fontsize=8.5,
+                zorder=6,
+                color=known(channel).colour,
+            )
+
+
+def clusters(places: Sequence[tuple[float, float]], apart: float) -> list[list[int]]:
+    """Indices of ``places`` by group: two share one where a chain of steps shorter than ``apart`` joins "
+    "them."""
+    left, found = list(range(len(places))), []
+    while left:
+        group = [left.pop(0)]
+        for one in group:
+            near = [other for other in left if math.dist(places[one], places[other]) < apart]
+            group += near
+            left = [other for other in left if other not in near]
+        found.append(sorted(group))
+    return found
 
 
 def _leak_limits(

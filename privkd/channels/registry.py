@@ -58,7 +58,6 @@ class Kind:
         model: of the differential-privacy deployments registry.
         colour: in figures.
         marker: likewise.
-        label: where a budget is written beside its mark, in points: apart for marks that coincide.
     """
 
     load: "Callable[[], Callable[..., Channel]]"
@@ -76,7 +75,6 @@ class Kind:
     model: str = "unknown"
     colour: str = "#CC79A7"
     marker: str = "D"
-    label: tuple[int, int] = (6, 6)
 
 
 def _ours(room: str, name: str) -> "Callable[[], Callable[..., Channel]]":
@@ -119,7 +117,6 @@ _OURS = {
         model="Local",
         colour="#0072B2",
         marker="s",
-        label=(6, -12),
     ),
     "secure": Kind(
         load=_ours("secure", "SecureChannel"),
@@ -134,7 +131,6 @@ _OURS = {
         model="Federated",
         colour="#009E73",
         marker="^",
-        label=(-13, 6),
     ),
 }
 OURS = tuple(_OURS)

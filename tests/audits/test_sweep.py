@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import trials as bodies
 from evidence import audited, finding, rebuilt
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from running import SMALL, StopAt
 from typer.testing import CliRunner
 
 from audits.estimators.rates import difference, mean_of, share
-from audits.sweeps.figures import FIGURES, ceiling_of, draw_figures, pareto_front
+from audits.sweeps.figures import FIGURES, ceiling_of, clusters, draw_figures, pareto_front
 from audits.sweeps.grid import DONE, TRIALS, Grid, Record, Trial, is_done, read_record
 from audits.sweeps.runner import Failed, Limits, Message, Stage, play, run_trials
 from audits.sweeps.sweep import Sweep, TrialRow, read_sweep, sweep, trial_rows, write_files
@@ -329,6 +331,18 @@ def _front_by_hand(gains: Sequence[float], leaks: Sequence[float]) -> set[tuple[
         for gain, leak in marks
         if not any(g >= gain and x <= leak and (g, x) != (gain, leak) for g, x in marks)
     }
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=12), st.floats(0.01, 0.5))
+def test_marks_that_lie_together_have_one_label(places: list[tuple[float, float]], apart: float) -> None:
+    """Two labels never start nearer to each other than ``apart``, and none is lost."""
+    found = clusters(places, apart)
+    assert sorted(one for group in found for one in group) == list(range(len(places)))
+    for group in found:
+        for one in group:
+            others = [other for other in range(len(places)) if other not in group]
+            assert all(math.dist(places[one], places[other]) >= apart for other in others)
+    assert clusters([(0, 0), (0.04, 0), (0.08, 0), (0.5, 0)], 0.05) == [[0, 1, 2], [3]]
 
 
 def test_the_front_is_what_no_other_point_beats() -> None:
