@@ -35,6 +35,7 @@ from running import SMALL, StopAt, play
 from privkd import prepared
 from privkd.config import Config, DataConfig, config_tree, load_config, parse_config
 from privkd.data import build_scenario
+from privkd.data.tokens import tokens_of_texts
 from privkd.errors import ChannelError, ConfigError, DataError, InputError, PrivkdError, RunError
 from privkd.journal import Journal
 from privkd.privacy.events import Unit
@@ -50,7 +51,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (12, 6, 5), dtype=np.uint8)
 LABELS = np.arange(12, dtype=np.uint8) % 3
 
 
-def attempt(what: str, refusals: type[PrivkdError], read: Callable[[], Any]) -> Any:
+def attempt(
+    what: str, refusals: type[PrivkdError] | tuple[type[PrivkdError], ...], read: Callable[[], Any]
+) -> Any:
     """What ``read`` returns, or ``None`` where it refuses in one line; anything else is a failure."""
     refused, found = "", None
     with no_hang():
@@ -176,6 +179,11 @@ def table(draw: st.DrawFn) -> list[list[str]]:
     return [[*names, "label"], *lines, *odd]
 
 
+def json_lines() -> bytes:
+    lines = [{"text": f"text {row} \u00e9\ud83d\ude00", "label": "ab"[row % 2]} for row in range(12)]
+    return "\n".join(map(json.dumps, lines)).encode()
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "train-images-idx3-ubyte": lambda: idx(IMAGES),
     "train-images-idx3-ubyte.gz": lambda: gzip.compress(idx(IMAGES)),
@@ -191,6 +199,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "data.arrow": arrow,
     "state.json": lambda: SAVED["state.json"],
     "dataset_info.json": lambda: SAVED["dataset_info.json"],
+    "a.jsonl": json_lines,
+    "0/a.txt": lambda: "Ein Text, \u4e00 zwei \U0001f600.".encode(),
     "0/a.png": lambda: png(IMAGES[0]),
     "0/a.jpg": lambda: png(IMAGES[0], "JPEG"),
     "0/a.gif": lambda: png(IMAGES[0], "GIF"),
@@ -199,7 +209,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 def check(source: Read) -> None:
     """Whatever was read is a data set."""
-    assert source.inputs.dtype == torch.float32
+    assert source.inputs.dtype in (torch.float32, torch.int64)
     assert bool(source.inputs.isfinite().all())
     assert source.labels.dtype == torch.int64
     assert len(source.inputs) == len(source.labels) > 0
@@ -216,7 +226,8 @@ class TestDataFiles:
             (place / "train-labels-idx1-ubyte").write_bytes(idx(LABELS))
         if "/" in name:
             (place / "1").mkdir()
-            (place / "1" / "b.png").write_bytes(png(IMAGES[1]))
+            other = ("b.txt", b"another") if name.endswith(".txt") else ("b.png", png(IMAGES[1]))
+            (place / "1" / other[0]).write_bytes(other[1])
         if name in SAVED or name == "data.arrow":
             for described, content in (SAVED | {"data.arrow": arrow()}).items():
                 (place / described).write_bytes(content)
@@ -277,6 +288,30 @@ class TestDataFiles:
             assert found is None or bool(found.proxy.isfinite().all())
 
         damage()
+
+    def test_a_damaged_tokenizer(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        tokens, _ = tokens_of_texts(["some words of text"], DataConfig(length=8))
+        assert tokens.tokenizer is not None
+        texts = np.array(["words", "\u4e00" * 50, ""], dtype=object)
+
+        def tokenized() -> torch.Tensor:
+            return tokens_of_texts(["a text"], DataConfig(tokenizer=path, length=8))[0].ids(texts)
+
+        @fuzzed()
+        @given(damaged(tokens.tokenizer.encode()))
+        def damage(content: bytes) -> None:
+            path.write_bytes(content)
+            found = attempt("tokenizer", (ConfigError, DataError), tokenized)
+            assert found is None or (found.dtype == torch.int64 and int(found.min()) >= 0)
+
+        damage()
+
+    def test_a_line_of_json_that_unpacks_to_a_tower(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        for bomb in ("[" * 10**6, '{"a":' * 10**5, '"' + "a" * (17 << 20) + '"', "9" * 10**6):
+            path.write_text(f'{{"text": "a", "label": {bomb}\n')
+            assert attempt("JSON lines", DataError, lambda: read(path)) is None
 
     @pytest.mark.parametrize("name", ["a.npz", "a.parquet", "a.csv", "0/a.png", "train-images-idx3-ubyte"])
     def test_a_pickle_of_any_name_is_not_loaded(self, tmp_path: Path, name: str) -> None:
