@@ -136,7 +136,7 @@ class DataConfig(Settings):
         vocabulary: how many tokens a tokenizer learns at most; of ``tokens`` how many there are, the last of
             them unknown. ``None``: 2000; or by the largest of the public records.
         length: of each record in tokens; longer ones are cut. ``None``: that which 95 % of the public texts
-            do not exceed, 128 at most; or as arrays have it.
+            do not exceed, 64 at most; or as arrays have it.
         tokens: whether whole-number arrays ``[record, position]`` are token ids, of which 0 pads.
         header: whether the first line of a CSV file names the columns; ``auto`` asks where that is doubtful.
         delimiter: what separates the cells of a CSV or TSV file; ``auto`` takes tabs in a ``.tsv``, else
