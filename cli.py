@@ -783,12 +783,13 @@ def scores(
 ) -> None:
     """Audit scores of members and non-members of any training. Exit code 3: they beat the claim."""
     from audits.bounding import claimed
-    from audits.scores_audit import scores_of_file
     from privkd.plugins import load_plugins
-    from privkd.terminal import show
 
     claim = claimed(epsilon, delta, independent=independent, gaussian=gaussian)
     load_plugins(plugin or ())
+    from audits.scores_audit import scores_of_file
+    from privkd.terminal import show
+
     show(scores_of_file(Path(file), claim, out=_path(out)), as_json=json_)
 
 

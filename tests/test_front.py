@@ -101,6 +101,8 @@ class TestMistakesAreAnsweredAtOnce:
             ["audit", "membership", "--attack", "nope"],
             ["audit", "membership", "--shadows", "4"],
             ["audit", "reconstruction", "--trials", "0"],
+            ["audit", "scores", "scores.csv", "--epsilon", "3"],
+            ["audit", "model", "mine:train", "--epsilon", "-1", "--delta", "1e-5"],
             ["papers", "run", "nope"],
             ["papers", "run", "du2022", "--scale", "nope"],
             ["settings", "privacy.epsilom"],
