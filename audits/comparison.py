@@ -233,7 +233,9 @@ def compare_runs(first: RunRecord, second: RunRecord) -> RunComparison:
             Shares("gain over zero devices", one.gain, other.gain, difference(other.gain, one.gain)),
         ),
         ledgers=tuple(
-            Ledgers(unit=unit, first=first.statement(unit), second=second.statement(unit)) for unit in Unit
+            Ledgers(unit=unit, first=first.statement(unit), second=second.statement(unit))
+            for unit in Unit
+            if first.statement(unit) or second.statement(unit)
         ),
         leaks=tuple(_leaks(first, second)),
     )

@@ -19,11 +19,13 @@ from audits.findings import Finding, ReconstructionFinding
 from audits.tables import MembershipReport, ReconstructionReport
 from audits.wording import command_of
 from privkd.config import Config, load_config
+from privkd.data.persons import Persons
 from privkd.errors import RunError
 from privkd.export.record import Exported
 from privkd.journal import Journal
 from privkd.privacy.bounds import Audited
 from privkd.privacy.events import Batch, PrivacyEvent, TaggedEvent, Unit
+from privkd.privacy.joint import Joint
 from privkd.privacy.ledger import Ledger, Statement
 from privkd.privacy.robustness import reconstruction_ceiling
 from privkd.records import Count, Record, read_json, record_of
@@ -203,6 +205,21 @@ class RunRecord:
         """The classes by name, and how well the teacher knows them; none of a run that names none."""
         return self.result.classes if self.result else ()
 
+    @property
+    def unit(self) -> Unit:
+        """What training protects."""
+        return Unit(self.config.privacy.unit)
+
+    @property
+    def persons(self) -> Persons | None:
+        """Public constants about whose the records are, where that is known."""
+        return self.result.persons if self.result else None
+
+    @property
+    def joints(self) -> tuple[Joint, ...]:
+        """What several units of one owner get together."""
+        return self.result.joints if self.result else ()
+
     def statement(self, unit: Unit) -> Statement | None:
         """The ledger's row of one unit."""
         return next((row for row in self.statements if row.unit is unit), None)
@@ -251,7 +268,7 @@ class RunRecord:
             return "ALARM"
         if not self.finished:
             return "unfinished"
-        if math.isinf(self.spent(Unit.RECORD)) and math.isinf(self.spent(Unit.DEVICE)):
+        if math.isinf(self.spent(self.unit)) and math.isinf(self.spent(Unit.DEVICE)):
             return "no protection claimed"
         return "within bound" if self.audited else "not audited"
 

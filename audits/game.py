@@ -27,7 +27,8 @@ from privkd.data.scenario import Device, LabelledSet, Scenario
 from privkd.engines.simulation import Draws, Simulation
 from privkd.errors import ConfigError, DataError, RunError
 from privkd.messages import Question, Task
-from privkd.prepared import Prepared
+from privkd.prepared import Prepared, reopen_simulation
+from privkd.privacy.events import Unit
 from privkd.privacy.randomness import Randomness, SeededRandomness, derive_seed, seeded_generator
 from privkd.runs.checkpoint import Transcript
 from privkd.runs.folder import RunFolder, versions
@@ -131,12 +132,17 @@ def _shuffled(records: LabelledSet, generator: torch.Generator) -> LabelledSet:
     return _part(records, order)
 
 
-DEPLOYED = (
+_DEPLOYED = (
     "and is not audited: a replay trains on the devices' own records and writes their answers, which the "
     "ledger does not cover; audit a simulation of the same settings, or run "
     "`privkd audit mechanism`"
 )
 """Why no audit replays a deployment."""
+
+_PERSONS = (
+    "privacy.unit='person', and this audit guesses single records, of which the run promises something else: "
+    "rest on the audit of persons that ended it, or audit a run of unit record"
+)
 
 Role: TypeAlias = Literal["target", "shadow"]
 Report: TypeAlias = Callable[[int, int], None]
@@ -173,6 +179,18 @@ def shard_of(pool: Pool, inside: NDArray[np.bool_]) -> LabelledSet:
         torch.cat([pool.always.inputs, pool.candidates.inputs[chosen]]),
         torch.cat([pool.always.labels, pool.candidates.labels[chosen]]),
     )
+
+
+def reopen_run(folder: RunFolder) -> Prepared:
+    """The run in ``folder``, for an audit that replays it and guesses records.
+
+    Raises:
+        RunError: as `reopen_simulation`; or it protects persons.
+    """
+    run = reopen_simulation(folder, _DEPLOYED)
+    if run.plan.unit is Unit.PERSON:
+        raise RunError(f"{folder.path}: {_PERSONS}")
+    return run
 
 
 @dataclass(frozen=True)

@@ -155,9 +155,9 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
     part = PARTS[student.dp.part]
     crafted = f"{part}, q={plan.sampling_rate:g}, {run.config.privacy.noise}"
     estimator = "gaussian" if plan.sampling_rate == 1 else "clopper_pearson"
-    claim = [plan.record_event] * plan.rounds
+    claim = [plan.training_event] * plan.rounds
     name = f"DP-SGD, {student.engine}"
-    return Examined(_finding(name, crafted, Unit.RECORD, claim, bounded, level, estimator), audit.checks)
+    return Examined(_finding(name, crafted, plan.unit, claim, bounded, level, estimator), audit.checks)
 
 
 def audit_devices(name: str, level: Level, *, seed: int) -> Examined:

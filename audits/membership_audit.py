@@ -15,7 +15,7 @@ from audits.estimators import (
 )
 from audits.evidence import MEMBERSHIP
 from audits.findings import Bound, Finding, LabelFinding
-from audits.game import DEPLOYED, Cache, GameKey, ReplayContext, draw_pool, traces
+from audits.game import Cache, GameKey, ReplayContext, draw_pool, reopen_run, traces
 from audits.mechanisms.canaries import Scores, bound_many_trials, bound_one_run, dirac_scores
 from audits.requests import (
     MembershipRequest,
@@ -32,7 +32,7 @@ from audits.views import Replays, Wires
 from privkd.channels.registry import KINDS
 from privkd.errors import ConfigError, InputError
 from privkd.messages import dealt
-from privkd.prepared import Prepared, reopen_simulation
+from privkd.prepared import Prepared
 from privkd.privacy.events import Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
@@ -86,7 +86,7 @@ def audit_membership(folder: RunFolder, request: MembershipRequest, progress: Pr
         InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
             lacks the view, or has too few records.
     """
-    run = reopen_simulation(folder, DEPLOYED)
+    run = reopen_run(folder)
     views = views_of(run, request.view)
     wanted = [
         (view, attack) for view in views for attack in attacks_of(view) if request.attack in ("all", attack)

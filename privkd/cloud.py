@@ -458,7 +458,9 @@ class Cloud:
     def mechanism(self) -> Mechanism | None:
         """DP-SGD of one round, or ``None`` where the run asks for no DP."""
         plan = self.plan
-        return Mechanism.of(self.config.student, plan.noise_multiplier, plan.expected_batch_size, self.probe)
+        return Mechanism.of(
+            self.config.student, plan.noise_multiplier, plan.expected_batch_size, self.probe, plan.unit
+        )
 
     def trained_teacher(self) -> nn.Module:
         """The first teacher, trained on public labelled data."""

@@ -250,9 +250,10 @@ class Federation:
         """Have the devices answer over the channel; what it costs is booked before any of them is asked."""
         round = task.question.round
         # Who falls silent is not known beforehand, so all are charged.
-        self._debit(Unit.RECORD, self.prepared.plan.record_event, round)
+        unit = self.prepared.plan.unit
+        self._debit(unit, self.prepared.plan.training_event, round)
         self._debit(Unit.DEVICE, self.channel.event, round)
-        self.ledger.post_process(Unit.RECORD, *self.fleet.names, round=round, of="a DP-SGD student's answers")
+        self.ledger.post_process(unit, *self.fleet.names, round=round, of="a DP-SGD student's answers")
         return self.fleet.release(task, students, self.channel)
 
     def _learn(self, state: State, release: Release, students: Sequence[nn.Module]) -> State:
@@ -283,7 +284,7 @@ class Federation:
         simulated, scenario = self.prepared.simulated, self.prepared.scenario
         test = scenario.test
         # Nobody sees a private student in a deployment; before the first charge they are public.
-        shown = simulated or not self.ledger.parties(Unit.RECORD)
+        shown = simulated or not self.ledger.parties(self.prepared.plan.unit)
         on_test = cache(lambda model: accuracy(model, test.inputs, test.labels))
         figures = RoundFigures(
             teacher=on_test(teacher),
@@ -291,13 +292,18 @@ class Federation:
             labels_only=on_test(idle.labels_only),
             students=mean_accuracy(students, test) if shown else math.nan,
             accepted=accepted,
-            epsilon_record=self.ledger.spent(Unit.RECORD).high,
+            epsilon_record=self._spent(Unit.RECORD),
+            epsilon_person=self._spent(Unit.PERSON),
             epsilon_device=self.ledger.spent(Unit.DEVICE).high,
             personal=personal_accuracy(students, scenario.devices) if simulated else math.nan,
             devices=devices,
         )
         self.progress.figures(**asdict(figures))
         return figures
+
+    def _spent(self, unit: Unit) -> float:
+        """NaN where the run protects another unit."""
+        return self.ledger.spent(unit).high if unit is self.prepared.plan.unit else math.nan
 
     def _stage(self, round: int, what: str) -> None:
         self.progress.stage(f"round {round + 1} of {self.prepared.plan.rounds}: {what}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from privkd.config import StudentConfig
-from privkd.privacy.events import PartyId
+from privkd.privacy.events import PartyId, Unit
 
 # A message is read long before anybody trains.
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Task:
         if mechanism is not None:
             public = (mechanism.noise_multiplier, mechanism.expected_batch_size, mechanism.alpha)
             yield f"{mechanism.recipe.model_dump_json()} {public} {mechanism.temperature}".encode()
+            if mechanism.unit is not Unit.RECORD:
+                yield mechanism.unit.encode()
         question = self.question
         yield f"{question.round} {question.kind}".encode()
         for tensor in (question.queries, question.inputs, question.prior):

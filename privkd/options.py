@@ -71,6 +71,11 @@ _ALL = (
         "The column that says whose each record is: a natural partition, by whole groups.",
     ),
     Option("missing", "data.missing", "Missing features: refuse, mean, most-frequent or drop. [refuse]"),
+    Option(
+        "unit",
+        "privacy.unit",
+        "What training protects: a record, or with --group a person with all of their records. [record]",
+    ),
     Option("devices", "data.devices", "Number of devices. [5]"),
     Option("rounds", "rounds", "Number of rounds. [3]"),
     Option("channel", "channel.kind", "plain, noised, secure or a plug-in's. [secure]"),

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 from privkd.channels.registry import known, price_of
 from privkd.config import Config
+from privkd.data.persons import Persons
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
 from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
 from privkd.privacy.claims import check_delta, warnings_on
 from privkd.privacy.events import DpSgd, NoPrivacy, PrivacyEvent, Unit
+from privkd.privacy.joint import Joint, Spent
 from privkd.privacy.ledger import Budget
 from privkd.privacy.votes import VoteRule, affordable_queries, vote_rule
 from privkd.secure.normcheck import FALSE_ALARM
@@ -24,8 +26,8 @@ _UNCHARGED = 1e-3
 
 @dataclass(frozen=True)
 class PublicFacts:
-    """The public constants of a scenario that a plan needs: sizes, never contents. ``inferred`` and
-    ``taken`` are as of `Scenario`."""
+    """The public constants of a scenario that a plan needs: sizes, never contents. The last three are as of
+    `Scenario`."""
 
     devices: int
     records_per_device: int
@@ -33,6 +35,7 @@ class PublicFacts:
     classes: int
     inferred: tuple[str, ...] = ()
     taken: Mapping[str, str] = field(default_factory=dict)
+    persons: Persons | None = None
 
 
 def facts_of(scenario: Scenario) -> PublicFacts:
@@ -44,6 +47,7 @@ def facts_of(scenario: Scenario) -> PublicFacts:
         classes=scenario.classes,
         inferred=scenario.inferred,
         taken=scenario.taken,
+        persons=scenario.persons,
     )
 
 
@@ -62,15 +66,17 @@ class Plan:
         queries: proxy records put to the students in each round.
         clip_norm: L2 bound on a device's whole block of answers.
         rho: zCDP price of one release to each device, ``None`` without channel noise.
-        record_event: what one round costs a device's records.
+        unit: what training protects: a record, or a person with all records of theirs on a device.
+        training_event: what one round's training costs that unit.
         device_event: what one release costs a device.
-        record: epsilon per record of the whole run, at ``delta``.
+        training: epsilon per ``unit`` of the whole run, at ``delta``.
         device: epsilon per device of the whole run, at ``delta``.
         delta: of both units.
         upload_bytes: a device's upload a round, before sealing.
         votes: the rule of each release's vote, ``None`` where means are released.
         inferred: public constants that a simulation read from all records, private ones too, in words.
         taken: what in the data was taken for what, such as the label, in words by its name.
+        persons: public constants about whose the records are, where that is known.
         warnings: what must be said wherever this plan's epsilons and delta are shown, a sentence each.
     """
 
@@ -84,16 +90,39 @@ class Plan:
     queries: int
     clip_norm: float
     rho: float | None
-    record_event: PrivacyEvent
+    unit: Unit
+    training_event: PrivacyEvent
     device_event: PrivacyEvent
-    record: Bound
+    training: Bound
     device: Bound
     delta: float
     upload_bytes: int
     votes: VoteRule | None = None
     inferred: tuple[str, ...] = ()
     taken: Mapping[str, str] = field(default_factory=dict)
+    persons: Persons | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def joints(self) -> tuple[Joint, ...]:
+        """What several units of one owner get together, of the whole run."""
+        most = None if self.persons is None else self.persons.most_records
+        training, releases = [self.training_event] * self.rounds, [self.device_event] * self.rounds
+        return Spent(self.unit, training, releases, self.delta, most).joints
+
+
+def check_elsewhere(config: Config) -> None:
+    """Refuse what devices elsewhere cannot keep.
+
+    Raises:
+        ConfigError: training is to protect persons, whose records a device program does not tell apart.
+    """
+    if config.privacy.unit == "person":
+        raise ConfigError(
+            "privacy.unit='person' is for simulations: a real device counts what a record costs, and it as a "
+            "whole. Where a device is one person's, its device-level budget is the person's: set "
+            "privacy.device_epsilon"
+        )
 
 
 def make_plan(config: Config, facts: PublicFacts) -> Plan:
@@ -118,14 +147,18 @@ def make_plan(config: Config, facts: PublicFacts) -> Plan:
     )
     rho = _rho(config)
     _check_false_alarms(config, rho)
-    record_event: PrivacyEvent = (
+    unit = Unit(privacy.unit)
+    population = _population(unit, facts)
+    training_event: PrivacyEvent = (
         DpSgd(multiplier, recipe.sampling_rate, recipe.steps)
         if multiplier > 0
         else NoPrivacy("students were trained without DP: epsilon was set to inf")
     )
     device_event = price_of(config.channel.kind, rho)
     queries = min(facts.proxy, _queries(config, rho, facts))
-    record, device = (price([event] * config.rounds, privacy.delta) for event in (record_event, device_event))
+    training, device = (
+        price([event] * config.rounds, privacy.delta) for event in (training_event, device_event)
+    )
     return Plan(
         rounds=config.rounds,
         devices=facts.devices,
@@ -133,31 +166,50 @@ def make_plan(config: Config, facts: PublicFacts) -> Plan:
         noise_multiplier=multiplier,
         sampling_rate=recipe.sampling_rate,
         steps=recipe.steps,
-        expected_batch_size=recipe.sampling_rate * facts.records_per_device,
+        expected_batch_size=recipe.sampling_rate * population,
         queries=queries,
         clip_norm=config.channel.row_clip * math.sqrt(queries),
         rho=rho,
-        record_event=record_event,
+        unit=unit,
+        training_event=training_event,
         device_event=device_event,
-        record=record,
+        training=training,
         device=device,
         delta=privacy.delta,
         upload_bytes=queries * facts.classes * _BYTES_PER_ENTRY,
         votes=_votes(config, rho, facts.devices, queries),
         inferred=facts.inferred,
         taken=facts.taken,
+        persons=facts.persons,
         warnings=(
-            *warnings_on(Unit.RECORD, record.high, privacy.delta, facts.records_per_device),
+            *warnings_on(unit, training.high, privacy.delta, population),
             *warnings_on(Unit.DEVICE, device.high, privacy.delta, facts.devices),
         ),
     )
 
 
+def _population(unit: Unit, facts: PublicFacts) -> int:
+    """How many units of training a device holds, nominally.
+
+    Raises:
+        ConfigError: it is a person, and nothing says whose the records are.
+    """
+    if unit is Unit.RECORD:
+        return facts.records_per_device
+    if facts.persons is None:
+        raise ConfigError(
+            "privacy.unit='person': nothing says whose each record is; name the column that does with "
+            "--group COLUMN"
+        )
+    return facts.persons.per_device
+
+
 def budgets(config: Config) -> tuple[Budget, Budget]:
-    """The most that one device's records, and one device, may spend over the whole run."""
+    """The most that one unit of training, a record or a person, and one device may spend over the run."""
     privacy = config.privacy
     device = math.inf if privacy.device_epsilon is None else privacy.device_epsilon
-    return Budget(Unit.RECORD, privacy.epsilon, privacy.delta), Budget(Unit.DEVICE, device, privacy.delta)
+    unit = Unit(privacy.unit)
+    return Budget(unit, privacy.epsilon, privacy.delta), Budget(Unit.DEVICE, device, privacy.delta)
 
 
 def _rho(config: Config) -> float | None:

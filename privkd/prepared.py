@@ -22,9 +22,10 @@ from privkd.engines.simulation import Draws, RandomnessOf, Simulation
 from privkd.errors import RunError
 from privkd.messages import dealt
 from privkd.models.zoo import parameter_count, torch_device
-from privkd.plan import Plan, facts_of, make_plan
+from privkd.plan import Plan, check_elsewhere, facts_of, make_plan
 from privkd.plugins import load_plugins
 from privkd.privacy.events import PartyId
+from privkd.privacy.joint import Joint
 from privkd.privacy.noise import NoiseRoot
 from privkd.privacy.randomness import (
     Randomness,
@@ -39,7 +40,7 @@ from privkd.runs.checkpoint import State, load_state, load_teachers, saved
 from privkd.runs.elsewhere import Elsewhere, elsewhere_of
 from privkd.runs.fingerprints import check_bound, check_files
 from privkd.runs.folder import RunFolder
-from privkd.runs.result import NO_RECORD_DP, epsilon_text, taken_lines, warned
+from privkd.runs.result import NO_RECORD_DP, epsilon_text, joint_lines, taken_lines, warned
 from privkd.training.dpsgd import Mechanism, seconds_per_step
 from privkd.training.proof import Probe
 
@@ -166,6 +167,8 @@ def prepare(config: Config, *, public: bool = False) -> Prepared:
         BudgetError: no noise reaches the budget.
     """
     load_plugins(config.plugins)
+    if public:
+        check_elsewhere(config)
     RULES.check(config.reverse.aggregation)
     config.check_channel()
     deployment = config.privacy.noise == "system"
@@ -252,11 +255,13 @@ def finished(prepared: Prepared, folder: RunFolder) -> Finished:
 @dataclass(frozen=True)
 class Forecast(Value):
     """A plan and what it takes: the student's ``parameters``, and about how many ``seconds`` the devices'
-    private training would take one after the other on this machine, from one real step on made-up records."""
+    private training would take one after the other on this machine, from one real step on made-up records.
+    ``joints`` are the plan's."""
 
     plan: Plan
     parameters: int
     seconds: float
+    joints: tuple[Joint, ...] = ()
 
     def tree(self) -> dict[str, Any]:
         """The JSON form."""
@@ -282,7 +287,7 @@ class Forecast(Value):
             ("sampling rate", f"{plan.sampling_rate:g}"),
             ("noise multiplier", f"{plan.noise_multiplier:.4f}"),
             ("expected batch size", f"{plan.expected_batch_size:g}"),
-            (f"epsilon per record, whole run (delta {plan.delta:g})", epsilon_text(plan.record.high)),
+            (f"epsilon per {plan.unit}, whole run (delta {plan.delta:g})", epsilon_text(plan.training.high)),
             (f"epsilon per device, whole run (delta {plan.delta:g})", epsilon_text(plan.device.high)),
             ("channel noise (rho per release)", "none" if plan.rho is None else f"{plan.rho:.4g}"),
             ("queries a round", str(plan.queries)),
@@ -293,7 +298,8 @@ class Forecast(Value):
         ]
         for row in rows + _vote_rows(plan):
             table.add_row(*row)
-        remarks = [*taken_lines(plan.taken), *([NO_RECORD_DP] if math.isinf(plan.record.high) else [])]
+        remarks = [*taken_lines(plan.taken), *joint_lines(plan.persons, self.joints)]
+        remarks += [NO_RECORD_DP] if math.isinf(plan.training.high) else []
         inferred = [_inferred(plan.inferred)] if plan.inferred else []
         return Group(table, *remarks, *inferred, *warned(plan.warnings))
 
@@ -327,4 +333,5 @@ def forecast(config: Config) -> Forecast:
         recipe=config.student.dp,
         batch=math.ceil(plan.expected_batch_size),
     )
-    return Forecast(plan, parameter_count(student), step * plan.steps * plan.rounds * plan.devices)
+    seconds = step * plan.steps * plan.rounds * plan.devices
+    return Forecast(plan, parameter_count(student), seconds, plan.joints)

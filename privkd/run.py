@@ -345,6 +345,8 @@ def _result(
         noise=config.privacy.noise,
         warnings=done.plan.warnings,
         taken=dict(done.plan.taken),
+        persons=done.plan.persons,
+        joints=done.plan.joints,
         seconds=time.monotonic() - start,
     )
 

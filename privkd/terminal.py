@@ -127,6 +127,7 @@ def wide_console() -> Console:
 def _figures(figures: dict[str, float]) -> str:
     names = {
         "epsilon_record": "epsilon/record",
+        "epsilon_person": "epsilon/person",
         "epsilon_device": "epsilon/device",
         "accepted": "gate",
         "devices": "devices in the release",

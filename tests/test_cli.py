@@ -405,7 +405,7 @@ class TestDryRun:
         answer = command("train", *SMALL_RUN, "--dry-run", "--json")
         plan = run_of(answer)["plan"]
         assert plan["noise_multiplier"] > 0
-        assert 2.9 < plan["record"]["high"] <= 3.0
+        assert 2.9 < plan["training"]["high"] <= 3.0
         assert plan["device"]["high"] == "inf"
         assert list(Path.cwd().iterdir()) == []
 

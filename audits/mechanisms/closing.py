@@ -8,7 +8,7 @@ through the channel while it is open (`on_channel`). It takes seconds, or a tent
 
 from audits.mechanisms.canaries import bound_many_trials
 from audits.mechanisms.on_channel import audit_releases
-from audits.mechanisms.on_device import audit_training
+from audits.mechanisms.on_device import audit_training, of_person
 from privkd.channels.channel import Channel
 from privkd.channels.registry import KINDS
 from privkd.federation import Federation
@@ -31,7 +31,7 @@ def closing_audit(federation: Federation, state: State, progress: Progress) -> A
 
     There is no bound for a unit without protection, for votes, for noise that the devices add together, and
     over a channel that says why.
-    Neighbouring relations are the ledger's: add or remove one record, zero out one device.
+    Neighbouring relations are the ledger's: add or remove one record or person, zero out one device.
 
     Args:
         federation: the run, its channel open.
@@ -67,12 +67,13 @@ def _of_records(run: Prepared, state: State, confidence: float, seed: int) -> Au
     )
     part = PARTS[student.dp.part]
     kinds = "student" if len(starts) == 1 else f"{len(starts)} kinds of student"
+    crafted = f", {of_person(run)} records a person" if plan.unit is Unit.PERSON else ""
     path = (
         f"the run's own {kinds}, {part} trained by engine {student.engine}, "
-        f"noise from {_SOURCES[run.config.privacy.noise]}"
+        f"noise from {_SOURCES[run.config.privacy.noise]}{crafted}"
     )
     return Audited(
-        (LowerBound(Unit.RECORD, epsilon, confidence, len(audit.scores.values), path),), audit.checks
+        (LowerBound(plan.unit, epsilon, confidence, len(audit.scores.values), path),), audit.checks
     )
 
 

@@ -4,7 +4,8 @@ The run's own students, its part in training, its engine, its randomness and its
 the records are the audit's, crafted out of public ones so that their clipped gradients are as long as they
 may be and nearly orthogonal. A device holds some of them by fair coins. The adversary sees the noised sum of
 every step and knows all but one coin; the audit knows more, as it can play a device again without its noise.
-Neighbouring relation: add or remove one record.
+Neighbouring relation: add or remove one record. Where training protects persons, each crafted record stands
+for a person with several of it, whose gradients all push one way: add or remove one person.
 
 Three kinds of things are looked at. What one record moves without noise (`_Crafted`, `_InCompany`), which
 clipping bounds, and whether it leaves anything but that. The noise by itself, which must be of the claimed
@@ -32,6 +33,7 @@ from privkd.models.features import Parted
 from privkd.models.zoo import trained_parameters
 from privkd.prepared import Prepared
 from privkd.privacy.bounds import Check
+from privkd.privacy.events import Unit
 from privkd.privacy.randomness import Randomness, SeededRandomness, Uniforms, seeded_generator
 from privkd.training.dpsgd import Mechanism
 from privkd.training.vectorised import is_vectorised
@@ -42,6 +44,8 @@ FALSE_ALARM = 1e-6
 """Of all checks of one audit together: a sound run fails one with at most this probability."""
 _POOL, _LABELS, _MOST_TOGETHER, _LEAST_LENGTH = 32, 3, 32, 0.95
 _COMPANY = 24
+_FEWEST_OF_PERSON, _MOST_OF_PERSON = 2, 8
+"""Records of a crafted person, whatever persons of the run have."""
 _TOLERANCE, _SLACK = 1e-3, 0.02
 """Rounding of float32 weights, and of integers in the channel: on lengths in clip norms, and on variances."""
 _MOST_TRIALS, _MOST_DRAWS, _MOST_STEPS = 20_000, 40_000_000, 1_000
@@ -79,9 +83,10 @@ def audit_training(
     assert mechanism is not None
     kinds = [_Crafted.of(run, start, teacher, mechanism, seed) for start in starts]
     company = [_InCompany.of(kind) for kind in kinds]
+    unit = mechanism.unit
     clipping = [
-        _length_check("a record by itself", [kind.longest for kind in kinds]),
-        _length_check("a record among others", [found.longest for found in company]),
+        _length_check(f"a {unit} by itself", [kind.longest for kind in kinds]),
+        _length_check(f"a {unit} among others", [found.longest for found in company]),
         *(check for found in company for check in found.checks()),
     ]
     played = [_play(run, kind, mechanism, most, len(kinds), seed) for kind in kinds]
@@ -175,8 +180,9 @@ class _Canaries:
     def of(
         cls, run: Prepared, start: nn.Module, teacher: nn.Module, shards: Sequence[LabelledSet]
     ) -> "_Canaries":
-        """A device a shard, all with the student ``start``."""
-        devices = tuple(Device(f"audit-{number:05d}", shard, shard) for number, shard in enumerate(shards))
+        """A device a shard, all with the student ``start``; each record stands for a unit."""
+        held = [_as_units(shard, run) for shard in shards]
+        devices = tuple(Device(f"audit-{number:05d}", shard, shard) for number, shard in enumerate(held))
         simulation = Simulation(devices, run.config.student)
         return cls(simulation, start, simulation.taught(teacher))
 
@@ -197,6 +203,21 @@ class _Canaries:
         recipe = mechanism.recipe
         scale = mechanism.expected_batch_size / (recipe.learning_rate * recipe.clip_norm)
         return ((before - after) * scale).cpu().numpy()
+
+
+def _as_units(records: LabelledSet, run: Prepared) -> LabelledSet:
+    """Each of ``records`` as a unit that the run protects: itself, or a person who has it several times."""
+    if run.plan.unit is Unit.RECORD:
+        return records
+    count = of_person(run)
+    persons = torch.arange(len(records)).repeat_interleave(count)
+    return replace(records.part(persons.to(records.labels.device)), persons=persons)
+
+
+def of_person(run: Prepared) -> int:
+    """How many records a crafted person has: as many as the run's persons may have, within limits."""
+    assert run.plan.persons is not None
+    return min(max(run.plan.persons.most_records, _FEWEST_OF_PERSON), _MOST_OF_PERSON)
 
 
 def _trained_weights(model: nn.Module, mechanism: Mechanism) -> Tensor:
@@ -301,11 +322,13 @@ class _InCompany:
         longest: how far it moves the sum at most, in clip norms.
         apart: how far that is at most from what it moves by itself: zero, unless others answer for it.
         changed: names of what training changed beside the weights in training.
+        unit: of training.
     """
 
     longest: float
     apart: float
     changed: tuple[str, ...]
+    unit: Unit
 
     @classmethod
     def of(cls, kind: _Crafted) -> "_InCompany":
@@ -326,12 +349,13 @@ class _InCompany:
             float(np.linalg.norm(everybody - others, axis=1).max()),
             float(np.linalg.norm(everybody - others - own, axis=1).max()),
             tuple(dict.fromkeys(name for student in trained for name in _changed(kind, student))),
+            kind.mechanism.unit,
         )
 
     def checks(self) -> Iterator[Check]:
         """That a record is by itself, and leaves nothing beside its part of the sum. Without chance."""
         yield Check(
-            "a record among others moves the sum as it does by itself",
+            f"a {self.unit} among others moves the sum as it does by itself",
             self.apart <= _TOLERANCE,
             f"{self.apart:.3g} clip norms apart",
         )
@@ -408,23 +432,23 @@ class _Played:
         """Whether noise and batches are as claimed; a sound mechanism fails one with ``false_alarm``."""
         each = false_alarm / 5
         yield from _noise_checks(self.noise, self.names, each)
-        yield from self._batches(mechanism.recipe.sampling_rate, each)
+        yield from self._batches(mechanism.recipe.sampling_rate, mechanism.unit, each)
 
-    def _batches(self, rate: float, false_alarm: float) -> Iterator[Check]:
-        """Full batches hold each record once; else each record joins each step by a coin of its own."""
+    def _batches(self, rate: float, unit: Unit, false_alarm: float) -> Iterator[Check]:
+        """Full batches hold each unit once; else each unit joins each step by a coin of its own."""
         steps = np.array(self.steps, dtype=np.float64)
         if rate == 1:
             away = np.abs(self.taken - steps[:, None, None] * self.inside).max()
             yield Check(
-                "every record is in every batch",
+                f"every {unit} is in every batch",
                 bool(away < 0.25 * steps.max()),
-                f"{away / steps.max():.3g} of a record off at most",
+                f"{away / steps.max():.3g} of a {unit} off at most",
             )
             return
         records, sizes = self.taken.sum(axis=0)[self.inside], self.taken.sum(axis=2)
         among = self.inside.sum(axis=1) * steps[:, None]
         for what, found in (
-            ("records", _spread(records, np.full(len(records), steps.sum()), rate)),
+            (f"{unit}s", _spread(records, np.full(len(records), steps.sum()), rate)),
             ("batches", _spread(sizes[among > 0], among[among > 0], rate)),
         ):
             bound = float(-ndtri(false_alarm / 4))
@@ -487,7 +511,7 @@ def _play(run: Prepared, kind: _Crafted, mechanism: Mechanism, most: int, kinds:
     fewest = min(_FEWEST_DEVICES, _MOST_NUMBERS // (rounds * kind.directions.shape[0]))
     devices = max(2, fewest, devices)
     inside = torch.rand((devices, together), generator=seeded_generator(seed, "audit", "coins")) < 0.5
-    shards = [LabelledSet(kind.records.inputs[row], kind.records.labels[row]) for row in inside]
+    shards = [kind.records.part(row) for row in inside]
     canaries = kind.on(shards)
     sigma, rate = mechanism.noise_multiplier, mechanism.recipe.sampling_rate
     values, noises, taken = np.zeros(inside.shape), [], []

@@ -15,7 +15,7 @@ import torch
 from attacks.reconstruction.similarity import is_image, nearest, ssim
 from audits.evidence import RECONSTRUCTION
 from audits.findings import ReconstructionFinding
-from audits.game import DEPLOYED, ReplayContext
+from audits.game import ReplayContext, reopen_run
 from audits.membership_audit import views_of
 from audits.reconstructions.drawings import Drawn, GradientGame, draw_class, draw_record, simplex_scores
 from audits.reconstructions.measures import (
@@ -38,7 +38,7 @@ from audits.requests import (
 from audits.style import blank, rendered
 from audits.tables import ReconstructionReport
 from privkd.errors import ConfigError, InputError
-from privkd.prepared import Prepared, reopen_simulation
+from privkd.prepared import Prepared
 from privkd.privacy.events import PrivacyEvent, Unit
 from privkd.privacy.ledger import Ledger
 from privkd.privacy.randomness import derive_seed
@@ -164,7 +164,7 @@ def audit_reconstruction(
         InputError: the run is a deployment, unfinished or damaged, its data or code changed, or it
             lacks the view, or has too few records or classes.
     """
-    run = reopen_simulation(folder, DEPLOYED)
+    run = reopen_run(folder)
     wanted, notes = plan_attacks(run, request)
     transcript = load_transcript(folder, run.cloud.untrained_teacher())
     if not transcript.exchanges:

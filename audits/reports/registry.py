@@ -119,7 +119,7 @@ def _audit_words(facts: RunRecord) -> str:
 def _model(facts: RunRecord, row: Statement) -> dict[str, Any]:
     """Noise on each device is the local model; the registry has no other word for what neither is."""
     trust = trust_of(facts.config, facts.elsewhere)
-    on_device = row.unit is Unit.RECORD
+    on_device = row.unit is not Unit.DEVICE
     name = "Local" if on_device else known(facts.config.channel.kind).model
     told = "Noise is added on each device while its student trains." if on_device else " ".join(trust.words)
     actors = "\n".join(f"- {box.title}: {'; '.join(box.lines)}; {box.badge}" for box in trust.boxes)

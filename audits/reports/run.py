@@ -59,15 +59,31 @@ def ledger(facts: RunRecord) -> Section:
         ),
     )
     words = (
-        "DP-SGD protects a record, channel noise a device. The two epsilons protect different things and are "
-        "never added.",
+        f"DP-SGD protects a {facts.unit}, channel noise a device. The two epsilons protect different things "
+        "and are never added.",
         "Devices hold disjoint records, so a unit's epsilon is that of its worst device (parallel "
         "composition); rounds compose on each device.",
         *_closing(facts),
         *_unaudited(facts),
         *_silence(facts),
     )
-    return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round))
+    return Section("ledger", "Privacy spent", words, tables=(by_unit, by_round, *_of_owners(facts)))
+
+
+def _of_owners(facts: RunRecord) -> tuple[Table, ...]:
+    """What somebody gets who is more than one unit; nothing where the run does not say."""
+    if not facts.joints:
+        return ()
+    persons = facts.persons
+    known = (
+        "whose each record is, is not known"
+        if persons is None
+        else f"nominally {counted(persons.per_device, 'person')} a device, each with at most "
+        f"{counted(persons.most_records, 'record')} there"
+    )
+    title = f"Who is more than one {facts.unit}, or less ({known}): upper bounds, whole run, none is added"
+    rows = tuple((joint.words, f"{epsilon_text(joint.epsilon)}") for joint in facts.joints)
+    return (Table(title, columns("who", ">epsilon of all of it, added or removed together"), rows),)
 
 
 def _closing(facts: RunRecord) -> tuple[str, ...]:
@@ -109,7 +125,7 @@ def _silence(facts: RunRecord) -> tuple[str, ...]:
 def _statement(row: Statement) -> tuple[str, ...]:
     bound, lower = row.epsilon, row.lower_bound
     bracket = f"{epsilon_text(bound.high)} [{epsilon_text(bound.low)}, {epsilon_text(bound.high)}]"
-    view = "all that a run shows of a device" if row.unit is Unit.RECORD else "what crosses the channel"
+    view = "what crosses the channel" if row.unit is Unit.DEVICE else "all that a run shows of a device"
     return (
         f"{row.unit}",
         f"{bracket} per {row.unit}",
@@ -128,8 +144,7 @@ def _so_far(facts: RunRecord, unit: Unit, number: int) -> str:
     found = next((row for row in facts.rounds if row.number == number), None)
     if found is None:
         return "round not finished"
-    value = found.figures.epsilon_record if unit is Unit.RECORD else found.figures.epsilon_device
-    return f"{epsilon_text(value)} per {unit}"
+    return f"{epsilon_text(found.figures.epsilon(unit))} per {unit}"
 
 
 def membership(facts: RunRecord) -> Section:
@@ -371,11 +386,11 @@ def exports(facts: RunRecord) -> Section:
             for row in facts.exports
         ),
     )
-    bound = facts.spent(Unit.RECORD)
-    record = "nothing is promised" if math.isinf(bound) else f"that is within epsilon {epsilon_text(bound)}"
+    bound = facts.spent(facts.unit)
+    promised = "nothing is promised" if math.isinf(bound) else f"that is within epsilon {epsilon_text(bound)}"
     words = (
         "Each file holds the weights of one device's student, and who has it can ask it anything. For a "
-        f"record {record}; for the device as a whole nothing is promised.",
+        f"{facts.unit} {promised}; for the device as a whole nothing is promised.",
     )
     return Section("exports", "What runs on the device", words, tables=(table,))
 
@@ -383,14 +398,14 @@ def exports(facts: RunRecord) -> Section:
 def unprotected(facts: RunRecord) -> Section:
     """What nobody promises."""
     found = []
-    for unit in Unit:
+    for unit in (facts.unit, Unit.DEVICE):
         if math.isinf(facts.spent(unit)):
             row = facts.statement(unit)
             why = "; ".join(row.reasons) if row else "nothing was charged"
             thing = (
-                "a single record"
-                if unit is Unit.RECORD
-                else "a device as a whole, its labels and class histogram among it"
+                "a device as a whole, its labels and class histogram among it"
+                if unit is Unit.DEVICE
+                else f"a single {unit}"
             )
             found.append(f"{thing}: no differential privacy ({why})")
     found += [

@@ -14,8 +14,8 @@ from privkd.privacy.events import Unit
 CONSISTENT = "Is the evidence consistent?"
 FIT = "Is this fit for release?"
 
-_OF = {Unit.RECORD: "all that the run shows of a device", Unit.DEVICE: "what crosses the channel"}
-_THING = {Unit.RECORD: "A record", Unit.DEVICE: "A device as a whole"}
+_OF = dict.fromkeys(Unit, "all that the run shows of a device") | {Unit.DEVICE: "what crosses the channel"}
+_THING = {Unit.RECORD: "A record", Unit.PERSON: "A person", Unit.DEVICE: "A device as a whole"}
 
 
 def verdicts_on_run(facts: RunRecord, about: About) -> tuple[Verdict, Verdict]:

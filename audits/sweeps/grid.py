@@ -100,6 +100,10 @@ class Grid(BaseModel):
         for name, count in (("seeds", self.seeds), ("targets", self.targets)):
             if count < 1:
                 raise ConfigError(f"{name}={count}: expected at least 1")
+        if "privacy.unit=person" in (*self.overrides, *map("=".join, self.settings)):
+            raise ConfigError(
+                "privacy.unit=person: a curve attacks single records, so it is drawn of runs of unit record"
+            )
         trials = self.seeds * len(self.channels) * len(self.epsilons)
         if trials > _MOST_TRIALS:
             raise ConfigError(f"{trials:,} cells: expected at most {_MOST_TRIALS:,}; take fewer seeds")

@@ -395,7 +395,7 @@ def _bounds(one: Outcome) -> dict[str, Any]:
     if one.facts and one.facts.config.privacy.device_epsilon is not None:
         asked[Unit.DEVICE] = one.facts.config.privacy.device_epsilon
     found: dict[str, Any] = {}
-    for unit in Unit:
+    for unit in asked:
         statement = one.facts.statement(unit) if one.facts else None
         found[f"{unit}_epsilon_asked"] = asked[unit]
         found |= _columns(unit, statement, {"_epsilon_upper": "epsilon.high", "_method": "method"})

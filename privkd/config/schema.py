@@ -105,6 +105,11 @@ class DataConfig(Settings):
         records_per_device: the nominal size of a device's training shard. It is public and fixes the
             normaliser of the noised gradients; a device's true count never does. ``None``: by source, and
             fewer where the devices are too many for that.
+        persons_per_device: the nominal number of persons on a device, where ``group`` says whose records are:
+            public, and never a true count. Training per person is normalised by it. ``None``: in a simulation
+            that of all records.
+        records_per_person: the most records that one person has on a device; of more, those behind in the
+            source are dropped. ``None``: in a simulation the most that anybody has.
         public_records: size of the public labelled set, validation apart. ``None``: by source.
         validation_records: size of the public labelled validation set, of the same kind. ``None``: by source.
         proxy_records: size of the unlabelled public proxy set. ``None``: by source.
@@ -166,6 +171,8 @@ class DataConfig(Settings):
     test: Annotated[str, Field(min_length=1)] | None = None
     devices: Positive = 5
     records_per_device: Positive | None = None
+    persons_per_device: Positive | None = None
+    records_per_person: Positive | None = None
     public_records: Positive | None = None
     validation_records: Positive | None = None
     proxy_records: Annotated[int, Field(ge=0)] | None = None
@@ -415,8 +422,11 @@ class PrivacyConfig(Settings):
     """The budgets of the whole run, all rounds together, and where protective noise comes from.
 
     Attributes:
-        epsilon: record-level, for each device's records; ``inf`` trains without DP.
-        delta: of both units; far below one over a device's records, or it promises nothing.
+        epsilon: of ``unit``, on each device; ``inf`` trains without DP.
+        unit: what training protects: a ``record``, or a ``person`` with all records of theirs on a device.
+            Whose each record is says ``data.group``. Persons are sampled, and the sum of a person's gradients
+            is clipped.
+        delta: of all units; far below one over a device's records, or it promises nothing.
         allow_large_delta: let ``delta`` be above 0.01, which is refused otherwise.
         device_epsilon: device-level, for each device's contributions to the channel; ``None`` or ``inf``
             adds no noise to the channel, which then has no device-level guarantee.
@@ -425,6 +435,7 @@ class PrivacyConfig(Settings):
     """
 
     epsilon: Epsilon = 3.0
+    unit: Literal["record", "person"] = "record"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     allow_large_delta: bool = False
     device_epsilon: Epsilon | None = None

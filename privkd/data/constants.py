@@ -28,6 +28,7 @@ _BYTES, _WORDS = 255.0, 65535.0
 _CLASSES = "NAME,NAME,..."
 _FEW_CLASSES, _RECORDS_A_CLASS = 20, 10
 _SIZES = ("records_per_device", "public_records", "validation_records", "proxy_records")
+_PERSONS = ("persons_per_device", "records_per_person")
 _PLACE = re.compile(r"(column|feature) [0-9]+")
 """What a feature is called that has no name of its own."""
 _MOST_NAMED = 4
@@ -286,6 +287,8 @@ def unset(config: DataConfig, *, given_test: bool) -> tuple[str, ...]:
         del names["proxy_records"]
     if config.public is not None:
         names = {"records_per_device": None}
+    if config.group is not None:
+        names |= dict.fromkeys(_PERSONS)
     return tuple(name for name in names if getattr(config, name) is None)
 
 

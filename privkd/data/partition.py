@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from privkd.config import DataConfig
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Indices
+from privkd.data.persons import Persons, persons_of, within
 from privkd.data.public_sets import (
     PublicSets,
     PublicSizes,
@@ -140,6 +141,7 @@ class Split(PublicSets):
         reserve: unused.
         records_per_device: nominal size of a training shard, a public constant.
         gap_classes: classes that the public labelled sets lack, sorted.
+        persons: public constants about whose the records are, where that is known.
     """
 
     device_train: tuple[Indices, ...]
@@ -147,6 +149,7 @@ class Split(PublicSets):
     reserve: Indices
     records_per_device: int
     gap_classes: tuple[int, ...]
+    persons: Persons | None = None
 
 
 def split_indices(
@@ -199,8 +202,11 @@ def split_indices(
     holders = _holders(config, classes, Stream.HOLDERS.generator(seed))
     free = without(everybody, withheld)
     free = free[np.isin(labels[free], np.flatnonzero(holders.any(axis=0)))]
+    persons = None
     if groups is not None:
         _check_groups(groups, free, config)
+        persons = persons_of(config, groups, free)
+        free = within(free, groups, persons.most_records)
     nominal = _nominal(len(free), config, sizes, len(labels), len(withheld) - sizes.total)
     pairs = _divide(free, labels, config, holders, nominal, seed, groups)
     trains, tests = (
@@ -213,6 +219,7 @@ def split_indices(
         reserve=without(everybody, np.concatenate([sets.shown, *trains, *tests])),
         records_per_device=nominal,
         gap_classes=gap,
+        persons=persons,
     )
 
 

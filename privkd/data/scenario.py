@@ -25,6 +25,7 @@ from privkd.data.dataset import Indices, RawSet, Source
 from privkd.data.encoding import encoded_source
 from privkd.data.own_files import load_all, load_public
 from privkd.data.partition import Split, public_indices, sets_of_all, split_indices
+from privkd.data.persons import Persons, check_persons, numbered_persons, persons_as_set
 from privkd.errors import ConfigError, DataError
 from privkd.privacy.events import PartyId
 
@@ -32,17 +33,27 @@ from privkd.privacy.events import PartyId
 @dataclass(frozen=True)
 class LabelledSet:
     """Records with labels: ``inputs`` ``[record, *shape]``, float32 or token ids int64; ``labels`` int64
-    ``[record]``."""
+    ``[record]``.
+
+    ``persons`` says whose each record is, by number, int64 ``[record]``; ``None`` where that is not known.
+    """
 
     inputs: Tensor
     labels: Tensor
+    persons: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Self:
         """The same records on another torch device."""
-        return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
+        persons = None if self.persons is None else self.persons.to(device)
+        return type(self)(self.inputs.to(device), self.labels.to(device), persons)
+
+    def part(self, chosen: Tensor | slice) -> Self:
+        """Those of the records that an index, a mask ``[record]`` or a slice takes."""
+        persons = None if self.persons is None else self.persons[chosen]
+        return type(self)(self.inputs[chosen], self.labels[chosen], persons)
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Scenario:
         labels: the classes by name, in the order of their numbers.
         inferred: public constants that a simulation read from all records, private ones too, in words.
         taken: what in the data was taken for what, such as the label, in words by its name.
+        persons: public constants about whose the records are, where that is known.
     """
 
     public: LabelledSet
@@ -85,6 +97,7 @@ class Scenario:
     labels: tuple[str, ...] = ()
     inferred: tuple[str, ...] = ()
     taken: Mapping[str, str] = field(default_factory=dict)
+    persons: Persons | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same scenario on another torch device."""
@@ -171,6 +184,8 @@ def scenario_from(
         DataError: the source is too small for the request, or a public record's label is no class.
     """
     given_test = source.test is not None
+    if shards:
+        check_persons(config)
     if deployment:
         check_set(config, given_test=given_test)
     shown = source.public or source
@@ -190,7 +205,9 @@ def scenario_from(
         if altered:
             # A private value out of range must not stop the run where everybody sees it.
             inputs = restyle(inputs.clamp_(0, 1) if private else inputs)
-        return LabelledSet(inputs, torch.from_numpy(records.labels[indices]))
+        groups = records.raw.groups if private else None
+        persons = None if groups is None else torch.from_numpy(numbered_persons(groups[indices]))
+        return LabelledSet(inputs, torch.from_numpy(records.labels[indices]), persons)
 
     proxy = (
         select(sets, split.proxy, altered=style).inputs
@@ -221,6 +238,7 @@ def scenario_from(
         labels=classes,
         inferred=in_words(unset(config, given_test=given_test)) if shards else (),
         taken={**source.taken, "scale": constants.said, **_gap(config, split, classes)},
+        persons=split.persons if shards else persons_as_set(config),
     )
 
 

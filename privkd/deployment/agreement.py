@@ -73,7 +73,7 @@ class Agreement:
         from privkd.training.dpsgd import Mechanism
 
         student, plan = self.published.config.student, self.plan
-        return Mechanism.of(student, plan.noise_multiplier, plan.expected_batch_size, self.probe)
+        return Mechanism.of(student, plan.noise_multiplier, plan.expected_batch_size, self.probe, plan.unit)
 
     def student(self) -> nn.Module:
         """A student of this device's architecture, before its weights are known."""
@@ -223,7 +223,7 @@ def agree(owner: Owner, folder: Path, digest: str) -> Proposal:
 def _proposal(owner: Owner, agreement: Agreement) -> Proposal:
     published, plan = agreement.published, agreement.plan
     costs = (
-        _cost(owner, agreement.run, Unit.RECORD, [plan.record_event] * plan.rounds),
+        _cost(owner, agreement.run, Unit.RECORD, [plan.training_event] * plan.rounds),
         _cost(owner, agreement.run, Unit.DEVICE, [plan.device_event] * plan.rounds),
     )
     return Proposal(

@@ -260,7 +260,7 @@ class DeviceProgram:
         name, run, plan = self._owner.name, agreement.run, agreement.plan
         free = PostProcessing("a DP-SGD student's answers")
         return [
-            Charge(Unit.RECORD, name, plan.record_event, round, run),
+            Charge(Unit.RECORD, name, plan.training_event, round, run),
             Charge(Unit.RECORD, name, free, round, f"{run}:answers"),
             # Another attempt may meet other noise.
             Charge(Unit.DEVICE, name, plan.device_event, round, f"{run}:{attempt}"),

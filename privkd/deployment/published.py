@@ -34,7 +34,7 @@ from privkd.data.tokens import TOKENIZER_FILE, Tokens, check_tokenizer
 from privkd.errors import ConfigError, RunError
 from privkd.models.encoder import encoder_named
 from privkd.models.inputs import InputType
-from privkd.plan import Plan, PublicFacts, make_plan
+from privkd.plan import Plan, PublicFacts, check_elsewhere, make_plan
 from privkd.privacy.events import DpSgd, PartyId
 from privkd.records import Count, FileRecord, Plain, Real, Record
 
@@ -146,7 +146,7 @@ class PublishedPlan(FileRecord):
             clip_norm=plan.clip_norm,
             noise_multiplier=plan.noise_multiplier,
             rho=plan.rho,
-            epsilon_record=plan.record.high,
+            epsilon_record=plan.training.high,
             epsilon_device=plan.device.high,
             answer_seconds=answer_seconds,
             proxy=hashlib.sha256(proxy_bytes(scenario.proxy)).hexdigest(),
@@ -193,9 +193,10 @@ class PublishedPlan(FileRecord):
 
         Raises:
             RunError: a published figure is not what the settings give.
-            ConfigError: the settings make no plan.
+            ConfigError: the settings make no plan, or none for devices elsewhere.
             BudgetError: no noise reaches their budget.
         """
+        check_elsewhere(self.config)
         facts = PublicFacts(len(self.roster), self.records_per_device, proxy, len(self.classes))
         plan = make_plan(self.config, facts)
         own = {
@@ -203,7 +204,7 @@ class PublishedPlan(FileRecord):
             "clip_norm": plan.clip_norm,
             "noise_multiplier": plan.noise_multiplier,
             "rho": plan.rho,
-            "epsilon_record": plan.record.high,
+            "epsilon_record": plan.training.high,
             "epsilon_device": plan.device.high,
         }
         for name, computed in own.items():
@@ -211,16 +212,16 @@ class PublishedPlan(FileRecord):
                 said = getattr(self, name)
                 raise RunError(f"the published plan says {name}={said}, but its settings give {computed}")
         event = (
-            replace(plan.record_event, noise_multiplier=self.noise_multiplier)
-            if isinstance(plan.record_event, DpSgd)
-            else plan.record_event
+            replace(plan.training_event, noise_multiplier=self.noise_multiplier)
+            if isinstance(plan.training_event, DpSgd)
+            else plan.training_event
         )
         return replace(
             plan,
             clip_norm=self.clip_norm,
             noise_multiplier=self.noise_multiplier,
             rho=self.rho,
-            record_event=event,
+            training_event=event,
             device_event=price_of(self.config.channel.kind, self.rho),
         )
 

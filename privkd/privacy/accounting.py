@@ -8,7 +8,10 @@ Prices are for one unit and one party. Three methods, each named in the ``Bound`
 * rho-zCDP, and whatever privacy loss distributions cannot carry: Renyi differential privacy, converted
   by Proposition 12 of Canonne, Kamath and Steinke 2020.
 
-The neighbouring relation of DP-SGD is add or remove one record; that of zCDP is the event's own.
+The neighbouring relation of DP-SGD is add or remove one record; that of zCDP is the event's own. The same
+events are priced for several such units, all of them added or all of them removed: a Gaussian moves by as
+many clip norms, a sampled one by as many as are in the batch (mixture of Gaussians, Ganesh 2024,
+arXiv:2401.10294), and rho grows with their square (Bun and Steinke 2016, Proposition 1.9).
 """
 
 import logging
@@ -16,10 +19,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import count as count_from
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,11 +48,13 @@ class Composition:
             with 0 < rate < 1 and a positive noise multiplier.
         mu_squared: sum of steps / noise_multiplier^2 of the Gaussians without sampling.
         rho: sum of the zCDP events; infinite where an event has no guarantee.
+        members: how many units are added or removed together; ``mu_squared`` and ``rho`` hold for them.
     """
 
     sampled: tuple[tuple[float, float, int], ...] = ()
     mu_squared: float = 0.0
     rho: float = 0.0
+    members: int = 1
 
     @property
     def infinite(self) -> bool:
@@ -70,6 +75,11 @@ class Composition:
     def gaussian_mu_squared(self) -> float:
         """``mu_squared`` once each zCDP event is the Gaussian mechanism that attains its rho."""
         return self.mu_squared + 2 * self.rho
+
+    def together(self, members: int) -> Self:
+        """The same for ``members`` units together, of one unit's."""
+        square = float(members) ** 2
+        return replace(self, mu_squared=square * self.mu_squared, rho=square * self.rho, members=members)
 
 
 def compose(events: Sequence[PrivacyEvent]) -> Composition:
@@ -155,6 +165,12 @@ _ORDERS = (
 )
 _MIN_NOISE = 1e-2
 _MIN_RHO = 1e-30
+_MOST_MEMBERS = 1_000
+"""Groups of more sampled units take no grid."""
+_GROUP_STEP_POINTS, _GROUP_COARSEST = 3_000, 1e-2
+"""As of one unit's step; a mixture's points take a hundred times as long."""
+_SHARES_OF_DELTA = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+"""Logarithms of the parts of delta that a step to a neighbour is tried with."""
 _TIGHTNESS = 2e-3
 
 
@@ -195,6 +211,58 @@ def price(events: Sequence[PrivacyEvent], delta: float) -> Bound:
 def upper_bound(events: Sequence[PrivacyEvent], delta: float) -> float:
     """``price(events, delta).high`` alone, which is cheaper. Raises as ``price`` does."""
     return _high(compose(events), _checked_delta(delta))[0]
+
+
+def group_upper_bound(events: Sequence[PrivacyEvent], delta: float, members: int) -> float:
+    """What ``events`` cost ``members`` units of one owner together: all of them are added, or all removed.
+
+    One member's is `upper_bound`. The curve of the mechanism where its units move together, or where that is
+    not exact the bound that holds of any mechanism, if that is tighter.
+
+    Raises:
+        InputError: as `price`; or ``members`` is not at least 1.
+    """
+    if members < 1:
+        raise InputError(f"members={members}: expected at least one")
+    composed = compose(events)
+    if members == 1:
+        return _high(composed, _checked_delta(delta))[0]
+    high, _, method = _high(composed.together(members), _checked_delta(delta))
+    if method in (GAUSSIAN, PLD, NONE, UNPROTECTED):
+        return high
+    return min(high, _any_group(composed, delta, members))
+
+
+def replaced_upper_bound(events: Sequence[PrivacyEvent], delta: float) -> float:
+    """What ``events`` cost where one unit is neither added nor removed, but another takes its place.
+
+    Without sampling the sum moves by two clip norms at most, so this is `group_upper_bound` of two; else it
+    is what holds of any mechanism for one removed and one added. Raises as `price` does.
+    """
+    composed, delta = compose(events), _checked_delta(delta)
+    if composed.sampled:
+        return _any_group(composed, delta, 2)
+    return group_upper_bound(events, delta, 2)
+
+
+def _any_group(events: Composition, delta: float, members: int) -> float:
+    """Epsilon of ``members`` steps to a neighbour, from one unit's ``events``.
+
+    Each step of (e, d) costs ``(members e, d (1 + exp(e) + ... + exp((members - 1) e)))`` (Vadhan 2017, Lemma
+    2.2). Every d whose sum is at most ``delta`` gives a valid bound.
+    """
+    least = math.inf
+    for exponent in _SHARES_OF_DELTA:
+        each = delta * math.exp(-exponent) / members
+        epsilon = _high(events, each)[0] if each > 0 else math.inf
+        if math.isfinite(epsilon) and _log_steps(epsilon, members) + math.log(each) <= math.log(delta):
+            least = min(least, members * epsilon)
+    return least
+
+
+def _log_steps(epsilon: float, members: int) -> float:
+    """log of ``1 + exp(epsilon) + ... + exp((members - 1) epsilon)``, rounded up."""
+    return float(np.logaddexp.reduce(epsilon * np.arange(members))) + _ROUNDING
 
 
 def delta_curve(events: Sequence[PrivacyEvent], epsilons: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -324,7 +392,7 @@ def _high(events: Composition, delta: float) -> tuple[float, float, str]:
         epsilon, method = _unsampled_epsilon(events, delta)
         return epsilon * (1 + _ROUNDING), epsilon, method
     slack = _slack(events)
-    if not events.rho and delta > 50 * slack:
+    if not events.rho and delta > 50 * slack and events.members <= _MOST_MEMBERS:
         distribution = _distribution(events, pessimistic=True)
         high = _loss_quantile(distribution, delta - slack)
         if high is not None:
@@ -387,11 +455,14 @@ def _renyi_epsilon(events: Composition, delta: float) -> float:
     from dp_accounting import dp_event
     from dp_accounting.rdp import RdpAccountant
 
-    rho = events.rho + events.mu_squared / 2
+    rho, members = events.rho + events.mu_squared / 2, events.members
     accountant = RdpAccountant(_ORDERS)
     try:
         with _quiet():
             for noise, rate, steps in events.sampled:
+                if members > 1:
+                    # As if all of them were in the batch where one is, which only costs more.
+                    noise, rate = noise / members, -math.expm1(members * math.log1p(-rate))
                 step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise))
                 accountant.compose(dp_event.SelfComposedDpEvent(step, steps))
             # The library rounds a vanishing divergence below zero and then calls it free; xi keeps it above.
@@ -400,7 +471,8 @@ def _renyi_epsilon(events: Composition, delta: float) -> float:
             amplified = float(accountant.get_epsilon(delta))
     except (ArithmeticError, ValueError):
         amplified = math.inf
-    unamplified = _zcdp_epsilon(rho + sum(n / 2 / noise / noise for noise, _, n in events.sampled), delta)
+    gaussian = sum(n / 2 / noise / noise for noise, _, n in events.sampled) * float(members) ** 2
+    unamplified = _zcdp_epsilon(rho + gaussian, delta)
     return min(unamplified, math.inf if math.isnan(amplified) else amplified) * (1 + _ROUNDING)
 
 
@@ -416,6 +488,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@lru_cache(maxsize=2)
 def _distribution(
     events: Composition, *, pessimistic: bool, accuracy: float = math.inf
 ) -> "PrivacyLossDistribution | None":
@@ -427,16 +500,18 @@ def _distribution(
     mu_squared = events.gaussian_mu_squared
     if events.sampled_steps > _MAX_STEPS or min(noise for noise, _, _ in events.sampled) < _MIN_NOISE:
         return None
-    largest = max(_moments(noise, rate)[2] for noise, rate, _ in events.sampled)
+    members = events.members
+    largest = max(_moments(noise, rate, members)[2] for noise, rate, _ in events.sampled)
     if max(largest, mu_squared) > _MAX_STEP_LOSS:
         return None
     interval = _interval(events, largest, pessimistic, accuracy)
     try:
         parts = [
-            _step(noise, rate, interval, pessimistic).self_compose(n) for noise, rate, n in events.sampled
+            _step(noise, rate, members, interval, pessimistic).self_compose(n)
+            for noise, rate, n in events.sampled
         ]
         if mu_squared > _MIN_RHO:
-            parts.append(_step(1 / math.sqrt(mu_squared), 1.0, interval, pessimistic))
+            parts.append(_step(1 / math.sqrt(mu_squared), 1.0, 1, interval, pessimistic))
     except (ArithmeticError, ValueError):
         return None
     return reduce(lambda whole, part: whole.compose(part, tail_mass_truncation=0), parts)
@@ -455,20 +530,33 @@ def _loss_quantile(distribution: "PrivacyLossDistribution | None", delta: float)
 
 def _interval(events: Composition, largest: float, pessimistic: bool, accuracy: float) -> float:
     """The grid of the privacy loss: at most 1e-3, fine against one step's spread, and of a bounded size."""
-    parts = [(*_moments(noise, rate), n) for noise, rate, n in events.sampled]
+    parts = [(*_moments(noise, rate, events.members), n) for noise, rate, n in events.sampled]
     mu_squared = events.gaussian_mu_squared
     mean = sum(n * m for m, _, _, n in parts)
     variance = sum(n * v for _, v, _, n in parts)
     span = 2 * mean + mu_squared + 20 * math.sqrt(variance + mu_squared) + 2 * largest
+    alone = events.members == 1
     step_points = _STEP_POINTS_HIGH if pessimistic else _STEP_POINTS_LOW / len(parts)
-    fine = min(_COARSEST, math.sqrt(variance / events.sampled_steps) / 30, accuracy / events.sampled_steps)
+    step_points, coarsest = (step_points, _COARSEST) if alone else (_GROUP_STEP_POINTS, _GROUP_COARSEST)
+    fine = min(coarsest, math.sqrt(variance / events.sampled_steps) / 30, accuracy / events.sampled_steps)
     return max(fine, _FINEST, span / _POINTS, 2 * largest / step_points)
 
 
 @lru_cache(maxsize=8)
-def _step(noise: float, rate: float, interval: float, pessimistic: bool) -> "PrivacyLossDistribution":
+def _step(
+    noise: float, rate: float, members: int, interval: float, pessimistic: bool
+) -> "PrivacyLossDistribution":
     from dp_accounting.pld import privacy_loss_distribution as pld
 
+    if members > 1:
+        return pld.from_mixture_gaussian_mechanism(
+            noise,
+            np.arange(members + 1.0),
+            _batches(members, rate),
+            value_discretization_interval=interval,
+            pessimistic_estimate=pessimistic,
+            use_connect_dots=pessimistic,
+        )
     return pld.from_gaussian_mechanism(
         noise,
         sampling_prob=rate,
@@ -485,14 +573,34 @@ def _slack(events: Composition) -> float:
 
 
 @lru_cache(maxsize=256)
-def _moments(noise: float, rate: float) -> tuple[float, float, float]:
-    """Mean, variance and practical maximum of one step's privacy loss, when a record is removed."""
+def _moments(noise: float, rate: float, members: int) -> tuple[float, float, float]:
+    """Mean, variance and practical maximum of one step's privacy loss, when all ``members`` are removed."""
     z = np.linspace(-10, 10, 2001)
     weight = np.exp(-(z**2) / 2)
     weight /= weight.sum()
-    x = z + np.array([[0.0], [1 / noise]])
-    loss = np.logaddexp(math.log1p(-rate), math.log(rate) + x / noise - 1 / noise / noise / 2)
-    density = np.array([[1 - rate], [rate]]) * weight
+    there, ways = _ways(members)
+    x = z + there[:, None] / noise
+    first, *others = (
+        math.log(way) + (members - i) * math.log1p(-rate) + i * math.log(rate) + x * i / noise
+        - i / noise * i / noise / 2
+        for i, way in zip(there, ways, strict=True)
+    )  # fmt: skip
+    loss = reduce(np.logaddexp, others, first)
+    density = _batches(members, rate)[:, None] * weight
     mean = float((density * loss).sum())
     variance = float((density * (loss - mean) ** 2).sum())
     return max(mean, 0.0), max(variance, 1e-30), float(np.abs(loss).max())
+
+
+def _batches(members: int, rate: float) -> NDArray[np.float64]:
+    """How likely 0, 1, ... ``members`` of them are in the batch."""
+    there, ways = _ways(members)
+    return ways * rate**there * (1 - rate) ** (members - there)
+
+
+def _ways(members: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """0, 1, ... ``members``, and in how many ways so many of them can be chosen."""
+    from scipy.special import comb
+
+    there = np.arange(members + 1.0)
+    return there, np.asarray(comb(members, there))

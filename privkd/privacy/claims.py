@@ -39,14 +39,14 @@ def warnings_on(unit: Unit, epsilon: float, delta: float, population: int) -> tu
         unit: of privacy; its neighbouring relation is `Unit.neighbouring_relation`.
         epsilon: the upper bound of the whole run.
         delta: likewise.
-        population: how many records a device holds, nominally, or how many devices there are: public. A
+        population: how many records or persons a device holds, nominally, or how many devices there are. A
             delta above its inverse allows a mechanism that publishes one of them at random, whole (Dwork and
             Roth 2014, section 2.3).
     """
     if math.isinf(epsilon):
         return ()
     said = []
-    whose = "records of a device" if unit is Unit.RECORD else "devices"
+    whose = "devices" if unit is Unit.DEVICE else f"{unit.value}s of a device"
     if delta * population > 1:
         said.append(
             f"delta {delta:g} per {unit} is too large: above 1/n = {1 / population:.3g} (n = {population:,} "

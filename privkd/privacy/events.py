@@ -4,6 +4,7 @@ What it costs is the ledger's business. Each event names the mechanism's public 
 secret. Neighbouring relations:
 
 * ``Unit.RECORD``: add or remove one record of one device (Poisson-sampled DP-SGD).
+* ``Unit.PERSON``: add or remove all records of one person on one device (the same, of persons).
 * ``Unit.DEVICE``: zero out one device's whole contribution; the number of devices is public.
 """
 
@@ -24,6 +25,7 @@ class Unit(StrEnum):
     """The unit of privacy. Epsilons of different units are never added."""
 
     RECORD = "record"
+    PERSON = "person"
     DEVICE = "device"
 
     @property
@@ -31,6 +33,8 @@ class Unit(StrEnum):
         """The neighbouring relation in words, as every report states it."""
         if self is Unit.RECORD:
             return "add or remove one record of one device"
+        if self is Unit.PERSON:
+            return "add or remove one person: all of its records on one device"
         return "zero out one device's whole contribution (number of devices public)"
 
 

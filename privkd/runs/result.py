@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,9 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from privkd.data.persons import Persons
 from privkd.journal import Head
 from privkd.privacy.bounds import Audited, Check, LowerBound, failure
 from privkd.privacy.events import PartyId, Unit
+from privkd.privacy.joint import Joint
 from privkd.privacy.ledger import Statement, Statements
 from privkd.records import Count, FileRecord, Measured, Record, Value
 from privkd.runs.elsewhere import Elsewhere
@@ -31,10 +33,11 @@ class RoundFigures:
         labels_only: accuracy of the teacher that learned the public labels alone, with zero devices.
         students: mean accuracy of the devices' students, of 20 of them at most.
         accepted: share of the proposed update that the gate let through; 0 is a rollback.
-        epsilon_record: upper bound spent so far, worst device.
+        epsilon_record: upper bound spent so far, worst device; NaN where training protects persons.
         epsilon_device: likewise, per device.
         personal: mean accuracy of the students, each on its device's own test set.
         devices: how many contributed to the round's release; 0 before the first.
+        epsilon_person: as ``epsilon_record``, per person; NaN where training protects records.
 
     No budget of a device covers ``students`` and ``personal``: a deployment measures neither once private
     records are involved, and no run where there is nothing to measure them on. They are NaN then.
@@ -49,6 +52,15 @@ class RoundFigures:
     epsilon_device: Measured
     personal: Measured
     devices: Count
+    epsilon_person: Measured = math.nan
+
+    def epsilon(self, unit: Unit) -> float:
+        """Upper bound spent so far on ``unit``."""
+        return {
+            Unit.RECORD: self.epsilon_record,
+            Unit.PERSON: self.epsilon_person,
+            Unit.DEVICE: self.epsilon_device,
+        }[unit]
 
     @property
     def control(self) -> float:
@@ -77,8 +89,9 @@ class RoundRecord(Record):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         kept = {"cloud", "wire"} if self.number else {"cloud"}
-        names = {field.name for field in fields(RoundFigures)} - {"devices"}
-        if not kept <= set(self.files) or set(self.measured) != names:
+        named = {field.name: field.default is MISSING for field in fields(RoundFigures)}
+        needed = {name for name, always in named.items() if always} - {"devices"}
+        if not kept <= set(self.files) or not needed <= set(self.measured) <= set(named) - {"devices"}:
             raise ValueError("files or figures are missing or unknown")
         return self
 
@@ -149,9 +162,9 @@ class Result(FileRecord, Value):
     """What ``privkd train`` reports. ``ledger`` has one statement for each unit, never a sum.
 
     The ledger's epsilons are upper bounds, each beside its lower bound where the unit was audited; ``checks``
-    were asked of its mechanisms beside them. ``warnings`` and ``taken`` are the plan's. ``ran`` is where the
-    devices were; ``None`` where the run's own process played them. ``classes`` are in the order of their
-    numbers; a run of version 0.1.0 names none.
+    were asked of its mechanisms beside them. ``warnings``, ``taken``, ``persons`` and ``joints`` are the
+    plan's. ``ran`` is where the devices were; ``None`` where the run's own process played them. ``classes``
+    are in the order of their numbers; a run of version 0.1.0 names none.
     """
 
     run: str
@@ -169,6 +182,8 @@ class Result(FileRecord, Value):
     seconds: float
     ran: Elsewhere | None = None
     classes: tuple[ClassResult, ...] = ()
+    persons: Persons | None = None
+    joints: tuple[Joint, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -280,10 +295,24 @@ def ledger_table(result: Result) -> Table:
     return table
 
 
+def joint_lines(persons: Persons | None, joints: Sequence[Joint]) -> list[Text]:
+    """What persons get who are more than one unit, and what is known of them."""
+    said = []
+    if persons is not None:
+        said.append(
+            f"Persons: {persons.per_device:,} on a device nominally, each with at most "
+            f"{persons.most_records:,} records there."
+        )
+    if joints:
+        each = "; ".join(f"{joint.words} {epsilon_text(joint.epsilon)}" for joint in joints)
+        said.append(f"Epsilon at most, whole run, of {each}.")
+    return [Text(words, style="dim") for words in said]
+
+
 def _remarks(result: Result) -> list[Text]:
-    remarks = _lower_bounds(result) + warned(result.warnings)
+    remarks = _lower_bounds(result) + joint_lines(result.persons, result.joints) + warned(result.warnings)
     for row in result.ledger:
-        if row.unit is Unit.RECORD and math.isinf(row.high):
+        if row.unit is not Unit.DEVICE and math.isinf(row.high):
             remarks.append(NO_RECORD_DP)
         if row.unit is Unit.DEVICE:
             remarks += [

@@ -24,6 +24,7 @@ from privkd.errors import ModelError
 from privkd.models.architecture import Example
 from privkd.models.features import Parted
 from privkd.models.zoo import Part, trained_parameters
+from privkd.privacy.events import Unit
 from privkd.privacy.randomness import Randomness, SeededRandomness, Uniforms
 from privkd.training.fit import fit
 from privkd.training.losses import forward_loss
@@ -41,6 +42,7 @@ from privkd.training.proof import (
     with_cure,
 )
 from privkd.training.recordwise import Recordwise, record_digests
+from privkd.training.units import Chosen, Units
 
 GradSampleMode = Literal["ew", "hooks", "functorch", "autograd"]
 """How per-record gradients are computed: by Opacus with torch's expanded weights, with a hook and a rule for
@@ -62,12 +64,13 @@ class Mechanism:
     Attributes:
         recipe: clip norm, sampling rate, steps and optimiser.
         noise_multiplier: the noise's standard deviation over the clip norm.
-        expected_batch_size: normaliser of the noised sum, ``sampling_rate`` times the nominal shard
-            size: a public constant, never taken from the private records.
+        expected_batch_size: normaliser of the noised sum, ``sampling_rate`` times the nominal number of units
+            on a device: a public constant, never taken from the private records.
         alpha: weight of the teacher in the loss.
         temperature: of the teacher's term.
         probe: public records of the run, on which every computation of gradients is proved before it is
             used; ``None`` for made-up ones.
+        unit: what is sampled, and whose gradient is clipped: a record, or a person.
     """
 
     recipe: DpSgdConfig
@@ -76,16 +79,24 @@ class Mechanism:
     alpha: float
     temperature: float
     probe: Probe | None = None
+    unit: Unit = Unit.RECORD
 
     @classmethod
     def of(
-        cls, student: StudentConfig, noise_multiplier: float, expected_batch_size: float, probe: Probe
+        cls,
+        student: StudentConfig,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        probe: Probe,
+        unit: Unit,
     ) -> Self | None:
         """That of a run with these settings and its calibrated noise; ``None`` where it asks for no DP."""
         if noise_multiplier == 0:
             return None
         recipe = with_capped_learning_rate(student.dp, noise_multiplier, expected_batch_size)
-        return cls(recipe, noise_multiplier, expected_batch_size, student.alpha, student.temperature, probe)
+        return cls(
+            recipe, noise_multiplier, expected_batch_size, student.alpha, student.temperature, probe, unit
+        )
 
 
 def with_capped_learning_rate(
@@ -116,15 +127,18 @@ class _SuppliedNoiseOptimizer(DPOptimizer):
             loss_reduction="mean",
         )
         self._randomness = randomness
+        self.chosen: Chosen | None = None
 
     def clip_and_accumulate(self) -> None:
-        """Clip each record's gradient and add them up in double precision.
+        """Clip each unit's gradient and add them up in double precision.
 
         A gradient without a finite norm counts for nothing: scaled by ``clip / inf = 0``, an infinity would
-        become NaN and the sum would betray its record. Added in float32, many records' sum may move by more
-        than the clip norm when one is added.
+        become NaN and the sum would betray its unit. Added in float32, many units' sum may move by more than
+        the clip norm when one is added. Which record is whose says ``chosen``; each is its own without it.
         """
         samples = self.grad_samples
+        if self.chosen is not None:
+            samples = [self.chosen.summed(sample) for sample in samples]
         norms = torch.stack([s.flatten(1).norm(dim=1, dtype=torch.float64) for s in samples]).norm(dim=0)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         broken = ~norms.isfinite()
@@ -168,10 +182,11 @@ def train_private(
     """Train a copy of ``model`` on a device's private ``shard`` with DP-SGD, and return it.
 
     ``recipe.steps`` Poisson-sampled steps of per-example clipping in L2 and Gaussian noise (Abadi et al.
-    2016, Algorithm 1), for the relation "add or remove one record". An empty sample still takes a noised
-    step, and an empty shard trains on noise alone: neither reveals itself. The returned weights are the
-    average of the last ``averaging`` share of the iterates, which is post-processing. A record whose gradient
-    is not finite counts for nothing, so that no record can betray itself by breaking the sum.
+    2016, Algorithm 1), for the relation "add or remove one unit", a record or a person: see `units`. An empty
+    sample still takes a noised step, and an empty shard trains on noise alone: neither reveals itself. The
+    returned weights are the average of the last ``averaging`` share of the iterates, which is
+    post-processing. A unit whose gradient is not finite counts for nothing, so that none can betray itself by
+    breaking the sum.
 
     Args:
         model: the student before this round; left unchanged.
@@ -184,8 +199,10 @@ def train_private(
 
     Raises:
         ModelError: every parameter of the part in training is frozen.
+        DataError: persons are the units, and nothing says whose the records are.
     """
     recipe, parted = mechanism.recipe, Parted.of(model)
+    units = Units.on(shard, mechanism.unit)
     features = replace(shard, inputs=parted.features(shard.inputs))
     if mode is None:
         mode = fastest_mode(model, shard.inputs, mechanism)
@@ -197,12 +214,14 @@ def train_private(
         average = TailAverage(device.parameters, steps=recipe.steps, share=recipe.averaging)
         digests = cache(lambda: record_digests(features.inputs, features.labels))
         for step in range(recipe.steps):
-            chosen = randomness.sample(len(shard), recipe.sampling_rate).nonzero().flatten()
+            chosen = units.chosen(randomness.sample(units.count, recipe.sampling_rate))
 
             def streams(numbers: Tensor, step: int = step) -> Sequence[Uniforms]:
                 return randomness.layers(step, [digests()[i] for i in numbers.tolist()])
 
-            device.compute(features, teacher_logits, chosen.to(shard.labels.device), streams)
+            records = chosen.records.to(shard.labels.device)
+            device.compute(features, teacher_logits, records, streams)
+            optimizer.chosen = chosen
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update(device.parameters)

@@ -81,7 +81,7 @@ class Opened:
         channel = NoisedChannel(run.plan.clip_norm, run.plan.rho, run.root)
         federation = federation_of(run, channel)
         for round in range(run.plan.rounds):
-            federation._debit(Unit.RECORD, run.plan.record_event, round)
+            federation._debit(Unit.RECORD, run.plan.training_event, round)
             federation._debit(Unit.DEVICE, channel.event, round)
         spent = {unit: federation.ledger.spent(unit).high for unit in Unit}
         return cls(run, federation.begin(), spent)

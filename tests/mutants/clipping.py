@@ -21,9 +21,11 @@ from privkd.training.dpsgd import (
     _weighted_sum,
     train_private,
 )
+from privkd.training.units import Chosen
 from privkd.training.vectorised import train_cohort
 from privkd.training.vectorised.clipping import clip_factors
 from privkd.training.vectorised.layers import Conv2d
+from privkd.training.vectorised.tensors import Batch, Records
 
 
 def unproved(put: Put) -> None:
@@ -109,6 +111,25 @@ def _expanded_weights_wrong(put: Put) -> None:
     put(_Device, "compute", wrong)
 
 
+def _persons_by_record_together(put: Put) -> None:
+    """The cohort clips each record, and adds up a person's clipped gradients."""
+    kept = Records.batch
+
+    def batch(self: Records, index: Tensor, weights: Tensor) -> Batch:
+        found = kept(self, index, weights)
+        if found.held is None:
+            return found
+        each = found.weights.repeat_interleave(found.slots, dim=1) * found.held
+        return Batch(found.inputs, found.targets, each)
+
+    put(Records, "batch", batch)
+
+
+def _persons_by_record_alone(put: Put) -> None:
+    """The reference does."""
+    put(Chosen, "summed", lambda self, gradients: gradients)
+
+
 def _own_size(mechanism: Mechanism, records: int) -> Mechanism:
     return replace(mechanism, expected_batch_size=max(1, records) * mechanism.recipe.sampling_rate)
 
@@ -146,6 +167,7 @@ def _normalised_by_the_shard(put: Put) -> None:
 
 
 _ALONE = "a record by itself moves the sum by at most the clip norm"
+_PERSON = "a person by itself moves the sum by at most the clip norm"
 _PROVED = "the proof compares the clipped sums of 10 records, chosen singly and together, to 1e-3"
 _EXACT = "without chance: loud records move the sum by {} clip norms, and 1.001 is tolerated"
 
@@ -211,6 +233,33 @@ def _of_clipping() -> Iterator[Mutant]:
 
 MUTANTS = (
     *_of_clipping(),
+    Mutant(
+        "persons clipped by record in the cohort",
+        "each record of a person is clipped, and then a person's are added up, in the fast program",
+        _persons_by_record_together,
+        ("cohort, persons",),
+        "",
+        "the proof compares the clipped sums of 5 persons, of one to three records, to 1e-3",
+        ends=Ends.REPLACED,
+    ),
+    Mutant(
+        "persons clipped by record in the cohort, unproved",
+        "each record of a person is clipped, and then a person's are added up, and no proof is made",
+        both(unproved, _persons_by_record_together),
+        ("cohort, persons", "cohort, persons, sampled"),
+        _PERSON,
+        _EXACT.format("5"),
+        quick=True,
+    ),
+    Mutant(
+        "persons clipped by record in the reference",
+        "each record of a person is clipped, and then a person's are added up, on a device by itself",
+        _persons_by_record_alone,
+        ("opacus, persons",),
+        _PERSON,
+        _EXACT.format("5"),
+        quick=True,
+    ),
     Mutant(
         "expanded weights wrong",
         "one way of computing per-record gradients gives all records the first one's",

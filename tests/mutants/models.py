@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 _WIDTH = 8
@@ -85,3 +87,12 @@ class Folding(nn.Module):
 def folding(shape: Sequence[int], classes: int) -> nn.Module:
     """A student that only plain autograd, one record after the other, differentiates as it should be."""
     return Folding(shape, classes)
+
+
+def writers() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.str_]]:
+    """Data of persons with one to five records each."""
+    rng = np.random.default_rng(0)
+    whose = np.repeat(np.arange(200), rng.integers(1, 6, 200))
+    labels = rng.integers(0, 3, len(whose))
+    inputs = rng.normal(labels[:, None], 1.0, (len(whose), 16))
+    return inputs.astype(np.float32), labels, whose.astype(np.str_)

@@ -20,6 +20,16 @@ SMALL = (
 )
 OPACUS = "student.engine=opacus"
 SYSTEM = "privacy.noise=system"
+PERSONS = (
+    "data.source=mutants.models:writers",
+    "data.group=writer",
+    "data.gap=none",
+    "data.public_records=60",
+    "data.validation_records=30",
+    "data.test_records=60",
+    "data.records_per_device=60",
+    "privacy.unit=person",
+)
 SAMPLED = ("student.dp.sampling_rate=0.2", "student.dp.steps=10")
 NOISED = ("channel.kind=noised", "privacy.device_epsilon=8")
 SECURE = ("channel.kind=secure", "privacy.device_epsilon=8")
@@ -50,6 +60,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "opacus, mixing teacher": (OPACUS, "teacher.model={name='mutants.models:mixing'}"),
     "autograd": (OPACUS, _student("folding")),
     "autograd, sampled": (OPACUS, _student("folding"), *SAMPLED),
+    "cohort, persons": PERSONS,
+    "cohort, persons, sampled": (*PERSONS, *SAMPLED),
+    "opacus, persons": (OPACUS, *PERSONS),
     "noised": NOISED,
     "secure": SECURE,
     "services": (*SECURE, "channel.parties=services"),

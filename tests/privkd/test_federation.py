@@ -93,7 +93,7 @@ class TestLedger:
     def test_totals_are_the_plans_and_charges_one_for_each_device_and_round(self, tmp_path: Path) -> None:
         result = play(tmp_path / "run")
         plan = plan_of()
-        assert result.statement(Unit.RECORD).high == plan.record.high <= 3.0
+        assert result.statement(Unit.RECORD).high == plan.training.high <= 3.0
         assert result.statement(Unit.DEVICE).high == plan.device.high == math.inf
         ledger = Ledger.load(tmp_path / "run" / "ledger.jsonl")
         assert ledger.parties(Unit.RECORD) == ("device-0000", "device-0001", "device-0002")
@@ -151,7 +151,7 @@ class TestDeviceBudget:
         noised = ("channel.kind=noised", "privacy.device_epsilon=8", "reverse.queries=10")
         result, plan = play(tmp_path / "run", *noised), plan_of(*noised)
         assert result.statement(Unit.DEVICE).high == plan.device.high <= 8.0
-        assert result.statement(Unit.RECORD).high == plan.record.high, (
+        assert result.statement(Unit.RECORD).high == plan.training.high, (
             "channel noise buys the records nothing"
         )
         ledger = Ledger.load(tmp_path / "run" / "ledger.jsonl")

@@ -48,11 +48,11 @@ class TestRecordBudget:
     def test_is_kept_over_all_rounds_and_used(self, epsilon: float, rounds: int, rate: float) -> None:
         plan = make_plan(dp(epsilon, rounds, rate), FACTS)
         assert plan.noise_multiplier > 0
-        assert plan.record_event == DpSgd(plan.noise_multiplier, rate, 10)
-        assert plan.record.high <= epsilon
-        assert plan.record.high >= 0.98 * epsilon or plan.noise_multiplier <= 0.0101
-        whole = price([plan.record_event] * rounds, plan.delta)
-        assert plan.record == whole, "what is stated is the price of all rounds, not of one"
+        assert plan.training_event == DpSgd(plan.noise_multiplier, rate, 10)
+        assert plan.training.high <= epsilon
+        assert plan.training.high >= 0.98 * epsilon or plan.noise_multiplier <= 0.0101
+        whole = price([plan.training_event] * rounds, plan.delta)
+        assert plan.training == whole, "what is stated is the price of all rounds, not of one"
 
     @pytest.mark.parametrize("epsilon", [0.01, 1.0, 3.0, 100.0])
     @pytest.mark.parametrize("rounds", [1, 7])
@@ -76,14 +76,14 @@ class TestRecordBudget:
     def test_delta(self, delta: float) -> None:
         plan = make_plan(dp(1.0, 3, 1.0, privacy__delta=delta, privacy__allow_large_delta=True), FACTS)
         assert plan.delta == delta
-        assert plan.record.high <= 1.0
+        assert plan.training.high <= 1.0
 
     def test_infinite_epsilon_is_no_dp_and_says_so(self) -> None:
         plan = make_plan(dp(math.inf, 3, 1.0), FACTS)
         assert plan.noise_multiplier == 0.0
-        assert isinstance(plan.record_event, NoPrivacy)
-        assert "epsilon was set to inf" in plan.record_event.reason
-        assert plan.record.high == math.inf
+        assert isinstance(plan.training_event, NoPrivacy)
+        assert "epsilon was set to inf" in plan.training_event.reason
+        assert plan.training.high == math.inf
 
     def test_a_hopeless_budget_is_refused(self) -> None:
         with pytest.raises(BudgetError, match="raise epsilon or take fewer steps"):
@@ -104,12 +104,12 @@ class TestRecordBudget:
         plan = make_plan(chosen, FACTS)
         ledger = Ledger(None, budgets(chosen))
         for round in range(rounds):
-            ledger.debit(Unit.RECORD, "device-0000", plan.record_event, round=round)
-        assert ledger.spent(Unit.RECORD).high == pytest.approx(plan.record.high)
+            ledger.debit(Unit.RECORD, "device-0000", plan.training_event, round=round)
+        assert ledger.spent(Unit.RECORD).high == pytest.approx(plan.training.high)
         assert ledger.spent(Unit.RECORD).high <= epsilon
         if plan.noise_multiplier > 0.0101 and rounds < 20:
             with pytest.raises(BudgetError):
-                ledger.debit(Unit.RECORD, "device-0000", plan.record_event, round=rounds)
+                ledger.debit(Unit.RECORD, "device-0000", plan.training_event, round=rounds)
 
 
 class TestDeviceBudget:
@@ -137,7 +137,7 @@ class TestDeviceBudget:
         """Noise on the channel leaves the record's price as it was, and the other way round."""
         alone = make_plan(config(privacy__epsilon=3.0), FACTS)
         noised = make_plan(config(privacy__epsilon=3.0, privacy__device_epsilon=1.0), FACTS)
-        assert noised.record == alone.record
+        assert noised.training == alone.training
         assert noised.noise_multiplier == alone.noise_multiplier
         free = make_plan(config(privacy__epsilon=math.inf, privacy__device_epsilon=1.0), FACTS)
         assert free.device == noised.device

@@ -24,7 +24,7 @@ _LOWEST = 1e-4
 
 
 class Book(Protocol):
-    """One layer's part in clipping."""
+    """One layer's part in clipping. What it calls a record is a unit: a person's records stand for one."""
 
     def squared_norms(self) -> Tensor:
         """Squared L2 norms ``[student, record]`` of the layer's per-example gradients."""
@@ -145,6 +145,17 @@ def dense_sums(inputs: Tensor, outputs: Tensor, *, bias: bool) -> list[Tensor]:
 def ghost_is_cheaper(*, positions: int, inputs: int, outputs: int) -> bool:
     """Whether the norms of a dense layer's gradients cost less by ghost norm than by forming them."""
     return positions == 1 or _GHOST_PENALTY * positions * (inputs + outputs) < inputs * outputs
+
+
+def owned(values: Tensor, slots: int) -> Tensor:
+    """What is added up over positions, ``[student, record, position, width]``, as that of units of ``slots``
+    records: ``[student, unit, slot * position, width]``."""
+    return values if slots == 1 else values.unflatten(1, (-1, slots)).flatten(2, 3)
+
+
+def by_unit(gradients: Tensor, slots: int) -> Tensor:
+    """Gradients ``[student, record, *shape]`` added up for units of ``slots`` records."""
+    return gradients if slots == 1 else gradients.unflatten(1, (-1, slots)).sum(2)
 
 
 def dense_book(inputs: Tensor, outputs: Tensor, *, bias: bool) -> Book:

@@ -14,6 +14,7 @@ from privkd.errors import DataError, ModelError
 from privkd.models.architecture import Example, same_architecture
 from privkd.models.features import Parted
 from privkd.models.inputs import InputType
+from privkd.privacy.events import Unit
 from privkd.training.proof import (
     BATCHES,
     Probe,
@@ -25,6 +26,7 @@ from privkd.training.proof import (
     one_hots,
     perturbed,
 )
+from privkd.training.units import Units
 from privkd.training.vectorised.gradients import (
     BookKeeping,
     Footprint,
@@ -34,10 +36,13 @@ from privkd.training.vectorised.gradients import (
     candidates,
 )
 from privkd.training.vectorised.memory import chunk_students, flushed_denormals, records_per_pass
-from privkd.training.vectorised.tensors import Objective, Records, Weights, joined, views
+from privkd.training.vectorised.tensors import Objective, Owners, Records, Weights, joined, views
 
 _PROBE_RECORDS = 2
 _KEPT = 32
+_PERSON_OF = (0, 0, 1, 2, 2, 2, 3, 4, 4, 4)
+_PERSONS = (slice(0, 2), slice(2, 5))
+"""Whose a probe's records are where persons are clipped, and these persons as two batches."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +71,25 @@ def plan_of(
     objective: Objective,
     clip_norm: float | None,
     probe: Probe | None = None,
+    unit: Unit = Unit.RECORD,
 ) -> Plan | None:
     """The fastest way to train students like ``model``; ``None`` if only one after another will do.
 
-    With a clip norm, the gradients are proved to be those of plain autograd, record by record and clipped, at
-    the weights of ``model`` and at perturbed ones.
+    With a clip norm, the gradients are proved to be those of plain autograd, record by record, added up for
+    each ``unit`` and clipped, at the weights of ``model`` and at perturbed ones.
 
     Args:
         model: one of the students.
         inputs: that which it takes.
         trained: names of the parameters in training.
         objective: the loss.
-        clip_norm: of each record's gradient, or ``None`` without privacy.
+        clip_norm: of each unit's gradient, or ``None`` without privacy.
         probe: the records of the proof; made-up ones without it.
+        unit: a record or a person.
     """
     example = Example.of(model)
     find = _found if example.architecture.by_value else _found.__wrapped__
-    return find(example, inputs, trained, objective, clip_norm, probe)
+    return find(example, inputs, trained, objective, clip_norm, probe, unit)
 
 
 def formulation(
@@ -110,6 +117,7 @@ def _found(
     objective: Objective,
     clip_norm: float | None,
     probe: Probe | None,
+    unit: Unit,
 ) -> Plan | None:
     if not trained:
         return None
@@ -127,7 +135,7 @@ def _found(
             if probe is None or clip_norm is None:
                 proved = not any(True for _ in model.buffers()) and outputs.agrees(candidate)
             else:
-                proved = _is_proved(gradients, model, probe, clip_norm)
+                proved = _is_proved(gradients, model, probe, clip_norm, unit)
             if proved:
                 weights = Weights.stack([model], trained)
                 return Plan(gradients, classes, gradients.footprint(weights, blank, classes))
@@ -136,10 +144,10 @@ def _found(
     return None
 
 
-def _is_proved(gradients: Gradients, model: nn.Module, probe: Probe, clip_norm: float) -> bool:
-    """Whether ``gradients`` are those of plain autograd on each record alone, clipped and added up.
+def _is_proved(gradients: Gradients, model: nn.Module, probe: Probe, clip_norm: float, unit: Unit) -> bool:
+    """Whether ``gradients`` are those of plain autograd on each record alone, clipped by unit and added up.
 
-    Each record is chosen by itself and all together, in batches of two sizes and in several passes, clipped
+    Each unit is chosen by itself and all together, in batches of two sizes and in several passes, clipped
     and not, for two students at once whose records stand in opposite order.
     """
     students = (model, perturbed(model))
@@ -154,33 +162,46 @@ def _is_proved(gradients: Gradients, model: nn.Module, probe: Probe, clip_norm: 
         )
         for student in students
     ]
-    truth = torch.stack([truths[0], truths[1].flip(0)])
+    units = _units_both_ways(len(probe.labels), unit)
+    both = zip(units, (truths[0], truths[1].flip(0)), strict=True)
+    truth = torch.stack([each.chosen(torch.ones(each.count) > 0).summed(own) for each, own in both])
     weights = Weights.stack(students, gradients.trained)
     try:
-        records = gradients.features(weights, _both_ways(probe, objective))
+        records = gradients.features(weights, _both_ways(probe, objective, units))
         largest = float(truth[truth.isfinite().all(-1)].norm(dim=-1).max())
         return all(
             _sums_agree(replace(gradients, clip_norm=clip), weights, records, truth, batch)
             for clip in (clip_norm, 1e3 * largest + 1.0)
-            for batch in BATCHES
+            for batch in (BATCHES if unit is Unit.RECORD else _PERSONS)
         )
     except Exception:  # whatever a model raises in this formulation, another takes it
         return False
 
 
-def _both_ways(probe: Probe, objective: Objective) -> Records:
+def _units_both_ways(records: int, unit: Unit) -> tuple[Units, Units]:
+    """Those of a probe's records, for two students whose records stand in opposite order."""
+    if unit is Unit.RECORD:
+        return Units(records), Units(records)
+    of = torch.tensor(_PERSON_OF)
+    count = 1 + int(of.max())
+    return Units(count, of), Units(count, count - 1 - of.flip(0))
+
+
+def _both_ways(probe: Probe, objective: Objective, units: Sequence[Units]) -> Records:
     """The probe's records as those of two students, and in opposite order for the second."""
     classes = probe.teacher_logits.shape[-1]
     labels, logits = probe.labels.to(probe.inputs.device), probe.teacher_logits
     targets = objective.targets(labels, logits, classes, torch.float32)
     inputs = torch.cat([probe.inputs, probe.inputs.flip(0)])
-    return Records.of(inputs, torch.cat([targets, targets.flip(0)]), [len(labels)] * 2)
+    counts = [len(labels)] * 2
+    owners = None if units[0].of is None else Owners.of(units, counts)
+    return Records.of(inputs, torch.cat([targets, targets.flip(0)]), counts, owners)
 
 
 def _sums_agree(
     gradients: Gradients, weights: Weights, records: Records, truth: Tensor, batch: slice
 ) -> bool:
-    """One batch of a proof; ``truth`` ``[student, record, parameter]``."""
+    """One batch of a proof; ``truth`` ``[student, unit, parameter]``."""
     assert gradients.clip_norm is not None
     numbers = torch.arange(truth.shape[1])[batch]
     index = records.index([numbers] * len(truth))
@@ -262,14 +283,20 @@ class Students:
         """A copy of the parameters; ``trained`` names those in training."""
         return Weights.stack(self.models, trained)
 
-    def records(self, plan: Plan) -> Records:
-        """The shards on the models' device, as the models take them."""
+    def units(self, unit: Unit) -> list[Units]:
+        """What each student's training samples. Raises as `Units.on`."""
+        return [Units.on(shard, unit) for shard in self.shards]
+
+    def records(self, plan: Plan, unit: Unit = Unit.RECORD) -> Records:
+        """The shards on the models' device, as the models take them. Raises as `Units.on`."""
         inputs = joined([self.parted.features(shard.inputs) for shard in self.shards]).to(self.device)
         labels = joined([shard.labels for shard in self.shards]).to(self.device)
         logits = None if self.teacher_logits is None else joined(self.teacher_logits).to(self.device)
         dtype = next(self.models[0].parameters()).dtype
         targets = plan.gradients.objective.targets(labels, logits, plan.classes, dtype)
-        return Records.of(inputs, targets, [len(shard) for shard in self.shards])
+        counts = [len(shard) for shard in self.shards]
+        owners = None if unit is Unit.RECORD else Owners.of(self.units(unit), counts)
+        return Records.of(inputs, targets, counts, owners)
 
     @cached_property
     def inputs(self) -> InputType:
@@ -283,10 +310,12 @@ class Students:
         clip_norm: float | None,
         trained: Callable[[nn.Module], Sequence[nn.Parameter]],
         probe: Probe | None = None,
+        unit: Unit = Unit.RECORD,
     ) -> Plan | None:
         """How to train the students as one program; ``None`` if their architecture allows none.
 
-        ``probe``: records for the proof, as the whole students take them.
+        ``probe``: records for the proof, as the whole students take them; ``unit``: whose gradients are
+        clipped.
         """
         if not self.models or not _same_buffers(self.models):
             return None
@@ -295,7 +324,7 @@ class Students:
             probe = probe.through(self.parted.features)
         kept = {id(parameter) for parameter in trained(model)}
         names = frozenset(name for name, p in model.named_parameters() if id(p) in kept)
-        return plan_of(model, self.inputs, names, objective, clip_norm, probe)
+        return plan_of(model, self.inputs, names, objective, clip_norm, probe, unit)
 
 
 def _same_buffers(models: Sequence[nn.Module]) -> bool:
@@ -314,12 +343,14 @@ def in_chunks(
     plan: Plan,
     expected: Mapping[int, float],
     memory_budget: int,
+    unit: Unit = Unit.RECORD,
 ) -> dict[int, nn.Module]:
     """``train`` students chunk by chunk within ``memory_budget`` bytes.
 
-    ``expected`` says which students, by number, and the expected batch of each.
+    ``expected`` says which students, by number, and the expected batch of each in records; ``unit`` whose
+    gradients are clipped.
     """
-    cost = plan.footprint.cost(max(len(shard) for shard in students.shards))
+    cost = plan.footprint.cost(max(len(shard) for shard in students.shards), unit)
     trained: dict[int, nn.Module] = {}
     with flushed_denormals():
         for chosen in chunk_students(expected, cost, budget=memory_budget):

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from privkd.models.inputs import InputType
-from privkd.training.vectorised.clipping import PerExample, beyond_clipping, clip_factors, gradient_norms
+from privkd.privacy.events import Unit
+from privkd.training.vectorised.clipping import (
+    PerExample,
+    beyond_clipping,
+    by_unit,
+    clip_factors,
+    gradient_norms,
+)
 from privkd.training.vectorised.graph import Graph, UnsupportedError, graph_of
 from privkd.training.vectorised.layers import Activations, Layer, Parameters
 from privkd.training.vectorised.memory import Cost, MemoryMeter
@@ -39,10 +46,10 @@ class Formulation(Protocol):
         objective: Objective,
         clip_norm: float | None,
     ) -> Parameters:
-        """The weighted sums of the records' gradients, by the names of the ``trained`` parameters.
+        """The weighted sums of the units' gradients, by the names of the ``trained`` parameters.
 
-        With a ``clip_norm``, each record's gradient is first clipped to that L2 norm as Opacus does; one
-        without a finite norm counts for nothing.
+        With a ``clip_norm``, each unit's gradient, a record's or the sum of a person's, is first clipped to
+        that L2 norm as Opacus does; one without a finite norm counts for nothing.
         """
         ...
 
@@ -73,6 +80,8 @@ class BookKeeping:
             arriving = objective.output_gradients(logits, batch.targets)
             if clip_norm is None:
                 arriving *= batch.weights.unsqueeze(-1)
+            elif batch.held is not None:
+                arriving *= batch.held.unsqueeze(-1)
             gradients = torch.autograd.grad(logits, [call.outputs.tensor for call in calls], arriving)
         with torch.no_grad():
             sums: dict[str, Tensor] = {}
@@ -81,7 +90,8 @@ class BookKeeping:
                 for call, g in zip(calls, arrived, strict=True):
                     sums.update(zip(call.layer.names, call.layer.sums(call.inputs, g), strict=True))
                 return sums
-            books = [call.layer.book(call.inputs, g) for call, g in zip(calls, arrived, strict=True)]
+            pairs = zip(calls, arrived, strict=True)
+            books = [call.layer.book(call.inputs, g, batch.slots) for call, g in pairs]
             norms = gradient_norms(books)
             broken = beyond_clipping(norms, batch.weights)
             if broken.any():
@@ -162,11 +172,11 @@ class Vmapped:
         records = (
             batch.inputs.unsqueeze(2),
             batch.targets.unsqueeze(2),
-            torch.ones_like(batch.weights[..., None]),
+            torch.ones_like(batch.weights[..., None]) if batch.held is None else batch.held[..., None],
         )
         each = vmap(grad(loss), in_dims=(None, None, 0, 0, 0), randomness=draws)
         gradients = vmap(each, randomness=draws)(*state, *records)
-        book = PerExample(tuple(gradients.values()))
+        book = PerExample(tuple(by_unit(gradient, batch.slots) for gradient in gradients.values()))
         norms = gradient_norms([book])
         broken = beyond_clipping(norms, batch.weights)
         if broken.any():
@@ -245,6 +255,8 @@ _UNBOUNDED = 1 << 62
 _COPIES_OF_TRAINED = 10
 """Rows of the size of the trained parameters: weights, gradient, sums, two moments, average, a temporary, the
 result, and two for noise in float64."""
+_OF_PERSONS = 3
+"""A person's gradient of a layer is formed where it takes at most twice the memory of what it is made of."""
 _LARGEST_FEATURES = 4
 """Features are kept only if a record's take at most this many times the memory of its inputs."""
 
@@ -289,13 +301,14 @@ class Gradients:
     ) -> None:
         """Write the weighted sums of a batch's gradients into ``totals``, by parameter ``[student, *shape]``.
 
-        ``index`` and ``of`` ``[student, record]`` say which records, and with which weight.
+        ``index`` and ``of`` ``[student, unit]`` say which units, and with which weight.
         """
         if index.shape[1] == 0:
             for total in totals.values():
                 total.zero_()
-        for start in range(0, index.shape[1], self.records_per_pass):
-            part = slice(start, start + self.records_per_pass)
+        at_once = max(1, self.records_per_pass // records.slots)
+        for start in range(0, index.shape[1], at_once):
+            part = slice(start, start + at_once)
             sums = self._of_batch(weights, records.batch(index[:, part], of[:, part]))
             for name, total in totals.items():
                 total.copy_(sums[name]) if start == 0 else total.add_(sums[name])
@@ -304,11 +317,12 @@ class Gradients:
         """``records`` as the formulation takes them: after the frozen part, if there is one."""
         if self.frozen_part is None or not any(records.counts):
             return records
-        index, present = records.poisson(torch.ones(sum(records.counts), dtype=torch.bool))
+        singly = records.singly
+        index, present = singly.poisson(torch.ones(sum(records.counts), dtype=torch.bool))
         parts = []
         for start in range(0, index.shape[1], self.records_per_pass):
             part = slice(start, start + self.records_per_pass)
-            batch = records.batch(index[:, part], present[:, part])
+            batch = singly.batch(index[:, part], present[:, part])
             parts.append(self.frozen_part.outputs(weights.frozen_views, batch.inputs))
         return records.replaced(torch.cat(parts, dim=1)[present.bool().to(weights.frozen.device)])
 
@@ -354,6 +368,7 @@ class Footprint:
     held: int
     passing: int
 
-    def cost(self, records: int) -> Cost:
+    def cost(self, records: int, unit: Unit = Unit.RECORD) -> Cost:
         """The cost of students with at most so many records."""
-        return Cost(self.parameters + records * self.held, self.passing)
+        passing = self.passing if unit is Unit.RECORD else _OF_PERSONS * self.passing
+        return Cost(self.parameters + records * self.held, passing)

@@ -19,10 +19,12 @@ from torch.nn.grad import conv2d_weight
 from privkd.training.vectorised.clipping import (
     Book,
     PerExample,
+    by_unit,
     dense_book,
     dense_sums,
     ghost_is_cheaper,
     ghost_norms,
+    owned,
     record_blocks,
 )
 
@@ -127,8 +129,11 @@ class Layer(ABC):
         """The layer's output."""
 
     @abstractmethod
-    def book(self, x: Activations, g: Activations) -> Book:
-        """The book for clipping, from the input and the gradient of the output."""
+    def book(self, x: Activations, g: Activations, slots: int = 1) -> Book:
+        """The book for clipping, from the input and the gradient of the output.
+
+        Units are ``slots`` records, one behind the other, whose gradients are added up.
+        """
 
     @abstractmethod
     def sums(self, x: Activations, g: Activations) -> list[Tensor]:
@@ -156,9 +161,10 @@ class Linear(Layer):
             out += bias.unsqueeze(1)  # cheaper than baddbmm, which copies the bias row by row first
         return Activations(out.view(*x.tensor.shape[:-1], -1), x.students)
 
-    def book(self, x: Activations, g: Activations) -> Book:
+    def book(self, x: Activations, g: Activations, slots: int = 1) -> Book:
         """See `Layer.book`."""
-        return dense_book(_positions(x.tensor), _positions(g.tensor), bias=self.bias is not None)
+        inputs, outputs = (owned(_positions(each.tensor), slots) for each in (x, g))
+        return dense_book(inputs, outputs, bias=self.bias is not None)
 
     def sums(self, x: Activations, g: Activations) -> list[Tensor]:
         """See `Layer.sums`."""
@@ -188,24 +194,25 @@ class Conv2d(Layer):
         flat = None if bias is None else bias.flatten()
         return x.map(lambda t: F.conv2d(t, weight, flat, self.stride, self.padding, groups=x.students))
 
-    def book(self, x: Activations, g: Activations) -> Book:
+    def book(self, x: Activations, g: Activations, slots: int = 1) -> Book:
         """See `Layer.book`."""
         images, outputs = self.images_and_outputs(x, g)
+        images, outputs = images.unflatten(0, (-1, slots)), outputs.unflatten(0, (-1, slots)).flatten(1, 2)
         count, positions, channels = outputs.shape
-        width, size = self.kernel[0] * self.kernel[1] * images.shape[3], (x.students, x.records)
+        width, size = self.kernel[0] * self.kernel[1] * images.shape[-1], (x.students, x.records // slots)
         ghost = ghost_is_cheaper(positions=positions, inputs=width, outputs=channels)
         at_once = min(count, max(1, _PATCH_BYTES // (positions * width * images.element_size())))
-        buffer = images.new_empty(at_once, positions, width)
+        buffer = images.new_empty(at_once * slots, positions // slots, width)
         found = images.new_empty((count,) if ghost else (count, channels, width))
         for start in range(0, count, at_once):
             part = slice(start, start + at_once)
-            patches = self.patches(images[part], buffer)
+            patches = self.patches(images[part].flatten(0, 1), buffer).view(-1, positions, width)
             if ghost:
                 found[part] = ghost_norms(patches, outputs[part], bias=self.bias is not None)
             else:
                 bmm(outputs[part].transpose(1, 2), patches, out=found[part])
         if ghost:
-            return _GhostConv(self, x, g, found.view(size))
+            return _GhostConv(self, x, g, found.view(size), slots)
         bias = [] if self.bias is None else [outputs.sum(1).view(*size, -1)]
         return _ProductConv(self, PerExample((found.view(*size, channels, width), *bias)))
 
@@ -276,6 +283,7 @@ class _GhostConv:
     inputs: Activations
     outputs: Activations
     squared: Tensor
+    slots: int
 
     def squared_norms(self) -> Tensor:
         return self.squared
@@ -283,6 +291,7 @@ class _GhostConv:
     def weighted_sums(self, factors: Tensor) -> list[Tensor]:
         layer, bias = self.layer, self.layer.bias is not None
         images, outputs = layer.images_and_outputs(self.inputs, self.outputs)
+        factors = factors.repeat_interleave(self.slots, dim=1)
         students, records = factors.shape
         images, outputs = images.unflatten(0, factors.shape), outputs.unflatten(0, factors.shape)
         positions, channels = outputs.shape[2:]
@@ -380,10 +389,11 @@ class GroupNorm(Layer):
         scale, shift = (self._broadcast(parameters[name], x) for name in self.names)
         return out.map(lambda t: t * scale + shift)
 
-    def book(self, x: Activations, g: Activations) -> Book:
+    def book(self, x: Activations, g: Activations, slots: int = 1) -> Book:
         """See `Layer.book`."""
         normalised = group_norm(x, self.groups, self.epsilon)
-        return PerExample((_per_channel(g.map(lambda t: t * normalised.tensor)), _per_channel(g)))
+        scale, shift = _per_channel(g.map(lambda t: t * normalised.tensor)), _per_channel(g)
+        return PerExample((by_unit(scale, slots), by_unit(shift, slots)))
 
     def sums(self, x: Activations, g: Activations) -> list[Tensor]:
         """See `Layer.sums`."""

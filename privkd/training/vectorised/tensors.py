@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from privkd.models.architecture import PLAIN
 from privkd.training.losses import soft_targets
+from privkd.training.units import Units
 
 _TABLES = frozenset({dict, OrderedDict, set})
 _OWN_WAYS = (
@@ -148,19 +149,32 @@ def _rows(models: Sequence[nn.Module], slots: Sequence[Slot]) -> Tensor:
 class Batch:
     """One step's records of every student, padded to the longest batch.
 
+    Units are records; or persons, each of equally many slots, one behind the other.
+
     Attributes:
         inputs: ``[student, record, *shape]``.
         targets: see `Objective.targets`, ``[student, record, class]``.
-        weights: of each record in its student's sum ``[student, record]``; zero where padded.
+        weights: of each unit in its student's sum ``[student, unit]``; zero where padded.
+        held: which slots hold a record of their person, 1 or 0 ``[student, record]``; ``None`` where each
+            record is a unit.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor
+    held: Tensor | None = None
 
-    def without(self, records: Tensor) -> Self:
-        """The batch with the ``records``, bool ``[student, record]``, made padding."""
-        return type(self)(*(_blank(values, records) for values in (self.inputs, self.targets, self.weights)))
+    @property
+    def slots(self) -> int:
+        """Of each unit."""
+        return 1 if self.held is None else self.held.shape[1] // self.weights.shape[1]
+
+    def without(self, units: Tensor) -> Self:
+        """The batch with the ``units``, bool ``[student, unit]``, made padding."""
+        records = units.repeat_interleave(self.slots, dim=1)
+        held = None if self.held is None else _blank(self.held, records)
+        inputs, targets = _blank(self.inputs, records), _blank(self.targets, records)
+        return type(self)(inputs, targets, _blank(self.weights, units), held)
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,36 @@ def _blank(values: Tensor, records: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Owners:
+    """The persons of several students, one after another.
+
+    Attributes:
+        records: of each, by number, int64 ``[person, slot]``; a last person owns the record of zeros.
+        held: which slots hold one, 1 or 0 likewise.
+        counts: number of persons of each student.
+    """
+
+    records: Tensor
+    held: Tensor
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(units: Sequence[Units], counts: Sequence[int]) -> "Owners":
+        """Those of students with these ``units``, persons, and ``counts`` of records."""
+        tables = [unit.table for unit in units]
+        slots = max(held.shape[1] for _, held in tables)
+        records = torch.full((1 + sum(unit.count for unit in units), slots), sum(counts))
+        held, place = torch.zeros(records.shape), 0
+        for (own, of_one), before in zip(tables, accumulate(counts, initial=0), strict=False):
+            rows, width = slice(place, place + len(own)), own.shape[1]
+            records[rows] = own[:, :1] + before
+            records[rows, :width] = own + before
+            held[rows, :width] = of_one.to(held)
+            place += len(own)
+        return Owners(records, held, tuple(unit.count for unit in units))
+
+
+@dataclass(frozen=True)
 class Records:
     """The records of several students, one after another; a last record of zeros fills short batches.
 
@@ -218,31 +262,49 @@ class Records:
         inputs: ``[record, *shape]``.
         targets: see `Objective.targets`, ``[record, class]``.
         counts: number of records of each student.
+        owners: whose they are, where persons are the units.
     """
 
     inputs: Tensor
     targets: Tensor
     counts: tuple[int, ...]
+    owners: Owners | None = None
 
     @staticmethod
-    def of(inputs: Tensor, targets: Tensor, counts: Sequence[int]) -> "Records":
+    def of(inputs: Tensor, targets: Tensor, counts: Sequence[int], owners: Owners | None = None) -> "Records":
         """The records, student after student, given without the last of zeros."""
-        students = len(counts)
-        return Records(_filled(inputs, students), _filled(targets, students), tuple(counts))
+        # A single student's batch of records is never padded, so its shard need not be copied.
+        padded = len(counts) > 1 or owners is not None
+        return Records(_filled(inputs, padded), _filled(targets, padded), tuple(counts), owners)
 
     def replaced(self, inputs: Tensor) -> Self:
         """The same records with other ``inputs`` ``[record, *shape]``, given without the last of zeros."""
-        return replace(self, inputs=_filled(inputs, len(self.counts)))
+        return replace(self, inputs=_filled(inputs, len(self.targets) > sum(self.counts)))
+
+    @property
+    def slots(self) -> int:
+        """Records of a unit in a batch."""
+        return 1 if self.owners is None else self.owners.records.shape[1]
+
+    @property
+    def singly(self) -> Self:
+        """The same with each record as a unit."""
+        return replace(self, owners=None)
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Number of units of each student."""
+        return self.counts if self.owners is None else self.owners.counts
 
     @cached_property
     def _bounds(self) -> Tensor:
-        """Where each student's records begin, and where the last one's end."""
-        return torch.tensor([0, *accumulate(self.counts)])
+        """Where each student's units begin, and where the last one's end."""
+        return torch.tensor([0, *accumulate(self.units)])
 
     def poisson(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Index and weights for `batch` of a ``sample`` of all students' records, bool ``[record]``.
+        """Index and weights for `batch` of a ``sample`` of all students' units, bool ``[unit]``.
 
-        The student with the most records in it sets the length.
+        The student with the most units in it sets the length.
         """
         chosen, bounds = sample.cpu().nonzero().squeeze(1), self._bounds
         sizes = torch.searchsorted(chosen, bounds).diff()
@@ -251,22 +313,25 @@ class Records:
         return index, present.to(self.targets.dtype)
 
     def index(self, draws: Sequence[Tensor]) -> Tensor:
-        """Each student's own record numbers ``[record]``, equally many, as an index for `batch`."""
+        """Each student's own units by number ``[unit]``, equally many, as an index for `batch`."""
         return torch.stack(list(draws)) + self._bounds[:-1].unsqueeze(1)
 
     def batch(self, index: Tensor, weights: Tensor) -> Batch:
-        """The records at ``index`` ``[student, record]`` with these ``weights``."""
+        """The units at ``index`` ``[student, unit]`` with these ``weights``."""
+        held = None
+        if self.owners is not None:
+            held = self.owners.held[index].flatten(1).to(self.targets)
+            index = self.owners.records[index].flatten(1)
         flat = index.flatten().to(self.inputs.device)
 
         def pick(source: Tensor) -> Tensor:
             return source.index_select(0, flat).view(*index.shape, *source.shape[1:])
 
-        return Batch(pick(self.inputs), pick(self.targets), weights.to(self.targets))
+        return Batch(pick(self.inputs), pick(self.targets), weights.to(self.targets), held)
 
 
-def _filled(rows: Tensor, students: int) -> Tensor:
-    # A single student is never padded, so its shard need not be copied.
-    return rows if students == 1 else torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
+def _filled(rows: Tensor, padded: bool) -> Tensor:
+    return torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))]) if padded else rows
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

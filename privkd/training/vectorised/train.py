@@ -46,7 +46,8 @@ def train_cohort(
     """`student.train_private` for many students at once; given the same randomness, the same weights.
 
     Each student has its own initial weights, shard (of any size, also none), targets, Poisson samples and
-    noise, so the guarantee is the same: DP-SGD for the relation "add or remove one record" of one student.
+    noise, so the guarantee is the same: DP-SGD for the relation "add or remove one unit", a record or a
+    person, of one student.
 
     Args:
         models: students of one architecture; left unchanged. One may appear several times.
@@ -59,7 +60,8 @@ def train_cohort(
         progress: see `Report`.
 
     Raises:
-        DataError: the sequences differ in length.
+        DataError: the sequences differ in length, or persons are the units and nothing says whose the records
+            are.
         ModelError: the students differ in architecture.
     """
     students = Students.of(models, shards, teacher_logits, randomness)
@@ -77,9 +79,18 @@ def train_cohort(
         plan = _private_plan(students, mechanism, teacher_logits)
         if plan is None:
             return [report.after(train_one(i)) for i in range(len(models))]
-        expected = {i: len(shard) * recipe.sampling_rate for i, shard in enumerate(shards)}
-        trained = in_chunks(train_chunk, students, plan, expected, memory_budget)
+        expected = _expected(students, mechanism)
+        trained = in_chunks(train_chunk, students, plan, expected, memory_budget, mechanism.unit)
     return [trained[i] for i in range(len(models))]
+
+
+def _expected(students: Students, mechanism: Mechanism) -> dict[int, float]:
+    """Each student's expected batch in records, as they are laid out."""
+    rate, expected = mechanism.recipe.sampling_rate, dict[int, float]()
+    for i, units in enumerate(students.units(mechanism.unit)):
+        slots = 1 if units.of is None else units.table[1].shape[1]
+        expected[i] = units.count * rate * slots
+    return expected
 
 
 def is_vectorised(model: nn.Module, shard: LabelledSet, mechanism: Mechanism) -> bool:
@@ -95,6 +106,7 @@ def _private_plan(students: Students, mechanism: Mechanism, teacher_logits: obje
         recipe.clip_norm,
         lambda m: trained_parameters(m, recipe.part),
         mechanism.probe,
+        mechanism.unit,
     )
 
 
@@ -160,7 +172,7 @@ def _train_privately(
     recipe = mechanism.recipe
     gradients = plan.gradients
     weights = students.weights(gradients.trained)
-    records = gradients.features(weights, students.records(plan))
+    records = gradients.features(weights, students.records(plan, mechanism.unit))
     theta = weights.trained
     optimizer = _optimizer(theta, recipe)
     average = TailAverage([theta], steps=recipe.steps, share=recipe.averaging)
@@ -169,7 +181,7 @@ def _train_privately(
     totals = views(sums, weights.trained_slots)
     noise_std = mechanism.noise_multiplier * recipe.clip_norm
     noise = torch.empty(theta.shape, dtype=torch.float64)
-    for sample in _poisson_samples(randomness, records.counts, recipe):
+    for sample in _poisson_samples(randomness, records.units, recipe):
         index, present = records.poisson(sample)
         gradients.write_to(totals, weights, records, index, present)
         for row, source in zip(noise, randomness, strict=True):
@@ -187,7 +199,7 @@ def _train_privately(
 def _poisson_samples(
     randomness: Sequence[Randomness], counts: Sequence[int], recipe: DpSgdConfig
 ) -> Iterator[Tensor]:
-    """For each step, all students' samples, one after another, bool ``[record]``."""
+    """For each step, all students' samples, one after another, bool ``[unit]``."""
     at_once = max(1, _DRAWN_AT_ONCE // max(1, sum(counts)))
     for start in range(0, recipe.steps, at_once):
         steps = min(at_once, recipe.steps - start)

@@ -73,7 +73,7 @@ class TestAnswers:
         assert device.raw(cloud.ask()) == first
         charges = ledger(device.owner).charges
         plan = cloud.prepared.plan
-        events = [plan.record_event, PostProcessing("a DP-SGD student's answers"), plan.device_event]
+        events = [plan.training_event, PostProcessing("a DP-SGD student's answers"), plan.device_event]
         assert [charge.event for charge in charges] == [str(event) for event in events]
         assert {charge.run for charge in charges} == {cloud.published.digest}
 

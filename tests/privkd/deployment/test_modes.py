@@ -96,7 +96,7 @@ class Played:
             assert releases == (checked.device_event,) * rounds
             assert plan.rho is None or checked.device_event == ZCdp(plan.rho)
             trainings = [each for each in kept.events(Unit.RECORD, name) if isinstance(each, DpSgd)]
-            assert trainings == [checked.record_event] * rounds
+            assert trainings == [checked.training_event] * rounds
             whole = upper_bound([checked.device_event] * checked.rounds, delta)
             assert whole == pytest.approx(plan.epsilon_device)
 

@@ -58,7 +58,7 @@ class TestEpsilon:
     def test_above_twenty_it_says_how_sure_an_attacker_can_become(self) -> None:
         plan = make_plan(small("privacy.epsilon=25"), FACTS)
         assert len(plan.warnings) == 1
-        assert f"{certainty(plan.record.high)} sure" in plan.warnings[0]
+        assert f"{certainty(plan.training.high)} sure" in plan.warnings[0]
         assert make_plan(small("privacy.epsilon=19"), FACTS).warnings == ()
 
     def test_nothing_is_claimed_by_an_infinite_one(self) -> None:
