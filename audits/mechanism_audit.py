@@ -4,7 +4,8 @@ Every audit prepares a run as ``privkd train`` does, at the default run's settin
 below, with models that nobody trained:
 
 * DP-SGD: crafted records through the call that trains a run's devices (`mechanisms.on_device`), with both
-  engines, both sources of randomness, the head or every layer in training, full and subsampled batches;
+  engines, both sources of randomness, the head or every layer in training, full and subsampled batches, for
+  runs that protect records and such that protect persons;
 * the channels, opened as a run opens them: canary devices (`mechanisms.on_channel`), and of the secure ones
   the exact sum where nothing is noised;
 * two neighbouring inputs of DP-SGD and of the noised channel (`mechanisms.neighbours`), which find what
@@ -57,14 +58,22 @@ Settings: TypeAlias = tuple[str, ...]
 
 _SUBSAMPLED, _EVERY_LAYER = "student.dp.sampling_rate=0.2", "student.dp.part=all"
 _OPACUS, _SYSTEM = "student.engine=opacus", "privacy.noise=system"
+_PERSONS: Settings = (
+    "data.source=audits.mechanisms.persons:digits",
+    "data.group=owner",
+    "data.scale=16",
+    "privacy.unit=person",
+)
 TRAININGS: tuple[Settings, ...] = (
     (),
     (_EVERY_LAYER, _SYSTEM),
     (_SUBSAMPLED, _SYSTEM),
     (_OPACUS, _EVERY_LAYER),
     (_OPACUS, _SUBSAMPLED, _SYSTEM),
+    _PERSONS,
+    (*_PERSONS, _OPACUS, _EVERY_LAYER),
 )
-"""The first is the default run."""
+"""The first is the default run; the last ones protect persons."""
 
 _SHORT: Settings = ("rounds=2", "student.dp.steps=3")
 """The noise is calibrated to the steps, so that fewer of them are as tight, and cheaper."""
@@ -110,7 +119,7 @@ class Examined:
 def mechanism(*, seed: int = 0, progress: Progress | None = None) -> MechanismReport:
     """Audit all mechanisms as they are installed. All lower bounds hold together with 95 % confidence.
 
-    Neighbouring relations: add or remove one record; zero out one device, their number being public.
+    Neighbouring relations: add or remove one record, or person; zero out one device, whose number is public.
 
     Args:
         seed: decides the trials.
@@ -152,8 +161,8 @@ def audit_records(settings: Settings, level: Level, *, seed: int) -> Examined:
         run, teacher, students[:1], derive_seed(seed, "mechanism", *settings), most=_TRIALS[student.engine]
     )
     bounded = _bounded(audit.scores, plan.sampling_rate, level, seed)
-    part = PARTS[student.dp.part]
-    crafted = f"{part}, q={plan.sampling_rate:g}, {run.config.privacy.noise}"
+    part, of = PARTS[student.dp.part], ", persons" if plan.unit is Unit.PERSON else ""
+    crafted = f"{part}, q={plan.sampling_rate:g}, {run.config.privacy.noise}{of}"
     estimator = "gaussian" if plan.sampling_rate == 1 else "clopper_pearson"
     claim = [plan.training_event] * plan.rounds
     name = f"DP-SGD, {student.engine}"

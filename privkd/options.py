@@ -38,7 +38,12 @@ class Option:
 
 
 _ALL = (
-    Option("epsilon", "privacy.epsilon", "Record-level budget of the whole run; inf is no DP. [3]"),
+    Option("epsilon", "privacy.epsilon", "Budget of the whole run, of each --unit; inf is no DP. [3]"),
+    Option(
+        "unit",
+        "privacy.unit",
+        "What training protects: a record, or with --group a person with all of their records. [record]",
+    ),
     Option("delta", "privacy.delta", "Delta of both units. [1e-5]"),
     Option(
         "device_epsilon",
@@ -71,11 +76,6 @@ _ALL = (
         "The column that says whose each record is: a natural partition, by whole groups.",
     ),
     Option("missing", "data.missing", "Missing features: refuse, mean, most-frequent or drop. [refuse]"),
-    Option(
-        "unit",
-        "privacy.unit",
-        "What training protects: a record, or with --group a person with all of their records. [record]",
-    ),
     Option("devices", "data.devices", "Number of devices. [5]"),
     Option("rounds", "rounds", "Number of rounds. [3]"),
     Option("channel", "channel.kind", "plain, noised, secure or a plug-in's. [secure]"),

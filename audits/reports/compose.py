@@ -275,8 +275,8 @@ def run_page(facts: RunRecord, words: Words) -> Page:
     config = facts.config
     subtitle = (
         f"{config.data.source}, {counted(config.data.devices, 'device')}, {counted(config.rounds, 'round')}, "
-        f"{config.channel.kind} channel, record-level budget epsilon {epsilon_text(config.privacy.epsilon)}; "
-        f"started {facts.started}"
+        f"{config.channel.kind} channel, {config.privacy.unit}-level budget epsilon "
+        f"{epsilon_text(config.privacy.epsilon)}; started {facts.started}"
     )
     return Page(
         title=f"Privacy report: {facts.path.name or facts.path}",

@@ -66,7 +66,9 @@ def _devices(config: Config, *extra: str) -> Box:
     dp = math.isfinite(config.privacy.epsilon)
     lines = (
         "records stay here, a student learns",
-        f"DP-SGD: record-level ε ≤ {epsilon_text(config.privacy.epsilon)}" if dp else "no DP in training",
+        f"DP-SGD: {config.privacy.unit}-level ε ≤ {epsilon_text(config.privacy.epsilon)}"
+        if dp
+        else "no DP in training",
         *extra,
     )
     devices = config.data.devices

@@ -104,9 +104,10 @@ class Fingerprints:
 
 def _tensors(scenario: Scenario) -> Iterator[bytes]:
     sets = [scenario.public, scenario.validation, *(device.train for device in scenario.devices)]
-    tensors = [tensor for records in sets for tensor in (records.inputs, records.labels)]
+    tensors = [tensor for held in sets for tensor in (held.inputs, held.labels, held.persons)]
     for tensor in (scenario.proxy, *tensors):
-        yield tensor.cpu().numpy().tobytes()
+        if tensor is not None:
+            yield tensor.cpu().numpy().tobytes()
 
 
 def _all_of(files: Mapping[str, Path]) -> Iterator[bytes]:
