@@ -245,13 +245,18 @@ def test_what_the_figures_are_worth(run: Path) -> None:
 
 
 def test_units_keep_apart_in_the_ledger(run: Path) -> None:
-    by_unit, by_round = section(page_of(run), "ledger").tables
+    by_unit, by_round, of_owners = section(page_of(run), "ledger").tables
     assert [row[0] for row in by_unit.rows] == ["record", "device"]
-    assert [row[5] for row in by_unit.rows] == [unit.neighbouring_relation for unit in Unit]
+    assert [row[5] for row in by_unit.rows] == [
+        unit.neighbouring_relation for unit in (Unit.RECORD, Unit.DEVICE)
+    ]
     assert len(by_round.rows) == 2 * 3
     assert all(
         row[-1].endswith("per record" if row[0] == "record" else "per device") for row in by_round.rows
     )
+    assert [row[0] for row in of_owners.rows][:3] == [
+        f"somebody with {count} records on one device" for count in (2, 5, 10)
+    ]
 
 
 def test_it_says_how_many_devices_fell_silent(run: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class TestLedger:
         assert spent[0] == 0.0
         assert spent == sorted(spent)
         assert len(set(spent)) == 4
-        assert spent[-1] == plan_of("rounds=3").record.high
+        assert spent[-1] == plan_of("rounds=3").training.high
 
     def test_a_budget_that_would_be_overspent_stops_before_the_release(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

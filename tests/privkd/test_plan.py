@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import log_ndtr
 
 from privkd.config import Config, load_config
+from privkd.data.persons import Persons
 from privkd.errors import BudgetError, ConfigError
 from privkd.plan import PublicFacts, budgets, make_plan
 from privkd.privacy.accounting import price
@@ -245,4 +246,6 @@ class TestPublicConstants:
             int,
             tuple[str, ...],
             Mapping[str, str],
+            Persons | None,
         }, "sizes and words"
+        assert {f.type for f in fields(Persons)} == {int}

@@ -76,7 +76,7 @@ LEAVES = leaves(Config)
 OTHERS: tuple[Any, ...] = (
     0.25, 4, "mlp", "plain", "noised", "votes", "own", "opacus", "cpu", "system", "style", "classes", "head",
     "last_block", "adam", "random", "relu", "all", "tanh", "services", "devices", False, True, [1], ["cnn"],
-    32, "yes", "comma", "tab", "drop",
+    32, "yes", "comma", "tab", "drop", "person",
     ["a", "b"],
 )  # fmt: skip
 """For every setting, a value that it takes and that is not its default."""

@@ -38,7 +38,7 @@ def test_the_figures_are_those_of_the_settings(epsilon: Any) -> None:
     checked = plan.checked(len(proxy))
     assert checked.noise_multiplier == plan.noise_multiplier
     assert checked.rho == plan.rho
-    assert checked.record.high == plan.epsilon_record
+    assert checked.training.high == plan.epsilon_record
 
 
 @pytest.mark.parametrize(
