@@ -29,7 +29,7 @@ from privkd.deployment.wire import Reason
 from privkd.errors import RunError
 from privkd.folder import HeldFolder, read_tensors
 from privkd.journal import Head, Journal
-from privkd.privacy.events import Charge, PartyId, Unit
+from privkd.privacy.events import Budget, Charge, PartyId, Unit
 from privkd.privacy.ledger import Ledger, Statement
 from privkd.records import Count, Real, Record, Value
 
@@ -144,7 +144,7 @@ def status(owner: Owner) -> Status:
         round=seen.round,
         refusals=seen.refusals,
         words=seen.words,
-        spent=() if ledger is None else tuple(_spent(owner, ledger, unit) for unit in Unit),
+        spent=() if ledger is None else tuple(_spent(owner, ledger, each) for each in ledger.budgets),
         clock=now,
         free_bytes=shutil.disk_usage(owner.state if owner.state.exists() else owner.state.parent).free,
         certificate_days=days,
@@ -152,11 +152,10 @@ def status(owner: Owner) -> Status:
     )
 
 
-def _spent(owner: Owner, ledger: Ledger, unit: Unit) -> Spent:
-    epsilon = ledger.epsilon(unit, owner.name).high
-    budget = next(budget.epsilon for budget in ledger.budgets if budget.unit is unit)
-    left = 0.0 if math.isinf(epsilon) else max(0.0, budget - epsilon)
-    return Spent(unit=unit, epsilon=epsilon, budget=budget, left=left)
+def _spent(owner: Owner, ledger: Ledger, budget: Budget) -> Spent:
+    epsilon = ledger.epsilon(budget.unit, owner.name).high
+    left = 0.0 if math.isinf(epsilon) else max(0.0, budget.epsilon - epsilon)
+    return Spent(unit=budget.unit, epsilon=epsilon, budget=budget.epsilon, left=left)
 
 
 def _warnings(seen: Seen, now: float, days: float | None) -> list[str]:

@@ -148,8 +148,8 @@ def ghost_is_cheaper(*, positions: int, inputs: int, outputs: int) -> bool:
 
 
 def owned(values: Tensor, slots: int) -> Tensor:
-    """What is added up over positions, ``[student, record, position, width]``, as that of units of ``slots``
-    records: ``[student, unit, slot * position, width]``."""
+    """What is added up over positions, ``[student, record, position, ...]``, as that of units of ``slots``
+    records: ``[student, unit, slot * position, ...]``."""
     return values if slots == 1 else values.unflatten(1, (-1, slots)).flatten(2, 3)
 
 

@@ -322,9 +322,10 @@ class Embedding(Layer):
         table = parameters[self.weight]
         return Activations(table.flatten(0, 1)[_own_rows(x.tensor, table.shape[1])], x.students)
 
-    def book(self, x: Activations, g: Activations) -> Book:
+    def book(self, x: Activations, g: Activations, slots: int = 1) -> Book:
         """See `Layer.book`."""
-        return _Rows(x.tensor.flatten(2), g.tensor.flatten(2, -2), self.rows)
+        ids, gradients = x.tensor.flatten(2), g.tensor.flatten(2, -2)
+        return _Rows(owned(ids, slots), owned(gradients, slots), self.rows)
 
     def sums(self, x: Activations, g: Activations) -> list[Tensor]:
         """See `Layer.sums`."""

@@ -19,7 +19,7 @@ from privkd.training.units import Units
 from privkd.training.vectorised import is_vectorised, train_cohort
 
 CLIP, CLASSES = 0.5, 3
-SHAPES = {"mlp": (12,), "cnn": (1, 8, 8), "scaled": (12,), "halved": (12,)}
+SHAPES = {"mlp": (12,), "cnn": (1, 8, 8), "text": (5,), "scaled": (12,), "halved": (12,)}
 
 
 class Scaled(nn.Module):
@@ -52,6 +52,8 @@ def student(name: str) -> nn.Module:
         return Scaled()
     if name == "halved":
         return Halved()
+    if name == "text":
+        return nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(20, CLASSES))
     if name == "mlp":
         return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, CLASSES))
     return nn.Sequential(
@@ -67,6 +69,8 @@ def shard(name: str, sizes: Sequence[int], seed: int = 0) -> LabelledSet:
     persons = persons[torch.randperm(len(persons), generator=generator)]
     inputs = torch.randn((len(persons), *SHAPES[name]), generator=generator)
     inputs[persons == 0] *= 10
+    if name == "text":
+        inputs = inputs.abs().to(torch.int64) % 6
     return LabelledSet(inputs, torch.randint(CLASSES, (len(persons),), generator=generator), persons)
 
 
