@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from privkd.config import Config, FitConfig, ModelConfig, ReverseConfig
 from privkd.data.scenario import LabelledSet
-from privkd.errors import ChannelError, InputError
+from privkd.errors import ChannelError, InputError, ModelError
 from privkd.messages import Question, Release, Task
 from privkd.models.features import Parted
 from privkd.models.zoo import build
@@ -427,6 +427,11 @@ class Cloud:
             ModelError: a model cannot be built, or a layer is unsupported; the message names the cure.
         """
         teacher = self.untrained_teacher()
+        if not any(parameter.requires_grad for parameter in teacher.parameters()):
+            raise ModelError(
+                "the teacher has nothing to train, all its parameters are frozen: let its head be trained "
+                "(requires_grad_(True)), or name what is frozen as its encoder, below a teacher 'linear'"
+            )
         if self.config.student.alpha and self.mechanism is not None:
             check_apart(teacher.eval(), self.probe, "teacher")
         for student in self.untrained_students():

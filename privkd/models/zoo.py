@@ -306,7 +306,24 @@ def _from_factory(path: str, input_shape: Shape, classes: int, vocabulary: int |
         raise ModelError(
             f"model {path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module"
         )
+    _check_layers(path, model)
     return model
+
+
+def _check_layers(path: str, model: nn.Module) -> None:
+    """Refuse what cannot be copied and trained here, by the layer's name."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ModelError(
+                f"model {path!r}: layer {name!r} ({type(layer).__name__}) is compiled by torch.jit and "
+                "cannot be trained here: return the module that it was made of"
+            )
+        for parameter in layer.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                raise ModelError(
+                    f"model {path!r}: layer {name!r} ({type(layer).__name__}) has weights of "
+                    f"{parameter.dtype}, and inputs are float32: return the model's .float()"
+                )
 
 
 def _takes(factory: Callable[..., Any], name: str) -> bool:

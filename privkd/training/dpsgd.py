@@ -531,7 +531,10 @@ def check_trainable(
                 f"the student cannot be trained with DP-SGD: layer {name!r} ({type(module).__name__}): {cure}"
             )
     if not trained_parameters(model, recipe.part):
-        raise ModelError(f"the student has nothing to train: part={recipe.part!r} is frozen or empty")
+        raise ModelError(
+            f"the student has nothing to train: part={recipe.part!r} is frozen or empty; take another "
+            "student.dp.part, or let that part be trained (requires_grad_(True))"
+        )
     blank = next(model.parameters()).new_zeros((0, *input_shape))
     probe = probe or Probe.made_up(input_shape, classes, blank)
     try:

@@ -66,8 +66,22 @@ def _forget_graphs(model: nn.Module) -> None:
     """Detach what layers hold on to, such as their last features: a model with a graph cannot be copied."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                setattr(module, name, value.detach())
+            if not name.startswith("_") and _holds_graph(value):
+                setattr(module, name, _detached(value))
+
+
+def _holds_graph(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        return any(map(_holds_graph, value.values() if type(value) is dict else value))
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) in (list, tuple):
+        return type(value)(map(_detached, value))
+    return {key: _detached(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def quick_layout(model: nn.Module) -> nn.Module:
