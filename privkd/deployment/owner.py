@@ -302,6 +302,7 @@ encoders = []                  # folders of frozen encoders that a plan may ask 
 source = {source}          # a file, a folder, or package.module:function
 # label = "diagnosis"          # column or array of the labels
 # drop = ["id"]                # columns that are neither features nor label
+# text = "note"                # the column, or field of JSON lines, that holds the text
 # header = "auto"              # whether a CSV file begins with names
 # image_size = 32              # the square that image files are brought to, as the cloud says
 # part = [0, 5]                # for trials: device 0 of 5 of an embedded data set
