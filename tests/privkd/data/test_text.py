@@ -115,7 +115,7 @@ class TestReaders:
                 (folder / f"{row}.txt").write_text(text, encoding="utf-8")
         source = load(DataConfig(source=str(tmp_path)))
         assert source.test is not None
-        assert len(source.records.labels), len(source.test.labels) == (120, 20)
+        assert (len(source.records.labels), len(source.test.labels)) == (120, 20)
         assert source.names is not None
         assert source.taken["test split"] == "folder 'test'"
         found = scenario(tmp_path, test_records=None)
