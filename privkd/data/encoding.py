@@ -54,7 +54,8 @@ def columns_of(
         values = values[~np.isnan(values)]
         if not values.size:
             raise DataError(f"column {column.name!r} has no value in the public records; {_DROP}")
-        _check_no_numbering(column.name, values)
+        if (values == np.floor(values)).all():
+            _check_no_numbering(column.name, len(np.unique(values)), len(values))
         own = column if standardise else Column(name=column.name)
         found[place] = own.model_copy(update={"fill": _fill(values, config)})
     return tuple(found)
@@ -119,6 +120,7 @@ def _check_told(name: str, words: Mapping[str, int]) -> None:
             f"so with --set data.decimal=comma, or that it is a name with --set data.categorical={name}"
         )
     total = sum(words.values())
+    _check_no_numbering(name, len(words), total)
     if len(words) > MOST_CATEGORIES or (len(words) > _FEW and 2 * len(words) > total):
         raise DataError(
             f"column {name!r} holds text, {_shown(words)}, of {len(words)} different values in {total} "
@@ -136,16 +138,15 @@ def dates(name: str, shown: str) -> str:
     )
 
 
-def _check_no_numbering(name: str, values: Array) -> None:
-    """Refuse whole numbers, called like it, that number the records or whose they are."""
+def _check_no_numbering(name: str, different: int, records: int) -> None:
+    """Refuse what is called like the number of a record, or the name of whom it is from, as if it were one."""
     if not (_NUMBERING.fullmatch(name) or _NUMBERING.fullmatch(name.lower())):
         return
-    different = len(np.unique(values))
-    if (values == np.floor(values)).all() and (different > 2 * _FEW or 2 * different > len(values)):
+    if different > 2 * _FEW or 2 * different > records:
         raise DataError(
-            f"column {name!r} holds {different} different whole numbers in {len(values)} public records, and "
-            f"is called like what numbers them or says whose they are; {_DROP}, say with --group that it is "
-            f"whose they are, or that its values are categories with --set data.categorical={name}"
+            f"column {name!r} holds {different} different values in {records} public records, and is called "
+            f"like what numbers them or says whose they are; {_DROP}, say with --group that it is whose they "
+            f"are, or that its values are categories with --set data.categorical={name}"
         )
 
 

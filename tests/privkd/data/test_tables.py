@@ -203,7 +203,7 @@ class TestWhatIsNoFeature:
     def test_what_numbers_the_records_is_asked_about(self, tmp_path: Path, name: str) -> None:
         rows = [[str(1000 + n), str(n % 5), str(n % 2)] for n in range(60)]
         path = written(tmp_path / "t.csv", rows, header=[name, "a", "label"])
-        refused(path, f"'{name}' holds 60 different whole numbers in 60 public records", "--drop", "--group")
+        refused(path, f"'{name}' holds 60 different values in 60 public records", "--drop", "--group")
         assert read(path, drop=name).inputs.shape == (60, 1)
         assert read(path, group=name).inputs.shape == (60, 1)
 
