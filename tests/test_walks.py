@@ -84,3 +84,74 @@ def test_a_curve_on_a_cluster(tmp_path: Path) -> None:
     assert joined == played, "nothing was played twice"
     rows = (tmp_path / "curves/whole/curve.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == ["done"] * 4
+
+
+WALKS = re.split(r"^## ", (ROOT / "docs/walks.md").read_text(), flags=re.MULTILINE)[1:]
+TABLE, PHOTOS, TEXT, ENCODED = WALKS
+
+
+def followed(walk: str, folder: Path) -> dict[str, str]:
+    """All blocks of a walk in their order; what each file of Python printed, by its name."""
+    said = {}
+    for language, block in re.findall(r"```(python|sh)\n(.*?)```", walk, flags=re.DOTALL):
+        if language == "sh":
+            for words in commands_of(f"```sh\n{block}```"):
+                command(folder, *words[1:])
+            continue
+        name = re.findall(r'^"""(\w+\.py)', block)[0]
+        (folder / name).write_text(block)
+        done = subprocess.run(
+            [sys.executable, name], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    return said
+
+
+def figures(run: Path) -> tuple[float, float, float]:
+    """Accuracies in percent: the teacher before and after, and the students."""
+    result = json.loads((run / "result.json").read_text())
+    teacher, students = result["teacher"], result["student"]["mean"]
+    assert teacher["after"] > teacher["control"] + 0.03, "the devices taught it something"
+    return 100 * teacher["before"], 100 * teacher["after"], 100 * students
+
+
+def shown(walk: str) -> list[float]:
+    """The page's own figures: before, after, control and students."""
+    return [
+        float(number)
+        for number in re.findall(r"\b([0-9]{2}\.[0-9])\b", re.sub(r"```.*?```", "", walk, flags=re.DOTALL))
+    ]
+
+
+def test_a_table(tmp_path: Path) -> None:
+    said = followed(TABLE, tmp_path)
+    assert re.fullmatch(r"taken for \w+ and is zero\n", said["use_table.py"])
+    before, after, students = figures(tmp_path / "runs/table")
+    found = shown(TABLE)
+    assert [before, after, students] == pytest.approx([found[0], found[1], found[3]], abs=1)
+    assert "somebody with" in (tmp_path / "runs/table/report.md").read_text()
+
+
+def test_photos(tmp_path: Path) -> None:
+    said = followed(PHOTOS, tmp_path)
+    assert re.fullmatch(r"taken for \w+ and is three\n", said["use_photos.py"])
+    before, after, students = figures(tmp_path / "runs/photos")
+    found = shown(PHOTOS)
+    assert [before, after, students] == pytest.approx([found[0], found[1], found[3]], abs=1)
+
+
+@pytest.mark.slow
+def test_text(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    said = followed(TEXT, tmp_path)
+    assert re.fullmatch(r"taken for \w+\n", said["use_text.py"])
+    figures(tmp_path / "runs/text")
+
+
+@pytest.mark.slow
+def test_text_on_a_frozen_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("static_model")
+    followed(ENCODED, tmp_path)
+    figures(tmp_path / "runs/encoded")

@@ -139,7 +139,7 @@ def dates(name: str, shown: str) -> str:
 
 
 def _check_no_numbering(name: str, different: int, records: int) -> None:
-    """Refuse what is called like the number of a record, or the name of whom it is from, as if it were one."""
+    """Refuse what is called, and looks, like the number of a record or the name of whom it is from."""
     if not (_NUMBERING.fullmatch(name) or _NUMBERING.fullmatch(name.lower())):
         return
     if different > 2 * _FEW or 2 * different > records:
