@@ -19,13 +19,12 @@ from audits.findings import Finding, ReconstructionFinding
 from audits.tables import MembershipReport, ReconstructionReport
 from audits.wording import command_of
 from privkd.config import Config, load_config
-from privkd.data.persons import Persons
 from privkd.errors import RunError
 from privkd.export.record import Exported
 from privkd.journal import Journal
 from privkd.privacy.bounds import Audited
 from privkd.privacy.events import Batch, PrivacyEvent, TaggedEvent, Unit
-from privkd.privacy.joint import Joint
+from privkd.privacy.joint import Joint, Persons
 from privkd.privacy.ledger import Ledger, Statement
 from privkd.privacy.robustness import reconstruction_ceiling
 from privkd.records import Count, Record, read_json, record_of

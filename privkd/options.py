@@ -59,16 +59,24 @@ _ALL = (
     Option(
         "public",
         "data.public",
-        "Public labelled records of their own; all of --data is then private. [drawn from --data]",
+        "Public labelled records, instead of ones drawn from --data; all of that is then private.",
     ),
-    Option("proxy", "data.proxy", "Unlabelled public inputs of their own. [drawn]"),
-    Option("test", "data.test", "The global test set. [what --data brings, else drawn]"),
-    Option("classes", "data.classes", "The classes by name, comma-separated. [those that are known]"),
     Option(
-        "image_size", "data.image_size", "Square that image files are resized and cropped to. [as they are]"
+        "proxy",
+        "data.proxy",
+        "Unlabelled public inputs of their own, instead of ones drawn from the public records.",
     ),
+    Option("test", "data.test", "The global test set, instead of what --data brings or what is drawn."),
+    Option(
+        "classes", "data.classes", "The classes by name, comma-separated, instead of those that are known."
+    ),
+    Option("image_size", "data.image_size", "Square that image files are resized and cropped to, in pixels."),
     Option("label", "data.label", "The label's column in a table, or array in an npz archive. [by its name]"),
-    Option("text", "data.text", "The column, or field of JSON lines, that holds the text. [text]"),
+    Option(
+        "text",
+        "data.text",
+        "The column, or field of JSON lines, that holds the text; in JSON lines it is text otherwise.",
+    ),
     Option("drop", "data.drop", "Columns that are neither feature nor label, comma-separated. [none]"),
     Option(
         "group",

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 from privkd.channels.registry import known, price_of
 from privkd.config import Config
-from privkd.data.persons import Persons
 from privkd.data.scenario import Scenario
 from privkd.errors import ConfigError
 from privkd.privacy.accounting import Bound, calibrate_noise_multiplier, calibrate_rho, price
 from privkd.privacy.claims import check_delta, warnings_on
 from privkd.privacy.events import DpSgd, NoPrivacy, PrivacyEvent, Unit
-from privkd.privacy.joint import Joint, Spent
+from privkd.privacy.joint import Joint, Persons, Spent
 from privkd.privacy.ledger import Budget
 from privkd.privacy.votes import VoteRule, affordable_queries, vote_rule
 from privkd.secure.normcheck import FALSE_ALARM

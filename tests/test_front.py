@@ -223,7 +223,7 @@ class TestSettings:
     def test_a_group_a_setting_and_a_typo(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = answer(capsys, "settings", "privacy", "--json")
         names = [one["name"] for one in json.loads(out)["settings"]]
-        assert (code, names[0], len(names)) == (0, "privacy.epsilon", 5)
+        assert (code, names[0], len(names)) == (0, "privacy.epsilon", 6)
         assert [one.name for one in settings_reference("student.dp.part").settings] == ["student.dp.part"]
         assert (
             len(settings_reference("student").settings) > len(settings_reference("student.dp").settings) > 1

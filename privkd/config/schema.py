@@ -284,9 +284,9 @@ class ModelConfig(Settings):
             head, for images); of text ``text-embedding`` (the mean of embeddings), ``text-cnn``,
             ``transformer``; or ``package.module:factory``. ``auto`` is ``cnn`` for images,
             ``text-embedding`` for text and ``mlp`` for anything else, such as an encoder's features.
-        encoder: what stands below it in place of the run's ``encoder``; ``none`` for nothing.
         width: scales the layers of a named architecture; ``scatter`` has none to scale.
         activation: the non-linearity of a named architecture.
+        encoder: what stands below it in place of the run's ``encoder``; ``none`` for nothing.
     """
 
     name: Name = "auto"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from privkd.config import DataConfig
 from privkd.data.constants import PUBLIC_SOURCES
 from privkd.data.dataset import Indices
-from privkd.data.persons import Persons, persons_of, within
+from privkd.data.persons import persons_of, within
 from privkd.data.public_sets import (
     PublicSets,
     PublicSizes,
@@ -26,6 +26,7 @@ from privkd.data.public_sets import (
     without,
 )
 from privkd.errors import ConfigError, DataError
+from privkd.privacy.joint import Persons
 
 # Beyond these, gamma variates under- or overflow while the shares are already one-hot or equal.
 _ALPHA_RANGE = (1e-6, 1e6)

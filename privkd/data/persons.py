@@ -1,26 +1,12 @@
 """Whose the records of a device are: public constants about persons, and what keeps each within them."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from privkd.config import DataConfig
 from privkd.data.dataset import Indices
 from privkd.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Persons:
-    """Public constants about the persons whose records devices hold.
-
-    Attributes:
-        per_device: the nominal number of persons on a device, never a true count.
-        most_records: of one person on a device; more are dropped there.
-    """
-
-    per_device: int
-    most_records: int
+from privkd.privacy.joint import Persons
 
 
 def check_persons(config: DataConfig) -> None:

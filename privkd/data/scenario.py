@@ -25,9 +25,10 @@ from privkd.data.dataset import Indices, RawSet, Source
 from privkd.data.encoding import encoded_source
 from privkd.data.own_files import load_all, load_public
 from privkd.data.partition import Split, public_indices, sets_of_all, split_indices
-from privkd.data.persons import Persons, check_persons, numbered_persons, persons_as_set
+from privkd.data.persons import check_persons, numbered_persons, persons_as_set
 from privkd.errors import ConfigError, DataError
 from privkd.privacy.events import PartyId
+from privkd.privacy.joint import Persons
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,19 @@ _COUNTS = (2, 5, 10)
 
 
 @dataclass(frozen=True)
+class Persons:
+    """Public constants about the persons whose records devices hold.
+
+    Attributes:
+        per_device: the nominal number of persons on a device, never a true count.
+        most_records: of one person on a device; more are dropped there.
+    """
+
+    per_device: int
+    most_records: int
+
+
+@dataclass(frozen=True)
 class Joint:
     """Units of one owner, and the epsilon that all of them get together, at the run's delta.
 

@@ -10,11 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from privkd.data.persons import Persons
 from privkd.journal import Head
 from privkd.privacy.bounds import Audited, Check, LowerBound, failure
 from privkd.privacy.events import PartyId, Unit
-from privkd.privacy.joint import Joint
+from privkd.privacy.joint import Joint, Persons
 from privkd.privacy.ledger import Statement, Statements
 from privkd.records import Count, FileRecord, Measured, Record, Value
 from privkd.runs.elsewhere import Elsewhere

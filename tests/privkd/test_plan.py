@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy.special import log_ndtr
 
 from privkd.config import Config, load_config
-from privkd.data.persons import Persons
 from privkd.errors import BudgetError, ConfigError
 from privkd.plan import PublicFacts, budgets, make_plan
 from privkd.privacy.accounting import price
 from privkd.privacy.events import DpSgd, NoPrivacy, Unit, ZCdp
+from privkd.privacy.joint import Persons
 from privkd.privacy.ledger import Charge, Ledger
 
 FACTS = PublicFacts(devices=5, records_per_device=140, proxy=360, classes=10)

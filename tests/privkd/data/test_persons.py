@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from privkd.config import DataConfig
 from privkd.data import build_scenario, split_indices
 from privkd.data.dataset import RawSet
-from privkd.data.persons import Persons, within
+from privkd.data.persons import within
 from privkd.data.scenario import public_scenario, scenario_from
 from privkd.data.sources import load
 from privkd.errors import ConfigError
+from privkd.privacy.joint import Persons
 
 
 def write(folder: Path) -> Path:
