@@ -179,8 +179,8 @@ class DataConfig(Settings):
     test_records: Positive | None = None
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     scale: PositiveFloat | None = None
-    image_size: Annotated[int, Field(ge=1, le=_WIDEST)] | None = None
     standardise: Literal["auto", "yes", "no"] = "auto"
+    image_size: Annotated[int, Field(ge=1, le=_WIDEST)] | None = None
     label: Annotated[str, Field(min_length=1)] | None = None
     drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     group: Annotated[str, Field(min_length=1)] | None = None
