@@ -51,7 +51,8 @@ def test_from_nothing_to_a_signed_report(tmp_path: Path) -> None:
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
-    (written,) = blocks("models.md", "python")
+    written = blocks("models.md", "python")[0]
+    assert written.startswith('"""mymodels.py"""')
     (tmp_path / "mymodels.py").write_text(written)
     first = commands_of((ROOT / "docs/models.md").read_text())[0]
     assert "--dry-run" in first

@@ -48,7 +48,7 @@ def test_two_runs_side_by_side(runs: Path) -> None:
     teacher = found.accuracies[0]
     assert teacher.change.estimate == pytest.approx(teacher.second.estimate - teacher.first.estimate)
     assert teacher.change.low < teacher.change.estimate < teacher.change.high
-    assert [row.unit for row in found.ledgers] == list(Unit)
+    assert [row.unit for row in found.ledgers] == [Unit.RECORD, Unit.DEVICE]
     one, eight = (row.epsilon.high for row in (found.ledgers[0].first, found.ledgers[0].second) if row)
     assert one <= 1 < eight <= 8
     assert found.leaks == ()

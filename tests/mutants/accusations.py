@@ -83,7 +83,7 @@ class Opened:
         for round in range(run.plan.rounds):
             federation._debit(Unit.RECORD, run.plan.training_event, round)
             federation._debit(Unit.DEVICE, channel.event, round)
-        spent = {unit: federation.ledger.spent(unit).high for unit in Unit}
+        spent = {unit: federation.ledger.spent(unit).high for unit in (Unit.RECORD, Unit.DEVICE)}
         return cls(run, federation.begin(), spent)
 
     def accusations(self, seed: int) -> Iterator[str]:

@@ -74,8 +74,8 @@ def _convolutions_together(put: Put) -> None:
     """The cohort forgets a convolution's part of a record's norm."""
     kept = Conv2d.book
 
-    def book(self: Conv2d, x: Any, g: Any) -> Any:
-        found = kept(self, x, g)
+    def book(self: Conv2d, x: Any, g: Any, slots: int = 1) -> Any:
+        found = kept(self, x, g, slots)
         zero = found.squared_norms() * 0
         object.__setattr__(found, "squared_norms", lambda: zero)
         return found

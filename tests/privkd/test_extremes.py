@@ -94,7 +94,9 @@ REFUSED = {
     "no proxy set": (("data.proxy_records=0",), 2, "proxy set is empty"),
     "one class": (("data.source=one.npz",), 2, "at least two classes"),
     "values at float32's end": (
-        ("data.source=huge.npz", "teacher.model={name='mlp', width=128}"), 1, "diverged in training",
+        ("data.source=huge.npz", "data.standardise=no", "teacher.model={name='mlp', width=128}"),
+        1,
+        "diverged in training",
     ),
     "delta 0": (("privacy.delta=0",), 2, "privacy.delta"),
     "a large delta": (("privacy.delta=0.5",), 2, "privacy.allow_large_delta=true"),

@@ -142,7 +142,7 @@ def _check(device: Box, two: tuple[Clouds, Clouds], trained: Any, answers: dict[
     ledger = read_ledger(device.owner)
     if ledger is None:
         return
-    spent = {unit: ledger.epsilon(unit, NAME).high for unit in Unit}
+    spent = {unit: ledger.epsilon(unit, NAME).high for unit in (Unit.RECORD, Unit.DEVICE)}
     assert spent[Unit.RECORD] <= BUDGET["epsilon"]
     assert spent[Unit.DEVICE] <= BUDGET["device_epsilon"]
     encoded = {(root, round, attempt) for root, round, attempt, _ in ENCODED}
