@@ -305,12 +305,13 @@ def test_on_a_full_disk_what_is_durable_is_closed_and_the_rest_may_come_again(tm
         urls = [_told(process) for process in processes]
         group = PartyGroup(service_links(urls))
         rig = Rig(group, (), lambda rank: tmp_path / "k" / f"state-{rank}")
-        terms = rig.open(12, entries=30_000, bound=1_000_000)
+        # Which of the two parties holds an upload is drawn: of 24, party 0 holds too many but once in 7,000.
+        terms = rig.open(24, entries=30_000, bound=1_000_000)
         assert not _fills(urls, terms)
         total = rig.close(terms)
         blocks = {device: block(number, 30_000) for number, device in enumerate(terms.roster)}
         np.testing.assert_array_equal(total.integers, np.sum([blocks[d] for d in total.devices], axis=0))
-        assert 2 <= len(total.devices) < 12
+        assert 2 <= len(total.devices) < 24
         np.testing.assert_array_equal(rig.close(terms).integers, total.integers)
         with pytest.raises(UnreachableError, match="cannot write to its disk"):
             rig.service(0).call("Open", stream(9, _big(terms)), soon())
@@ -337,6 +338,8 @@ def _fills(urls: list[str], terms: RoundTerms) -> list[str]:
             refused += 1
             told = str(error).partition(": ")[2]
             bad += [told] if "/" in told or "cannot write to its disk (No space left" not in told else []
+            if refused == 3:
+                break
     assert refused, "the disk was to be full"
     return bad
 
