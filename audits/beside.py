@@ -1,5 +1,4 @@
-"""A first look: the same devices with and without protection, and what the cloud finds out about their "
-"records."""
+"""A first look: the same devices with and without protection, and what the cloud finds out."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from audits.estimators import Auc, TprAtFpr
-from audits.estimators.rates import Interval
 from audits.evidence import RunRecord, read_run
-from audits.findings import alarm_of
+from audits.findings import Finding, alarm_of
 from audits.membership_audit import membership
 from audits.tables import MembershipReport
 from audits.wording import epsilon_text, percent
@@ -125,9 +123,8 @@ def demo(out: Path | str | None = None, *, progress: Progress | None = None) -> 
 
 def _side(name: str, config: Config, facts: RunRecord, found: MembershipReport) -> Side:
     assert facts.result is not None
-    best = max(found.findings, key=lambda one: (_found(one.tpr_at_fpr), one.auc.estimate if one.auc else 0))
+    best = max(found.findings, key=_strength)
     assert best.auc is not None
-    rates = [rate for rate in best.tpr_at_fpr if isinstance(rate, TprAtFpr) and rate.fpr == _FPR]
     return Side(
         name=name,
         run=str(facts.path),
@@ -139,15 +136,14 @@ def _side(name: str, config: Config, facts: RunRecord, found: MembershipReport) 
         epsilon=facts.spent(Unit.RECORD),
         attack=best.attack,
         auc=best.auc,
-        found=rates[0] if rates else None,
+        found=best.rate(_FPR),
         allowed=facts.ceiling(Unit.RECORD, _FPR),
     )
 
 
-def _found(rates: Sequence[Any]) -> float:
-    return max(
-        (rate.estimate for rate in rates if isinstance(rate, TprAtFpr) and rate.fpr == _FPR), default=0.0
-    )
+def _strength(finding: Finding) -> tuple[float, float]:
+    rate = finding.rate(_FPR)
+    return rate.estimate if rate else 0.0, finding.auc.estimate if finding.auc else 0.0
 
 
 def _taught(side: Side) -> str:
@@ -159,10 +155,7 @@ def _cost(side: Side) -> str:
 
 
 def _most(side: Side) -> str:
-    if side.found is None:
-        return "too few records to say"
-    rate = side.found
-    return percent(Interval(rate.estimate, rate.low, rate.high, rate.members))
+    return "too few records to say" if side.found is None else percent(side.found)
 
 
 _ROWS: Mapping[str, Callable[[Side], str]] = {

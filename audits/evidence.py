@@ -309,7 +309,7 @@ def read_run(path: Path) -> RunRecord:
         exports=tuple(Exported.read(file) for file in exports),
         versions=_versions(path / "versions.json"),
         binding=binding_of(journal, path / "journal.jsonl"),
-        files=tuple(_file(path, name) for name in _evidence(path, exports)),
+        files=tuple(digest_in(path, name) for name in _evidence(path, exports)),
         started=datetime.fromtimestamp((path / "config.toml").stat().st_mtime).strftime("%Y-%m-%d"),
         elsewhere=elsewhere_of(journal, path / "journal.jsonl"),
     )
@@ -418,7 +418,12 @@ def _evidence(path: Path, exports: Sequence[Path]) -> list[str]:
     return [name for name in names if (path / name).is_file()]
 
 
-def _file(path: Path, name: str) -> FileDigest:
+def digest_in(path: Path, name: str) -> FileDigest:
+    """The file called ``name`` in the folder ``path``.
+
+    Raises:
+        RunError: it cannot be read.
+    """
     return FileDigest(name, _digest(path / name))
 
 

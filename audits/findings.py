@@ -111,6 +111,11 @@ class Finding(Record):
         """The same finding beside another upper bound."""
         return self.model_copy(update={"epsilon_upper": epsilon_upper})
 
+    def rate(self, fpr: float) -> TprAtFpr | None:
+        """The true-positive rate at ``fpr``; ``None`` where it was not measured or refused."""
+        measured = (rate for rate in self.tpr_at_fpr if isinstance(rate, TprAtFpr))
+        return next((rate for rate in measured if math.isclose(rate.fpr, fpr)), None)
+
     def row(self) -> Mapping[str, Any]:
         """Its figures side by side; ``None`` is what was not measured or refused."""
         found: dict[str, Any] = {"view": self.view, "attack": self.attack, "unit": self.unit.value}

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from audits.estimators.rates import Interval
+from audits.estimators.rates import Interval, TprAtFpr
 from audits.findings import Success
 from privkd.config import Config, config_tree
 from privkd.options import OPTIONS
@@ -24,7 +24,7 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def percent(interval: Interval | Success) -> str:
+def percent(interval: Interval | Success | TprAtFpr) -> str:
     """A share with its interval."""
     low, high = 100 * interval.low, 100 * interval.high
     return f"{100 * interval.estimate:.1f} % [{_end(low)}, {_end(high)}]"

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from audits.estimators import TprAtFpr
-from audits.estimators.rates import Interval
 from audits.evidence import FileDigest, RunRecord
 from audits.reports.page import Section, Table, columns
 from audits.reports.sign_off import ABOUT, SIGNATURE, About, Signature, digest_of
@@ -72,13 +70,10 @@ def _most_found(facts: RunRecord, unit: Unit) -> str:
     rates = [
         rate
         for finding in (facts.membership.findings if facts.membership else ())
-        for rate in finding.tpr_at_fpr
-        if finding.unit is unit and isinstance(rate, TprAtFpr) and rate.fpr == _FPR
+        if finding.unit is unit and (rate := finding.rate(_FPR))
     ]
     best = max(rates, key=lambda rate: rate.estimate, default=None)
-    return (
-        _UNMEASURED if best is None else percent(Interval(best.estimate, best.low, best.high, best.members))
-    )
+    return _UNMEASURED if best is None else percent(best)
 
 
 def _most_picked(facts: RunRecord, unit: Unit) -> str:

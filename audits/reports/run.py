@@ -245,9 +245,7 @@ def _finding(finding: Finding) -> tuple[str, ...]:
 
 
 def _rate(rate: TprAtFpr | Refused) -> str:
-    if isinstance(rate, Refused):
-        return "refused"
-    return percent(Interval(rate.estimate, rate.low, rate.high, rate.members))
+    return "refused" if isinstance(rate, Refused) else percent(rate)
 
 
 def reconstruction(facts: RunRecord) -> Section:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError
 
-from audits.evidence import FileDigest, RunRecord, write_whole
+from audits.evidence import FileDigest, RunRecord, digest_in, write_whole
 from privkd.config import Settings
 from privkd.config.mistakes import in_words
 from privkd.errors import RunError
@@ -113,8 +113,7 @@ def sign(folder: Path, name: str, digest: str) -> Signature:
 
 def signed_files(facts: RunRecord, folder: Path) -> tuple[FileDigest, ...]:
     """What is signed: all that the report was read from, and what is stated, sorted by name."""
-    stated = FileDigest(ABOUT, hashlib.sha256((folder / ABOUT).read_bytes()).hexdigest())
-    return tuple(sorted((*facts.files, stated), key=lambda file: file.name))
+    return tuple(sorted((*facts.files, digest_in(folder, ABOUT)), key=lambda file: file.name))
 
 
 def digest_of(files: Sequence[FileDigest]) -> str:

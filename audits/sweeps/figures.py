@@ -267,8 +267,7 @@ def _channel(panel: Axes, channel: str, marks: Sequence[_Mark], scale: float) ->
 
 
 def _budgets(panel: Axes, marks: Sequence[_Mark], scale: float) -> None:
-    """The budgets beside their marks, in one label where marks lie together, a line a channel in its "
-    "colour."""
+    """The budgets beside their marks: one label for marks that lie together, a line a channel."""
     (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
     places = [(100 * mark.gain.estimate, scale * mark.leak.estimate) for mark in marks]
     shares = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in places]
@@ -293,8 +292,7 @@ def _budgets(panel: Axes, marks: Sequence[_Mark], scale: float) -> None:
 
 
 def clusters(places: Sequence[tuple[float, float]], apart: float) -> list[list[int]]:
-    """Indices of ``places`` by group: two share one where a chain of steps shorter than ``apart`` joins "
-    "them."""
+    """Indices of ``places`` by group: those that steps shorter than ``apart`` join are one."""
     left, found = list(range(len(places))), []
     while left:
         group = [left.pop(0)]

@@ -39,8 +39,7 @@ class Outcome:
     def leak_rate(self, view: str) -> TprAtFpr | None:
         """TPR at 1 % FPR on ``view``; ``None`` where it was not measured or refused."""
         lead = self.lead(view)
-        rates = lead.tpr_at_fpr if lead else ()
-        return next((r for r in rates if isinstance(r, TprAtFpr) and math.isclose(r.fpr, _LEAK_FPR)), None)
+        return lead.rate(_LEAK_FPR) if lead else None
 
     def rebuilt(self, view: str) -> "ReconstructionFinding | None":
         """The reconstruction attack on ``view``, the first if there are several."""
