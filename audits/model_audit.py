@@ -13,15 +13,14 @@ from audits.scores_audit import audit_scores
 from audits.tables import ScoresReport
 from audits.wording import counted
 from privkd.config import DataConfig
-from privkd.data.constants import label_space, numbered
-from privkd.data.dataset import Source
+from privkd.data.constants import find_constants, label_space, numbered
+from privkd.data.encoding import encoded_source
 from privkd.data.sources import load
 from privkd.errors import DataError, InputError
 from privkd.plugins import name_of, users_callable
 from privkd.progress import Progress, Silent
 
 SECONDS = 60.0
-_BYTES = 255.0
 
 
 def model(
@@ -115,16 +114,14 @@ def _records(data: str | Path | DataConfig | tuple[Any, Any]) -> Records:
     if isinstance(data, tuple):
         return _of_arrays(*data)
     config = data if isinstance(data, DataConfig) else DataConfig(source=str(data))
+    if config.standardise == "auto":
+        # Their training is given numbers as they are, and scales them as it does at home.
+        config = config.model_copy(update={"standardise": "no"})
     source = load(config)
-    classes = label_space(source, config)
-    return Records(_scaled(source), numbered(source.records.labels, classes))
-
-
-def _scaled(source: Source) -> Any:
-    """Features as float32; what bytes hold is divided by what they can reach."""
-    inputs = source.records.inputs
-    bytes_reach = _BYTES if inputs.dtype == np.uint8 else 1.0
-    return inputs.astype(np.float32) / np.float32(source.divisor or bytes_reach)
+    labels = numbered(source.records.labels, label_space(source, config))
+    constants = find_constants(source, np.arange(len(labels)), config)
+    inputs = constants.features(encoded_source(source, constants.columns).records.inputs)
+    return Records(inputs.numpy(), labels)
 
 
 def _of_arrays(inputs: Any, labels: Any) -> Records:

@@ -322,6 +322,23 @@ def walked(name: str, models: int, capsys: pytest.CaptureFixture[str]) -> tuple[
     return code, json.loads(out)
 
 
+def test_a_table_with_text_comes_as_runs_read_it(tmp_path: Path) -> None:
+    """Text by category and numbers in their own units: no value is lost on the way to the training."""
+    rows = [f"{100 + n},{'red' if n % 3 else 'blue'},{n % 2}" for n in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["size,colour,label", *rows]))
+    seen: list[np.ndarray[Any, Any]] = []
+
+    def train(inputs: Any, labels: Any, seed: int) -> Any:
+        seen.append(inputs)
+        return lambda records: np.zeros(len(records))
+
+    audits.model(train, tmp_path / "t.csv", models=1)
+    assert seen[0].dtype == np.float32
+    assert seen[0].shape[1] == 3
+    assert seen[0][:, 0].min() >= 100
+    np.testing.assert_array_equal(seen[0][:, 1:].sum(1), 1)
+
+
 def test_the_walks_claim_is_opacus_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import audit_opacus
