@@ -13,6 +13,7 @@ from fuzzing import damaged, fuzzed, no_hang
 from hypothesis import given
 from hypothesis import strategies as st
 from on_device import box, clouds
+from own_module import own_module
 from running import play
 from torch import nn
 
@@ -89,13 +90,8 @@ def whole(shape): return nn.Sequential(nn.Flatten(), nn.Embedding(4, 4))
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module of the user's in a folder that is imported from."""
-    name = f"own_encoder_{tmp_path.name.replace('-', '_')}"
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / f"{name}.py").write_text(CODE)
-    monkeypatch.syspath_prepend(str(folder))
-    yield name
-    sys.modules.pop(name, None)
+    with own_module(CODE, "own_encoder", tmp_path, monkeypatch) as name:
+        yield name
 
 
 def saved(folder: Path, kind: str, **settings: Any) -> Path:

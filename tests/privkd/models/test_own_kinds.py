@@ -1,10 +1,10 @@
 """Models as people write them: each kind runs, leaves as a file, or is refused by its layer with a cure."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from own_module import own_module
 from running import play
 
 from privkd.errors import ModelError
@@ -53,13 +53,8 @@ def frozen(shape, classes): return net(classes).requires_grad_(False)
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    name = f"own_kinds_{tmp_path.name.replace('-', '_')}"
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / f"{name}.py").write_text(CODE)
-    monkeypatch.syspath_prepend(str(folder))
-    yield name
-    sys.modules.pop(name, None)
+    with own_module(CODE, "own_kinds", tmp_path, monkeypatch) as name:
+        yield name
 
 
 def setting(role: str, model: str) -> str:
